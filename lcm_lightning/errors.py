@@ -1,0 +1,36 @@
+"""Errors a user can act on, and how entry points show them."""
+
+from __future__ import annotations
+
+import functools
+import sys
+from collections.abc import Callable
+from typing import ParamSpec, TypeVar
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+class UserError(Exception):
+    """A mistake in a command, a configuration or an input file.
+
+    The message names the key, the value found, what was expected and the command or setting that fixes it.
+    Entry points print it without a traceback and exit with status 2.
+    """
+
+
+def report_user_errors(entry_point: Callable[P, R]) -> Callable[P, R]:
+    """Decorate an entry point so that a `UserError` ends it with one line on stderr and status 2.
+
+    Goes under `@hydra.main`: Hydra would otherwise print the traceback of its own machinery.
+    """
+
+    @functools.wraps(entry_point)
+    def run(*args: P.args, **kwargs: P.kwargs) -> R:
+        try:
+            return entry_point(*args, **kwargs)
+        except UserError as error:
+            print(f"error: {error}", file=sys.stderr)
+            sys.exit(2)
+
+    return run
