@@ -1,0 +1,1 @@
+"""Stable Diffusion pipelines, their adapters, sampling and export."""

@@ -1,0 +1,140 @@
+"""Consistency functions and latent consistency distillation (Luo et al. 2023a, arXiv 2310.04378, Algorithm 1)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal, TypeAlias
+
+import torch
+from torch import Tensor
+
+from lcm_lightning.diffusion.schedule import (
+    PredictionType,
+    add_noise,
+    expand,
+    predicted_epsilon,
+    predicted_x_0,
+)
+from lcm_lightning.diffusion.solver import ddim_step, guide, ode_timesteps, previous_timesteps
+
+Denoiser: TypeAlias = Callable[[Tensor, Tensor], Tensor]
+"""Maps ``x_t`` [B, ...] and timesteps [B] to the network's output, shape of ``x_t``."""
+
+GuidedDenoiser: TypeAlias = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+"""As `Denoiser`, giving the outputs with and without the condition."""
+
+
+def boundary_scalings(
+    timesteps: Tensor, *, sigma_data: float = 0.5, timestep_scaling: float = 10.0
+) -> tuple[Tensor, Tensor]:
+    """``c_skip(t), c_out(t)``, float32 [B]; exactly 1 and 0 at t = 0.
+
+    ``c_skip = s^2 / ((k t)^2 + s^2)``, ``c_out = k t / sqrt((k t)^2 + s^2)`` with ``s`` = `sigma_data`, ``k`` =
+    `timestep_scaling` (Song et al. 2023, eq. 25, in LCM's parametrisation by timestep).
+    """
+    scaled = timesteps.float() * timestep_scaling
+    variance = scaled.square() + sigma_data**2
+    return sigma_data**2 / variance, scaled / variance.sqrt()
+
+
+def pseudo_huber(prediction: Tensor, target: Tensor, c: float = 0.001) -> Tensor:
+    """``mean(sqrt((p - t)^2 + c^2) - c)`` over all but the batch dimension: [B] (Luo et al. 2023b's training code)."""
+    return ((prediction - target).square() + c**2).sqrt().sub(c).flatten(1).mean(1)
+
+
+def squared_error(prediction: Tensor, target: Tensor) -> Tensor:
+    """``mean((p - t)^2)`` over all but the batch dimension: [B]."""
+    return (prediction - target).square().flatten(1).mean(1)
+
+
+@dataclass(frozen=True)
+class ConsistencyDistillation:
+    """One step of latent consistency distillation as a function of networks, samples and random draws.
+
+    Attributes:
+        prediction_type: what the networks predict.
+        num_ode_steps: N, the steps the teacher's ODE is solved in; the skipping interval is ``k = T // N``.
+        loss: "huber" (`pseudo_huber`) or "l2".
+        huber_c: ``c`` of the Huber loss, in units of the latents.
+        sigma_data, timestep_scaling: see `boundary_scalings`.
+    """
+
+    prediction_type: PredictionType = "epsilon"
+    num_ode_steps: int = 50
+    loss: Literal["huber", "l2"] = "huber"
+    huber_c: float = 0.001
+    sigma_data: float = 0.5
+    timestep_scaling: float = 10.0
+
+    def consistency_function(
+        self, denoiser: Denoiser, x_t: Tensor, timesteps: Tensor, alphas_cumprod: Tensor
+    ) -> Tensor:
+        """``f(x_t, t) = c_skip(t) x_t + c_out(t) x_0(x_t, t)``, float32 (Luo et al. 2023a, eq. 9)."""
+        c_skip, c_out = boundary_scalings(timesteps, sigma_data=self.sigma_data, timestep_scaling=self.timestep_scaling)
+        output = denoiser(x_t, timesteps).float()
+        x_0 = predicted_x_0(output, x_t, alphas_cumprod[timesteps], self.prediction_type)
+        return expand(c_skip, x_t) * x_t + expand(c_out, x_t) * x_0
+
+    @torch.no_grad()
+    def teacher_step(
+        self,
+        teacher: GuidedDenoiser,
+        x_t: Tensor,
+        timesteps: Tensor,
+        guidance_scale: Tensor,
+        alphas_cumprod: Tensor,
+    ) -> Tensor:
+        """One guided DDIM step of the teacher's ODE from t to ``max(t - k, 0)`` (Luo et al. 2023a, eq. 13)."""
+        conditional, unconditional = (output.float() for output in teacher(x_t, timesteps))
+        output = guide(conditional, unconditional, guidance_scale)
+        a_t = alphas_cumprod[timesteps]
+        a_s = alphas_cumprod[previous_timesteps(timesteps, self.skip(alphas_cumprod))]
+        return ddim_step(
+            predicted_x_0(output, x_t, a_t, self.prediction_type),
+            predicted_epsilon(output, x_t, a_t, self.prediction_type),
+            a_s,
+        )
+
+    def losses(
+        self,
+        student: Denoiser,
+        teacher: GuidedDenoiser,
+        x_0: Tensor,
+        noise: Tensor,
+        step_index: Tensor,
+        guidance_scale: Tensor,
+        alphas_cumprod: Tensor,
+    ) -> Tensor:
+        """Distance per sample, float32 [B], between the student at t and itself one teacher step further.
+
+        The target is the student without gradient (no exponential average: Song and Dhariwal 2023, arXiv 2310.14189).
+        Both passes without gradient run first, so that their activations are freed before the student's are kept.
+
+        Args:
+            student: called once without and once with gradient.
+            teacher: gives conditional and unconditional outputs.
+            x_0: clean latents [B, ...], float32.
+            noise: standard normal, shape of `x_0`.
+            step_index: int64 [B] in [0, N): the position of t among `ode_timesteps`.
+            guidance_scale: ``w`` [B] in LCM's form, see `guide`.
+            alphas_cumprod: [T], float32.
+        """
+        timesteps = self.timesteps(alphas_cumprod)[step_index]
+        x_t = add_noise(x_0, noise, alphas_cumprod[timesteps])
+        with torch.no_grad():
+            x_s = self.teacher_step(teacher, x_t, timesteps, guidance_scale, alphas_cumprod)
+            earlier = previous_timesteps(timesteps, self.skip(alphas_cumprod))
+            target = self.consistency_function(student, x_s, earlier, alphas_cumprod)
+        prediction = self.consistency_function(student, x_t, timesteps, alphas_cumprod)
+        if self.loss == "huber":
+            return pseudo_huber(prediction, target, self.huber_c)
+        return squared_error(prediction, target)
+
+    def timesteps(self, alphas_cumprod: Tensor) -> Tensor:
+        """The ODE's timesteps, int64 [N], on the device of `alphas_cumprod`."""
+        return ode_timesteps(len(alphas_cumprod), self.num_ode_steps, alphas_cumprod.device)
+
+    def skip(self, alphas_cumprod: Tensor) -> int:
+        """The skipping interval ``k``, in train timesteps."""
+        return len(alphas_cumprod) // self.num_ode_steps

@@ -1,0 +1,264 @@
+"""Low-rank adapters (Hu et al. 2021, arXiv 2106.09685) on a Stable Diffusion model, by peft and diffusers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from diffusers import StableDiffusionPipeline, UNet2DConditionModel
+from peft import LoraConfig, get_peft_model_state_dict
+from peft.tuners.lora import LoraLayer
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from lcm_lightning.errors import UserError
+from lcm_lightning.models.sampling import make_scheduler
+from lcm_lightning.models.stable_diffusion import StableDiffusion
+
+LORA_FILE = "pytorch_lora_weights.safetensors"
+
+ATTENTION_LAYERS = ("to_q", "to_k", "to_v", "to_out.0")
+TARGET_PRESETS: dict[str, tuple[str, ...]] = {
+    "attention": ATTENTION_LAYERS,
+    # The layers of the published latent-consistency/lcm-lora-sdv1-5 (67.5M parameters at rank 64).
+    "lcm_lora": (
+        *ATTENTION_LAYERS,
+        "proj_in",
+        "proj_out",
+        "ff.net.0.proj",
+        "ff.net.2",
+        "conv1",
+        "conv2",
+        "conv_shortcut",
+        "downsamplers.0.conv",
+        "upsamplers.0.conv",
+        "time_emb_proj",
+    ),
+}
+
+
+@dataclass(frozen=True)
+class LoraSettings:
+    """Shape of an adapter.
+
+    Attributes:
+        rank: of each update ``B A``, >= 1.
+        alpha: the update is scaled by ``alpha / rank``.
+        target_modules: a preset ("attention", "lcm_lora") or the endings of the names of Linear and Conv2d layers.
+        dropout: on the adapter's input, in [0, 1).
+    """
+
+    rank: int = 64
+    alpha: float = 64
+    target_modules: str | Sequence[str] = "lcm_lora"
+    dropout: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.rank < 1:
+            raise UserError(f"method.lora.rank={self.rank}: expected an integer of at least 1; try 64")
+        if self.alpha <= 0:
+            raise UserError(f"method.lora.alpha={self.alpha}: expected a positive number; try the rank, {self.rank}")
+        if not 0 <= self.dropout < 1:
+            raise UserError(f"method.lora.dropout={self.dropout}: expected a number in [0, 1)")
+
+    def layer_names(self, unet: nn.Module) -> list[str]:
+        """Endings of the names of the layers to adapt, each matching a Linear or Conv2d of `unet`.
+
+        A preset keeps those that occur: a UNet without `conv_shortcut` is no error. A name given by hand must occur.
+        """
+        layers = [name for name, module in unet.named_modules() if isinstance(module, nn.Linear | nn.Conv2d)]
+        if isinstance(self.target_modules, str):
+            if self.target_modules not in TARGET_PRESETS:
+                raise UserError(
+                    f"method.lora.target_modules={self.target_modules}: expected {' or '.join(TARGET_PRESETS)}, "
+                    "or a list such as [to_q,to_v]"
+                )
+            return [n for n in TARGET_PRESETS[self.target_modules] if _ending_matches(n, layers)]
+        for name in self.target_modules:
+            if not _ending_matches(name, layers):
+                endings = sorted({layer.rsplit(".", 1)[-1] for layer in layers if not layer[-1].isdigit()})
+                raise UserError(
+                    f"method.lora.target_modules: no Linear or Conv2d layer is named {name}; there are "
+                    f"{', '.join(endings)}"
+                )
+        return list(self.target_modules)
+
+
+def _ending_matches(ending: str, names: Sequence[str]) -> bool:
+    return any(name == ending or name.endswith("." + ending) for name in names)
+
+
+def add_lora(unet: UNet2DConditionModel, name: str, settings: LoraSettings) -> None:
+    """Add a trainable adapter, float32 whatever the frozen weights are, that changes nothing yet (B = 0)."""
+    config = LoraConfig(
+        r=settings.rank,
+        lora_alpha=settings.alpha,
+        lora_dropout=settings.dropout,
+        target_modules=settings.layer_names(unet),
+    )
+    unet.add_adapter(config, adapter_name=name)
+    for parameter in lora_parameters(unet, name):
+        parameter.data = parameter.data.float()
+
+
+def lora_layers(module: nn.Module) -> Iterator[LoraLayer]:
+    """Every layer of `module` that carries adapters."""
+    return (layer for layer in module.modules() if isinstance(layer, LoraLayer))
+
+
+def lora_parameters(module: nn.Module, name: str) -> list[nn.Parameter]:
+    """Parameters of the adapter `name`, in a fixed order."""
+    return [p for key, p in module.named_parameters() if ".lora_" in key and f".{name}." in key]
+
+
+def set_active_adapters(module: nn.Module, names: Sequence[str]) -> None:
+    """Let exactly the adapters `names` act; with none the frozen weights alone do. Their updates add up.
+
+    `module` is a UNet or a whole `StableDiffusion`, whose text encoder may carry adapters of the same names.
+    """
+    for layer in lora_layers(module):
+        present = [name for name in names if name in layer.lora_A]
+        if present:
+            layer.set_adapter(present)
+        layer.enable_adapters(bool(present))
+
+
+@contextmanager
+def active_adapters(module: nn.Module, names: Sequence[str]) -> Iterator[None]:
+    """`set_active_adapters` for the duration of a block; which adapters act and which parameters train is restored."""
+    before = [(layer, list(layer.active_adapters), layer.disable_adapters) for layer in lora_layers(module)]
+    trainable = [(p, p.requires_grad) for layer, _, _ in before for p in layer.parameters()]
+    set_active_adapters(module, names)
+    try:
+        yield
+    finally:
+        for layer, adapters, disabled in before:
+            layer.set_adapter(adapters)
+            layer.enable_adapters(not disabled)
+        for parameter, requires_grad in trainable:
+            parameter.requires_grad_(requires_grad)
+
+
+def locate_lora(source: str | Path) -> str:
+    """A safetensors file or hub id for `source`: a run folder, a folder with a LoRA file, a file, or a hub id.
+
+    Raises:
+        UserError: nothing is there, or the file is not safetensors.
+    """
+    path = Path(source).expanduser()
+    for candidate in (path, path / "lora" / LORA_FILE, path / LORA_FILE):
+        if candidate.is_file():
+            if candidate.suffix != ".safetensors":
+                raise UserError(
+                    f"lora={source}: only .safetensors files are read; convert it, other formats can run code"
+                )
+            return str(candidate)
+    if path.is_dir():
+        raise UserError(
+            f"lora={source}: holds neither lora/{LORA_FILE} (a run) nor {LORA_FILE}; did the run finish its first "
+            "validation?"
+        )
+    if str(source).startswith((".", "/", "~")) or str(source).count("/") != 1:
+        raise UserError(f"lora={source}: no such file or folder; give a run folder, a .safetensors file or a hub id")
+    return str(source)
+
+
+def load_lora(model: StableDiffusion, source: str | Path, name: str) -> None:
+    """Add the LoRA at `source` (see `locate_lora`; diffusers or kohya keys) as frozen, active adapter `name`.
+
+    Raises:
+        UserError: it cannot be read, or was made for another base model.
+    """
+    located = locate_lora(source)
+    try:
+        state_dict, alphas = StableDiffusionPipeline.lora_state_dict(
+            located, use_safetensors=True, unet_config=model.unet.config
+        )
+        StableDiffusionPipeline.load_lora_into_unet(state_dict, alphas, model.unet, adapter_name=name)
+        if any(key.startswith("text_encoder.") for key in state_dict):
+            StableDiffusionPipeline.load_lora_into_text_encoder(
+                state_dict, alphas, model.text_encoder, adapter_name=name
+            )
+    except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
+        message = str(error)
+        if "size mismatch" in message:
+            raise UserError(
+                f"lora={source}: its shapes do not fit {model.name_or_path}; it was made for another base model"
+            ) from error
+        raise UserError(f"lora={source}: cannot be loaded ({message.strip().splitlines()[0][:300]})") from error
+    parameters = lora_parameters(model, name)
+    if not parameters:
+        raise UserError(f"lora={source}: no key fits {model.name_or_path}; it was made for another kind of model")
+    for parameter in parameters:
+        parameter.requires_grad_(False)
+
+
+@torch.no_grad()
+def fuse_lora(model: StableDiffusion, source: str | Path, scale: float = 1.0) -> None:
+    """Add the LoRA at `source` to the frozen weights, ``W + scale (alpha / r) B A``, summed in float32.
+
+    `model` must carry no other adapter; it carries none afterwards.
+    """
+    name = "fused"
+    load_lora(model, source, name)
+    for layer in lora_layers(model):
+        if name in layer.lora_A:
+            weight = layer.get_base_layer().weight
+            weight.copy_(weight.float() + scale * layer.get_delta_weight(name).float())
+    as_pipeline(model).unload_lora_weights()
+
+
+def lora_state_dict(unet: UNet2DConditionModel, name: str) -> dict[str, Tensor]:
+    """The adapter's tensors under diffusers' keys (peft's, prefixed "unet."), float32.
+
+    ``alpha / rank`` is folded into B. Readers that know no alpha take it for the rank: folding makes the file mean the same to all of them. Sharded
+    tensors are gathered, so under FSDP every rank must call it.
+    """
+    scaling = {layer.scaling[name] for layer in lora_layers(unet) if name in layer.scaling}
+    if len(scaling) != 1:
+        raise ValueError(f"adapter {name!r}: layers scale by {sorted(scaling)}, expected one value")
+    (alpha_over_rank,) = scaling
+    tensors = {}
+    for key, tensor in get_peft_model_state_dict(unet, adapter_name=name).items():
+        full = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+        tensors[f"unet.{key}"] = full.detach().float().cpu() * (alpha_over_rank if ".lora_B." in key else 1.0)
+    return tensors
+
+
+def kohya_state_dict(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
+    """A `lora_state_dict` under the keys of kohya's scripts, which ComfyUI and A1111 read, with alpha spelled out."""
+    tensors = {}
+    for key, tensor in state_dict.items():
+        layer, side, _ = key.removeprefix("unet.").rsplit(".", 2)
+        prefix = "lora_unet_" + layer.replace(".", "_")
+        tensors[f"{prefix}.{'lora_down' if side == 'lora_A' else 'lora_up'}.weight"] = tensor
+        if side == "lora_A":
+            tensors[f"{prefix}.alpha"] = torch.tensor(float(tensor.shape[0]))
+    return tensors
+
+
+def save_lora(state_dict: dict[str, Tensor], path: Path) -> None:
+    """Write a LoRA's tensors as `path` (.safetensors), whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}")
+    save_file({key: tensor.contiguous() for key, tensor in state_dict.items()}, temporary, metadata={"format": "pt"})
+    temporary.replace(path)
+
+
+def as_pipeline(model: StableDiffusion) -> StableDiffusionPipeline:
+    """The model's own networks (no copies) as a diffusers pipeline."""
+    return StableDiffusionPipeline(
+        vae=model.vae,
+        text_encoder=model.text_encoder,
+        tokenizer=model.tokenizer,
+        unet=model.unet,
+        scheduler=make_scheduler("ddim", model.scheduler_config),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )

@@ -1,0 +1,98 @@
+"""Stable Diffusion v1-5's architecture, built without any file, for tests and benchmarks."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKL, UNet2DConditionModel
+from tokenizers.pre_tokenizers import ByteLevel
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+SD15_UNET = {
+    "sample_size": 64,
+    "in_channels": 4,
+    "out_channels": 4,
+    "block_out_channels": (320, 640, 1280, 1280),
+    "layers_per_block": 2,
+    "down_block_types": ("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",),
+    "up_block_types": ("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3,
+    "cross_attention_dim": 768,
+    "attention_head_dim": 8,
+}
+SD15_VAE = {
+    "sample_size": 512,
+    "in_channels": 3,
+    "out_channels": 3,
+    "latent_channels": 4,
+    "block_out_channels": (128, 256, 512, 512),
+    "layers_per_block": 2,
+    "down_block_types": ("DownEncoderBlock2D",) * 4,
+    "up_block_types": ("UpDecoderBlock2D",) * 4,
+    "scaling_factor": 0.18215,
+}
+SD15_TEXT = {
+    "vocab_size": 49408,
+    "hidden_size": 768,
+    "intermediate_size": 3072,
+    "num_hidden_layers": 12,
+    "num_attention_heads": 12,
+    "max_position_embeddings": 77,
+    "hidden_act": "quick_gelu",
+    "bos_token_id": 49406,
+    "eos_token_id": 49407,
+}
+SD15_SCHEDULER = {
+    "num_train_timesteps": 1000,
+    "beta_schedule": "scaled_linear",
+    "beta_start": 0.00085,
+    "beta_end": 0.012,
+    "prediction_type": "epsilon",
+    "clip_sample": False,
+    "set_alpha_to_one": False,
+    "steps_offset": 1,
+    "timestep_spacing": "leading",
+}
+
+
+def build_sd15(dtype: torch.dtype) -> dict[str, Any]:
+    """All networks of SD v1-5 with random weights, and a tokenizer that spells captions in bytes.
+
+    UNet 859,520,964 parameters, VAE 83,653,863, text encoder 123,060,480. Weights are drawn from the global torch
+    generator directly in `dtype`. Returns the arguments of `StableDiffusion` other than `dtype`.
+    """
+    default = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        return {
+            "tokenizer": byte_tokenizer(SD15_TEXT["vocab_size"], SD15_TEXT["max_position_embeddings"]),
+            "text_encoder": CLIPTextModel(CLIPTextConfig(**SD15_TEXT)),
+            "vae": AutoencoderKL(**SD15_VAE),
+            "unet": UNet2DConditionModel(**SD15_UNET),
+            "scheduler_config": dict(SD15_SCHEDULER),
+            "name_or_path": "random/stable-diffusion-v1-5",
+        }
+    finally:
+        torch.set_default_dtype(default)
+
+
+def byte_tokenizer(vocab_size: int, max_length: int) -> CLIPTokenizer:
+    """A `CLIPTokenizer` without merges: one token a byte, begin and end at the last two ids of the vocabulary."""
+    letters = _printable_bytes()
+    tokens = letters + [letter + "</w>" for letter in letters]
+    vocabulary = {token: index for index, token in enumerate(tokens)}
+    vocabulary["<|startoftext|>"] = vocab_size - 2
+    vocabulary["<|endoftext|>"] = vocab_size - 1
+    with tempfile.TemporaryDirectory() as folder:
+        vocab_file, merges_file = Path(folder, "vocab.json"), Path(folder, "merges.txt")
+        vocab_file.write_text(json.dumps(vocabulary))
+        merges_file.write_text("#version: 0.2\n")
+        return CLIPTokenizer.from_pretrained(folder, model_max_length=max_length)
+
+
+def _printable_bytes() -> list[str]:
+    """The 256 characters byte-level BPE writes bytes with (Radford et al. 2019), in the order CLIP's vocabulary has."""
+    return sorted(ByteLevel.alphabet())

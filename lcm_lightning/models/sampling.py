@@ -1,0 +1,109 @@
+"""Draw images from a Stable Diffusion model."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal, TypeAlias
+
+import torch
+from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, LCMScheduler, SchedulerMixin
+from torch import Tensor
+
+from lcm_lightning.errors import UserError
+from lcm_lightning.models.stable_diffusion import StableDiffusion
+
+Sampler: TypeAlias = Literal["ddim", "dpmpp", "lcm"]
+SAMPLERS = {"ddim": DDIMScheduler, "dpmpp": DPMSolverMultistepScheduler, "lcm": LCMScheduler}
+
+
+def make_scheduler(sampler: Sampler, scheduler_config: Mapping[str, Any]) -> SchedulerMixin:
+    """The diffusers scheduler of a sampler, on the model's own noise schedule.
+
+    "ddim" (Song et al. 2020, eta = 0), "dpmpp" (DPM-Solver++ 2M; Lu et al. 2022) or "lcm" (multistep consistency
+    sampling; Luo et al. 2023a, Algorithm 3). A schedule of zero terminal SNR is walked with trailing spacing, which
+    starts at its last timestep as it must.
+    """
+    if sampler not in SAMPLERS:
+        raise UserError(f"sampler={sampler}: expected one of {', '.join(SAMPLERS)}")
+    spacing = {"timestep_spacing": "trailing"} if scheduler_config.get("rescale_betas_zero_snr") else {}
+    return SAMPLERS[sampler].from_config({**scheduler_config, **spacing})
+
+
+def network_evaluations(steps: int, guidance_scale: float) -> int:
+    """UNet passes per image: guidance above 1 takes two a step."""
+    return steps * (2 if guidance_scale > 1 else 1)
+
+
+@torch.no_grad()
+def sample(
+    model: StableDiffusion,
+    prompts: Sequence[str],
+    *,
+    seeds: Sequence[int],
+    steps: int,
+    guidance_scale: float,
+    sampler: Sampler,
+    resolution: int,
+    negative_prompt: str = "",
+    batch_size: int | None = None,
+    on_batch: Callable[[int], None] | None = None,
+) -> Tensor:
+    """Images [N, 3, H, W] in [0, 1], float32 on the CPU, of `prompts`, with the adapters that are active.
+
+    Image i depends on ``prompts[i]`` and ``seeds[i]`` only, up to rounding, not on its batch or the device: every
+    random number comes from a CPU generator of its own, and two models given the same seeds start from the same noise.
+
+    Args:
+        guidance_scale: diffusers' form, ``uncond + g (cond - uncond)``; at most 1 means no guidance and one pass.
+        batch_size: images at a time; all at once if None.
+        on_batch: called with the number of images finished in each batch, for progress bars.
+    """
+    if steps < 1:
+        raise UserError(f"steps={steps}: expected at least 1")
+    if len(prompts) != len(seeds):
+        raise ValueError(f"{len(prompts)} prompts but {len(seeds)} seeds")
+    model.check_resolution(resolution)
+    guided = guidance_scale > 1
+    batch_size = batch_size or max(len(prompts), 1)
+    unconditional = model.encode_text([negative_prompt]) if guided else None
+    images = []
+    for start in range(0, len(prompts), batch_size):
+        chunk = prompts[start : start + batch_size]
+        text = model.encode_text(chunk)
+        if unconditional is not None:
+            text = torch.cat([unconditional.expand(len(chunk), -1, -1), text])
+        generators = [torch.Generator().manual_seed(seed) for seed in seeds[start : start + batch_size]]
+        scheduler = make_scheduler(sampler, model.scheduler_config)
+        latents = _denoise(model, scheduler, text, generators, steps, guidance_scale, resolution)
+        images.append(model.decode_latents(latents).cpu())
+        if on_batch is not None:
+            on_batch(len(chunk))
+    return torch.cat(images) if images else torch.empty(0, 3, resolution, resolution)
+
+
+def _denoise(
+    model: StableDiffusion,
+    scheduler: SchedulerMixin,
+    text: Tensor,
+    generators: list[torch.Generator],
+    steps: int,
+    guidance_scale: float,
+    resolution: int,
+) -> Tensor:
+    """Latents [B, C, h, w], float32, by `scheduler`; `text` [B or 2B, L, D], unconditional first if guided."""
+    shape = model.latent_shape(resolution)
+    latents = torch.stack([torch.randn(shape, generator=generator) for generator in generators]).to(model.device)
+    scheduler.set_timesteps(steps)
+    latents = latents * scheduler.init_noise_sigma
+    passes = len(text) // len(latents)
+    stochastic = {"generator": generators} if "generator" in inspect.signature(scheduler.step).parameters else {}
+    for timestep in scheduler.timesteps:
+        scaled = scheduler.scale_model_input(latents, timestep)
+        with torch.autocast(model.device.type, dtype=model.dtype, enabled=model.dtype != torch.float32):
+            output = model.denoise(torch.cat([scaled] * passes), timestep, text).float()
+        if passes == 2:
+            unconditional, conditional = output.chunk(2)
+            output = unconditional + guidance_scale * (conditional - unconditional)
+        latents = scheduler.step(output, timestep, latents, **stochastic).prev_sample
+    return latents
