@@ -1,0 +1,234 @@
+"""The LightningDataModule over shards of captioned images."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterator
+from functools import cached_property
+from pathlib import Path
+
+from lightning.pytorch import LightningDataModule
+
+from lcm_lightning.data.layouts import DOWNLOADS, recognise
+from lcm_lightning.data.shards import (
+    Sample,
+    Shard,
+    ShardIndex,
+    find_shards,
+    fingerprint,
+    iterate_shards,
+    open_split,
+)
+from lcm_lightning.data.stream import Augmentation, ShardLoader, ShardStream, rank_and_world_size
+from lcm_lightning.errors import UserError
+
+log = logging.getLogger(__name__)
+
+
+def locate(name: str, source: str | None) -> ShardIndex:
+    """The shards of a data set: `source`, or `data/<name>` under the working directory when it is None.
+
+    Raises:
+        UserError: there are none; the message says how to get them.
+    """
+    place = source or str(Path("data") / name)
+    index = find_shards(place) if source or Path(place).is_dir() else None
+    if index is not None:
+        return index
+    layout = recognise(Path(place)) if Path(place).is_dir() else None
+    if layout is not None:
+        raise UserError(
+            f"data.source={place}: a data set in the layout {layout.title!r}, not shards; make shards of it once with\n"
+            f"  python -m lcm_lightning.prepare data={name} data.source={place}\n"
+            f"and train without data.source"
+        )
+    where, ready = DOWNLOADS.get(name, ("your own photos: a folder of images with a .txt caption file beside each", ""))
+    shards = f"or use ready shards with data.source={ready}" if ready else "or give shards with data.source=..."
+    raise UserError(
+        f"data.source={source}: no shards found{'' if source else f' in {place}/'}. Download {where}, then run\n"
+        f"  python -m lcm_lightning.prepare data={name} data.source=/path/to/it\n{shards}"
+    )
+
+
+def iterate_split(
+    source: str | None, split: str, *, name: str = "shards", limit: int | None = None, cache_dir: str | None = None
+) -> Iterator[Sample]:
+    """Samples of a split in fixed order, decoded and upright but not resized; unreadable ones are logged and left out.
+
+    Args:
+        source: as `data.source`: a folder of shards, shard addresses or a hub id; None for `data/<name>`.
+        split: "train", "val" or "test".
+        limit: at most the first so many.
+
+    Raises:
+        UserError: no such shards or split.
+    """
+    shards = open_split(locate(name, source), split, cache_dir)
+    return iterate_shards(shards, limit, lambda key, reason: log.warning("left out: sample %s: %s", key, reason))
+
+
+class CaptionedImages(LightningDataModule):
+    """Captioned images streamed from shards.
+
+    Every epoch visits every training sample exactly once over all ranks, in an order and with an augmentation that
+    depend on (seed, epoch) and the sample, not on the number of workers. Batches are dictionaries:
+
+        pixel_values  float32 [B, 3, R, R] in [-1, 1]
+        captions      list of B str, "" where caption dropout struck
+        keys          list of B str, the samples' names
+        seed          int64 [B], 63-bit hash of (seed, epoch, sample): source of all random numbers of the sample
+        weight        float32 [B], 1 in full steps; see `lcm_lightning.data.plan.valid_weight` for the last one
+    """
+
+    def __init__(
+        self,
+        name: str,
+        source: str | None = None,
+        *,
+        resolution: int = 512,
+        batch_size: int = 8,
+        seed: int = 0,
+        num_workers: int | None = None,
+        prefetch_factor: int = 2,
+        shuffle_buffer: int = 1000,
+        flip_probability: float = 0.5,
+        caption_dropout: float = 0.1,
+        val_limit: int | None = 64,
+        max_bad_fraction: float = 0.01,
+        cache_dir: str | None = None,
+    ) -> None:
+        """Describe the data; nothing is opened before `prepare_data` or the first loader.
+
+        Args:
+            name: name of the data set; shards are looked for in `data/<name>` when `source` is None.
+            source: folder of shards, shard paths or addresses with `{a..b}`, or the id of a hub data set of shards.
+            resolution: side of the training images in pixels.
+            batch_size: samples per batch on each rank.
+            seed: run seed of the shuffling and of every sample's random numbers.
+            num_workers: loading processes per rank; None for one per core, at most 4.
+            prefetch_factor: batches each worker keeps ready.
+            shuffle_buffer: samples in each worker's shuffle buffer (held as encoded bytes); at least 1.
+            flip_probability: probability of a mirror image in training.
+            caption_dropout: probability of an empty caption in training.
+            val_limit: validate on the first so many samples; None for all, 0 for no validation.
+            max_bad_fraction: share of unreadable samples in an epoch above which training stops.
+            cache_dir: folder for downloads and counts; None for `~/.cache/lcm-lightning`.
+        """
+        super().__init__()
+        self.name = name
+        self.source = source
+        self.resolution = resolution
+        self.batch_size = batch_size
+        self.seed = seed
+        self.num_workers = min(4, os.cpu_count() or 1) if num_workers is None else num_workers
+        self.prefetch_factor = prefetch_factor
+        self.shuffle_buffer = max(1, shuffle_buffer)
+        self.flip_probability = flip_probability
+        self.caption_dropout = caption_dropout
+        self.val_limit = val_limit
+        self.max_bad_fraction = max_bad_fraction
+        self.cache_dir = cache_dir
+
+    @cached_property
+    def index(self) -> ShardIndex:
+        """The shards of every split, found on first use. Raises `UserError` when there are none."""
+        return locate(self.name, self.source)
+
+    @cached_property
+    def train_shards(self) -> tuple[Shard, ...]:
+        """Shards of the training split."""
+        return open_split(self.index, "train", self.cache_dir)
+
+    @cached_property
+    def val_shards(self) -> tuple[Shard, ...]:
+        """Shards of the validation split; of the test split where a data set publishes no validation split.
+
+        Nothing is selected on validation (checkpoints are the last ones), so looking at test samples is harmless.
+
+        Raises:
+            UserError: the data set has neither.
+        """
+        for split in ("val", "test"):
+            if split in self.index.locations:
+                return open_split(self.index, split, self.cache_dir)
+        raise UserError(
+            f"data.source={self.source}: shards without val or test split; name some val-*.tar (or put them in val/), "
+            "prepare the data set again, or train without validation with data.val_limit=0"
+        )
+
+    @cached_property
+    def test_shards(self) -> tuple[Shard, ...]:
+        """Shards of the test split."""
+        return open_split(self.index, "test", self.cache_dir)
+
+    @property
+    def train_samples(self) -> int:
+        """Samples in one training epoch."""
+        return sum(shard.samples for shard in self.train_shards)
+
+    @property
+    def val_samples(self) -> int:
+        """Samples in one validation pass, after `val_limit`."""
+        if self.val_limit == 0:
+            return 0
+        samples = sum(shard.samples for shard in self.val_shards)
+        return samples if self.val_limit is None else min(samples, self.val_limit)
+
+    @property
+    def fingerprint(self) -> str:
+        """Hex digest of the training shards' contents."""
+        return fingerprint(self.train_shards)
+
+    def iterate_split(self, split: str, limit: int | None = None) -> Iterator[Sample]:
+        """`iterate_split` of this data set."""
+        return iterate_split(self.source, split, name=self.name, limit=limit, cache_dir=self.cache_dir)
+
+    def prepare_data(self) -> None:
+        """Download and count the shards, once per machine."""
+        if not self.train_samples:
+            raise UserError(f"data.source={self.source}: the training shards hold no samples")
+        _ = self.val_samples
+
+    def train_dataloader(self) -> ShardLoader:
+        """Shuffled and augmented batches."""
+        _, world_size = rank_and_world_size()
+        if len(self.train_shards) < world_size:
+            log.warning(
+                "data %s: %d shards for %d ranks, so several ranks read the same file; "
+                "prepare again with a smaller prepare.samples_per_shard",
+                self.name,
+                len(self.train_shards),
+                world_size,
+            )
+        augment = Augmentation(self.resolution, True, self.flip_probability, self.caption_dropout)
+        return self.loader(self.train_shards, augment, shuffle_buffer=self.shuffle_buffer)
+
+    def val_dataloader(self) -> ShardLoader | list[ShardLoader]:
+        """The first `val_limit` validation samples, always the same and with the same seeds; [] for `val_limit=0`."""
+        if self.val_limit == 0:
+            return []
+        return self.loader(self.val_shards, Augmentation(self.resolution, False), limit=self.val_limit)
+
+    def test_dataloader(self) -> ShardLoader:
+        """The whole test split without augmentation."""
+        return self.loader(self.test_shards, Augmentation(self.resolution, False))
+
+    def loader(
+        self, shards: tuple[Shard, ...], augment: Augmentation, *, shuffle_buffer: int = 0, limit: int | None = None
+    ) -> ShardLoader:
+        """A loader over shards; without `shuffle_buffer` in their order."""
+        stream = ShardStream(
+            shards,
+            augment,
+            batch_size=self.batch_size,
+            seed=self.seed,
+            shuffle_buffer=shuffle_buffer,
+            limit=limit,
+        )
+        return ShardLoader(
+            stream,
+            num_workers=self.num_workers,
+            prefetch_factor=self.prefetch_factor,
+            max_bad_fraction=self.max_bad_fraction,
+        )

@@ -1,0 +1,255 @@
+"""Readers: the layouts captioned photos come in, recognised by their files.
+
+A layout is a function from a folder to a `Source`, and a test whether a folder has it. Adding one to `LAYOUTS` is all
+that a new data set needs, beside its file in `conf/data`.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lcm_lightning.data.plan import stable_hash
+from lcm_lightning.data.records import (
+    HASH_SPLIT_ORIGIN,
+    IMAGE_SUFFIXES,
+    SPLIT_NAMES,
+    Record,
+    Source,
+    clean_caption,
+    hash_split,
+    sample_key,
+)
+from lcm_lightning.errors import UserError
+
+DOWNLOADS = {
+    "flickr8k": (
+        "Flickr8k from https://www.kaggle.com/datasets/adityajn105/flickr8k",
+        "clip-benchmark/wds_flickr8k",
+    ),
+    "flickr30k": (
+        "Flickr30k from https://www.kaggle.com/datasets/hsankesara/flickr-image-dataset",
+        "clip-benchmark/wds_flickr30k",
+    ),
+}
+TOKEN_FILES = ("Flickr8k.token.txt", "results_20130124.token")
+TABLE_FILES = ("captions.txt", "results.csv")
+KARPATHY_FILES = ("dataset_flickr8k.json", "dataset_flickr30k.json")
+SPLIT_FILES = {
+    "train": "Flickr_8k.trainImages.txt",
+    "val": "Flickr_8k.devImages.txt",
+    "test": "Flickr_8k.testImages.txt",
+}
+METADATA_FILES = ("metadata.jsonl", "metadata.csv")
+
+Captions = dict[str, list[str]]
+
+
+@dataclass(frozen=True)
+class Layout:
+    """A way captioned photos lie on disk."""
+
+    title: str
+    matches: Callable[[Path], bool]
+    read: Callable[[Path], Source]
+
+
+def find_file(folder: Path, names: Iterable[str]) -> Path | None:
+    """The first of the named files in the folder, its children or its grandchildren, nearest first."""
+    for pattern in ("{}", "*/{}", "*/*/{}"):
+        for name in names:
+            for path in sorted(folder.glob(pattern.format(name))):
+                return path
+    return None
+
+
+def is_image_name(name: str) -> bool:
+    """True for file names with the suffix of an image."""
+    return name.rpartition(".")[2].lower() in IMAGE_SUFFIXES and not name.startswith(".")
+
+
+def find_images(folder: Path) -> dict[str, Path]:
+    """Path by file name of all images in a folder and its subfolders."""
+    return {path.name: path for path in sorted(folder.rglob("*")) if is_image_name(path.name)}
+
+
+def read_token_file(path: Path) -> Captions:
+    """Captions by image name from lines `name.jpg#0<tab>caption`, in the order of their numbers."""
+    numbered: dict[str, list[tuple[int, str]]] = {}
+    for line in path.read_text(encoding="utf-8").splitlines():
+        if line.strip():
+            identifier, _, caption = line.partition("\t")
+            name, _, number = identifier.rpartition("#")
+            numbered.setdefault(name, []).append((int(number), caption))
+    return {name: [caption for _, caption in sorted(captions)] for name, captions in numbered.items()}
+
+
+def read_caption_table(path: Path) -> Captions:
+    """Captions by image name from Kaggle's tables: `image,caption` or `image_name| comment_number| comment`."""
+    with path.open(encoding="utf-8", newline="") as file:
+        header = file.readline()
+        rows = pipe_rows(file) if "|" in header else comma_rows(file, header.count(",") + 1)
+        captions: Captions = {}
+        for name, caption in rows:
+            captions.setdefault(name.strip(), []).append(caption)
+    return captions
+
+
+def pipe_rows(lines: Iterable[str]) -> Iterator[tuple[str, str]]:
+    """(image, caption) of `image| number| caption` lines; nothing is quoted in them.
+
+    In the row of 2199200615.jpg the second bar is missing: `2199200615.jpg| 4   A dog runs across the grass .`
+    """
+    for line in lines:
+        name, _, rest = line.partition("|")
+        if rest:
+            yield name, re.sub(r"^\s*\d+\s*(\||\s)", "", rest)
+
+
+def comma_rows(lines: Iterable[str], columns: int) -> Iterator[tuple[str, str]]:
+    """(image, caption) of CSV lines whose last of `columns` columns is the caption, quoted or with bare commas."""
+    for row in csv.reader(lines):
+        if len(row) >= columns:
+            yield row[0], ",".join(row[columns - 1 :])
+
+
+def read_karpathy(path: Path) -> tuple[Captions, dict[str, str]]:
+    """Captions and split by image name from Karpathy's `dataset_*.json`; "restval" counts as train."""
+    images = json.loads(path.read_text(encoding="utf-8"))["images"]
+    captions = {image["filename"]: [sentence["raw"] for sentence in image["sentences"]] for image in images}
+    return captions, {image["filename"]: SPLIT_NAMES[image["split"]] for image in images}
+
+
+def published_splits(folder: Path) -> tuple[dict[str, str], str] | None:
+    """Split by image name and its origin: the Flickr8k authors' lists, else Karpathy's file, else None."""
+    lists = {split: find_file(folder, [name]) for split, name in SPLIT_FILES.items()}
+    if lists["train"] is not None:
+        names = {split: path.read_text().split() for split, path in lists.items() if path is not None}
+        splits = {name: split for split, members in names.items() for name in members}
+        return splits, "the authors' lists Flickr_8k.{train,dev,test}Images.txt"
+    karpathy = find_file(folder, KARPATHY_FILES)
+    if karpathy is not None:
+        return read_karpathy(karpathy)[1], f"Karpathy's {karpathy.name}"
+    return None
+
+
+def read_flickr(folder: Path) -> Source:
+    """Flickr8k or Flickr30k, as their authors or as Kaggle publish them."""
+    path = find_file(folder, (*TOKEN_FILES, *TABLE_FILES, *KARPATHY_FILES))
+    assert path is not None, "the layout was matched"
+    if path.name in TOKEN_FILES:
+        captions = read_token_file(path)
+    elif path.name in TABLE_FILES:
+        captions = read_caption_table(path)
+    else:
+        captions, _ = read_karpathy(path)
+    found = published_splits(folder)
+    images = find_images(folder)
+    records = [
+        Record(
+            key=sample_key(name.partition(".")[0]),
+            image=images.get(name, folder / name),
+            captions=tuple(sentences),
+            split=found[0].get(name) if found else hash_split(name),
+        )
+        for name, sentences in captions.items()
+    ]
+    return Source(path.name, mixed(records), len(records), found[1] if found else HASH_SPLIT_ORIGIN)
+
+
+def mixed(records: Iterable[Record]) -> list[Record]:
+    """The records in the order of a hash of their keys: every shard becomes a random sample of the whole."""
+    return sorted(records, key=lambda record: stable_hash("order", record.key))
+
+
+def caption_columns(columns: Iterable[str]) -> list[str]:
+    """Columns that hold captions: text, caption or captions, else caption_0, caption_1, ... ; [] if none."""
+    names = list(columns)
+    for name in ("captions", "caption", "text"):
+        if name in names:
+            return [name]
+    return sorted((name for name in names if re.fullmatch(r"caption_?\d+", name)), key=lambda name: (len(name), name))
+
+
+def row_captions(row: Mapping[str, Any]) -> tuple[str, ...]:
+    """All captions of a table row; a column may hold one or a list of them."""
+    values = [row[name] for name in caption_columns(row)]
+    lists = [value if isinstance(value, (list, tuple)) else [value] for value in values]
+    return tuple(clean_caption(caption) for captions in lists for caption in captions)
+
+
+def metadata_rows(path: Path) -> Iterator[dict[str, Any]]:
+    """Rows of a `metadata.jsonl` or `metadata.csv`. Raises `UserError` for a row without file name."""
+    with path.open(encoding="utf-8", newline="") as file:
+        rows = csv.DictReader(file) if path.suffix == ".csv" else (json.loads(line) for line in file if line.strip())
+        for number, row in enumerate(rows, start=1):
+            if not row.get("file_name"):
+                raise UserError(f"{path}, row {number}: expected a file_name and a text, caption or captions column")
+            yield row
+
+
+def folder_split(relative: Path) -> str | None:
+    """Split named by the first folder of a relative path, None if it names none."""
+    return SPLIT_NAMES.get(relative.parts[0].lower()) if len(relative.parts) > 1 else None
+
+
+def folder_captions(folder: Path) -> dict[Path, tuple[str, ...]]:
+    """Captions by image path: from metadata files where there are any, else from the .txt beside each image."""
+    tables = [path for name in METADATA_FILES for path in sorted(folder.rglob(name))]
+    if tables:
+        return {path.parent / row["file_name"]: row_captions(row) for path in tables for row in metadata_rows(path)}
+    return {path: beside(path) for path in sorted(folder.rglob("*")) if is_image_name(path.name)}
+
+
+def beside(image: Path) -> tuple[str, ...]:
+    """The lines of the .txt beside an image; () without one."""
+    text = image.with_suffix(".txt")
+    return tuple(text.read_text(encoding="utf-8").splitlines()) if text.is_file() else ()
+
+
+def read_folder(folder: Path) -> Source:
+    """A plain folder of images with a metadata file or a .txt beside each image."""
+    captions = folder_captions(folder)
+    relative = {path: path.relative_to(folder) for path in captions}
+    splits = {path: folder_split(relative[path]) for path in captions}
+    published = any(splits.values())
+    stems = [str(path.with_suffix("")) for path in relative.values()]
+    unique = len(set(stems)) == len(stems)  # a.jpg beside a.png would otherwise share a key
+    records = [
+        Record(
+            key=sample_key((name.with_suffix("") if unique else name).as_posix()),
+            image=path,
+            captions=captions[path],
+            split=splits[path] if published else hash_split(name.as_posix()),
+        )
+        for path, name in relative.items()
+    ]
+    origin = "the folders train/, val/, test/" if published else HASH_SPLIT_ORIGIN
+    return Source("folder of images", mixed(records), len(records), origin)
+
+
+def has_captioned_images(folder: Path) -> bool:
+    """True for a folder with a metadata file, or with an image that has a .txt beside it."""
+    if any(True for name in METADATA_FILES for _ in folder.rglob(name)):
+        return True
+    return any(is_image_name(path.name) and path.with_suffix(".txt").is_file() for path in folder.rglob("*"))
+
+
+LAYOUTS = (
+    Layout(
+        "Flickr8k/Flickr30k (Flickr8k.token.txt, results_20130124.token, captions.txt, results.csv or Karpathy's json)",
+        lambda folder: find_file(folder, (*TOKEN_FILES, *TABLE_FILES, *KARPATHY_FILES)) is not None,
+        read_flickr,
+    ),
+    Layout("folder of images (metadata.jsonl, metadata.csv, or a .txt beside each)", has_captioned_images, read_folder),
+)
+
+
+def recognise(folder: Path) -> Layout | None:
+    """The first layout a folder has, None if it has none."""
+    return next((layout for layout in LAYOUTS if layout.matches(folder)), None)

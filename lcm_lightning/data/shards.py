@@ -1,0 +1,293 @@
+"""Shards: tar files of (image, captions) pairs, on disk, on a web server or on the Hugging Face hub.
+
+A sample is a run of tar members with the same name up to the first dot: an image (`.jpg`, `.png`, `.webp`, ...) and its
+captions (`.txt`, one caption a line, or `.json` with "captions" or "caption"). Other members (`.pyd`, `.pth`, `.cls`,
+...) are neither counted nor read, and nothing is ever unpickled.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import tarfile
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+import webdataset as wds
+from braceexpand import braceexpand
+from PIL import Image
+from webdataset.tariterators import base_plus_ext
+
+from lcm_lightning.data.downloads import download, fetch_json, is_url, list_hub_shards
+from lcm_lightning.data.images import ImageFault, decode_image
+from lcm_lightning.data.records import IMAGE_SUFFIXES, SPLIT_NAMES, clean_caption
+from lcm_lightning.errors import UserError
+
+CAPTION_SUFFIXES = ("json", "txt")
+INDEX_NAME = "index.json"
+
+
+@dataclass(frozen=True)
+class Shard:
+    """A shard on this machine: its file, its samples, and an identity (sha256 of its bytes where that is known)."""
+
+    path: Path
+    samples: int
+    identity: str
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One image of a split as the evaluation sees it: decoded and upright, neither resized nor cropped."""
+
+    key: str
+    captions: tuple[str, ...]
+    image: Image.Image
+
+
+@dataclass(frozen=True)
+class ShardIndex:
+    """Where the shards of a data set lie, split by split, before any is downloaded.
+
+    Attributes:
+        name: name of the data set.
+        locations: paths or addresses of the shards of each split.
+        known: `Shard` fields "samples" and "sha256" by location, as the index file of prepared shards gives them.
+    """
+
+    name: str
+    locations: Mapping[str, tuple[str, ...]]
+    known: Mapping[str, Mapping[str, Any]]
+
+
+def member_suffix(name: str) -> str:
+    """The last suffix of a tar member in lower case, "" if it has none."""
+    return name.rpartition("/")[2].rpartition(".")[2].lower() if "." in name else ""
+
+
+def is_sample_member(name: str) -> bool:
+    """True for the members that make up samples: images and captions, save hidden files and `__meta__` entries."""
+    hidden = name.rpartition("/")[2].startswith(".") or any(part.startswith("__") for part in name.split("/"))
+    return not hidden and member_suffix(name) in (*IMAGE_SUFFIXES, *CAPTION_SUFFIXES)
+
+
+def count_samples(path: Path) -> int:
+    """Number of samples in a shard, from its tar headers alone.
+
+    Raises:
+        UserError: the file is no tar archive, or is cut off.
+    """
+    try:
+        with tarfile.open(path) as archive:
+            names = [member.name for member in archive if member.isreg() and is_sample_member(member.name)]
+    except (tarfile.TarError, EOFError, OSError) as error:
+        raise UserError(f"shard {path}: not a complete tar file ({error}); delete it and fetch it again") from error
+    return sum(1 for _ in groupby(names, key=lambda name: base_plus_ext(name)[0]))
+
+
+def read_samples(path: Path, start: int = 0) -> Iterator[dict[str, Any]]:
+    """Raw samples of a shard from number `start` on: webdataset's dictionaries of bytes, nothing decoded.
+
+    The members of the samples before `start` are passed over without being read into memory.
+    """
+    previous: str | None = None
+    number = -1
+
+    def select(name: str) -> bool:
+        nonlocal previous, number
+        if not is_sample_member(name):
+            return False
+        key = base_plus_ext(name)[0]
+        number += key != previous
+        previous = key
+        return number >= start
+
+    yield from wds.tarfile_samples([{"url": str(path.absolute())}], select_files=select)
+
+
+def image_bytes(sample: Mapping[str, Any]) -> bytes:
+    """Encoded image of a raw sample. Raises `ImageFault` when it has none."""
+    for suffix, value in sample.items():
+        if not suffix.startswith("__") and member_suffix("." + suffix) in IMAGE_SUFFIXES:
+            return value
+    raise ImageFault("no image")
+
+
+def parse_captions(suffix: str, value: bytes) -> list[object]:
+    """Captions of one member: the lines of a `.txt`, or "captions", "caption" or "text" of a `.json`."""
+    text = value.decode("utf-8", errors="replace")
+    if suffix == "txt":
+        return list(text.splitlines())
+    content = json.loads(text)
+    if isinstance(content, dict):
+        content = next((content[key] for key in ("captions", "caption", "text") if key in content), [])
+    return list(content) if isinstance(content, list) else [content]
+
+
+def sample_captions(sample: Mapping[str, Any]) -> tuple[str, ...]:
+    """All non-empty captions of a raw sample. Raises `ImageFault` when it has none."""
+    for wanted in CAPTION_SUFFIXES:
+        for suffix, value in sample.items():
+            if not suffix.startswith("__") and member_suffix("." + suffix) == wanted:
+                try:
+                    captions = [clean_caption(caption) for caption in parse_captions(wanted, value)]
+                except json.JSONDecodeError as error:
+                    raise ImageFault(f"captions are no JSON: {error}") from error
+                if any(captions):
+                    return tuple(filter(None, captions))
+    raise ImageFault("no caption")
+
+
+def split_of(location: str) -> str:
+    """Split of a shard from its path: a folder `test/`, or a file name such as `val-000001.tar`; else train."""
+    folder, name = (["", *location.split("/")])[-2:]
+    for part in (re.split(r"[^a-z]", name.lower())[0], folder.lower()):
+        if part in SPLIT_NAMES:
+            return SPLIT_NAMES[part]
+    return "train"
+
+
+def natural_order(location: str) -> list[object]:
+    """Sort key that puts `10.tar` after `9.tar`."""
+    return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", location)]
+
+
+def group_by_split(locations: Iterable[str]) -> dict[str, tuple[str, ...]]:
+    """Shard locations of each split, in natural order."""
+    splits: dict[str, list[str]] = {}
+    for location in sorted(locations, key=natural_order):
+        splits.setdefault(split_of(location), []).append(location)
+    return {split: tuple(paths) for split, paths in splits.items()}
+
+
+def index_from_json(content: Mapping[str, Any], locate: Callable[[str], str]) -> ShardIndex:
+    """The index that `prepare` wrote; `locate` turns its file names into paths or addresses."""
+    entries = {
+        split: {locate(shard["file"]): shard for shard in part["shards"]} for split, part in content["splits"].items()
+    }
+    known = {location: shard for part in entries.values() for location, shard in part.items()}
+    return ShardIndex(content["name"], {split: tuple(part) for split, part in entries.items()}, known)
+
+
+def index_folder(folder: Path) -> ShardIndex | None:
+    """Shards of a folder: prepared ones with their index, else the tar files in it; None when there are none."""
+    if (folder / INDEX_NAME).is_file():
+        content = json.loads((folder / INDEX_NAME).read_text())
+        return index_from_json(content, lambda file: str(folder / file))
+    shards = [str(path) for path in (*folder.glob("*.tar"), *folder.glob("*/*.tar"))]
+    return ShardIndex(folder.name, group_by_split(shards), {}) if shards else None
+
+
+def index_addresses(source: str) -> ShardIndex:
+    """Shards given one by one: `{a..b}` patterns, several separated by blanks or `::`, local, http(s) or hub ones."""
+    locations = [shard for pattern in re.split(r"::|\s+", source) for shard in braceexpand(pattern)]
+    missing = [shard for shard in locations if not is_url(shard) and not Path(shard).is_file()]
+    if missing:
+        raise UserError(f"data.source={source}: no shard {missing[0]} ({len(missing)} of {len(locations)} missing)")
+    return ShardIndex(Path(locations[0]).parent.name, group_by_split(locations), {})
+
+
+def find_shards(source: str) -> ShardIndex | None:
+    """Find the shards `source` stands for; None when it stands for something else (a folder of photos, say).
+
+    Takes a folder of shards, shard paths and addresses with `{a..b}`, the address of an `index.json` or of the
+    folder it lies in (with a final slash), and the id of a hub data set whose files are shards.
+    """
+    if Path(source).is_dir():
+        return index_folder(Path(source))
+    if is_url(source) and not source.startswith("hf://") and source.endswith(("/", INDEX_NAME)):
+        base = source.removesuffix(INDEX_NAME)
+        return index_from_json(fetch_json(base + INDEX_NAME), lambda file: base + file)
+    if is_url(source) or re.search(r"\.tar\b", source):
+        return index_addresses(source)
+    if re.fullmatch(r"[\w.-]+/[\w.-]+", source):
+        locations = list_hub_shards(source)
+        return ShardIndex(source.replace("/", "_"), group_by_split(locations), {}) if locations else None
+    return None
+
+
+def cache_folder(cache_dir: str | Path | None) -> Path:
+    """The folder for downloaded shards and counts: `cache_dir`, else lcm-lightning under the user's cache folder."""
+    if cache_dir is not None:
+        return Path(cache_dir)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lcm-lightning"
+
+
+def write_atomic(path: Path, text: str) -> None:
+    """Write a text file under a temporary name, then rename it: a reader sees all of it or none."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    temporary.write_text(text)
+    temporary.replace(path)
+
+
+def counted_shard(path: Path, cache: Path) -> Shard:
+    """A shard without an index: counted once, remembered in the cache until its size or time changes."""
+    stat = path.stat()
+    state = [str(path.resolve()), stat.st_size, stat.st_mtime_ns]
+    record = cache / "counts" / f"{hashlib.sha256(json.dumps(state).encode()).hexdigest()}.json"
+    if not record.is_file():
+        write_atomic(record, json.dumps({"path": state[0], "samples": count_samples(path)}))
+    samples = json.loads(record.read_text())["samples"]
+    return Shard(path, samples, f"{path.name}:{stat.st_size}:{samples}")
+
+
+def open_split(index: ShardIndex, split: str, cache_dir: str | Path | None = None) -> tuple[Shard, ...]:
+    """Bring the shards of a split onto this machine (a no-op for local ones) and count them.
+
+    Raises:
+        UserError: the data set has no such split, a shard is missing, or a download failed.
+    """
+    if split not in index.locations:
+        raise UserError(f"data {index.name}: no split {split!r}; it has {', '.join(sorted(index.locations))}")
+    cache = cache_folder(cache_dir)
+    return tuple(open_shard(index, location, cache) for location in index.locations[split])
+
+
+def open_shard(index: ShardIndex, location: str, cache: Path) -> Shard:
+    """One shard of the index as a local file with its count."""
+    known = index.known.get(location, {})
+    path = download(location, cache, known.get("sha256")) if is_url(location) else Path(location)
+    if not path.is_file():
+        raise UserError(f"data {index.name}: shard {path} of the index is missing; run prepare again")
+    if not known:
+        return counted_shard(path, cache)
+    if path.stat().st_size != known["bytes"]:
+        raise UserError(f"data {index.name}: shard {path} differs from the index in size; run prepare again")
+    return Shard(path, known["samples"], known["sha256"])
+
+
+def fingerprint(shards: Sequence[Shard]) -> str:
+    """Hex digest that tells two data sets apart: of the identities of their shards, in order."""
+    return hashlib.sha256("\n".join(shard.identity for shard in shards).encode()).hexdigest()
+
+
+def iterate_shards(
+    shards: Sequence[Shard], limit: int | None = None, on_fault: Callable[[str, str], None] | None = None
+) -> Iterator[Sample]:
+    """Samples in the order of the shards, without augmentation.
+
+    Args:
+        limit: at most this many.
+        on_fault: called with (key, reason) for each sample that cannot be read; without it such a sample raises.
+
+    Raises:
+        UserError: a sample has no readable image or no caption, and there is no `on_fault`.
+    """
+    left = sum(shard.samples for shard in shards) if limit is None else limit
+    for shard in shards:
+        for sample in read_samples(shard.path):
+            if left <= 0:
+                return
+            left -= 1
+            try:
+                yield Sample(sample["__key__"], sample_captions(sample), decode_image(image_bytes(sample)))
+            except ImageFault as fault:
+                if on_fault is None:
+                    raise UserError(f"shard {shard.path}, sample {sample['__key__']}: {fault}") from fault
+                on_fault(sample["__key__"], str(fault))
