@@ -19,6 +19,11 @@ class UserError(Exception):
     """
 
 
+def first_line(error: BaseException) -> str:
+    """The start of another library's message, for quoting in one of ours."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
+
+
 def report_user_errors(entry_point: Callable[P, R]) -> Callable[P, R]:
     """Decorate an entry point so that a `UserError` ends it with one line on stderr and status 2.
 

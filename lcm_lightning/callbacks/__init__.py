@@ -1,0 +1,1 @@
+"""What happens beside training: samples, exports, throughput, logs."""

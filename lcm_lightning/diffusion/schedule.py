@@ -132,7 +132,7 @@ def predicted_epsilon(output: Tensor, x_t: Tensor, alpha_cumprod: Tensor, predic
 def min_snr_weight(alpha_cumprod: Tensor, gamma: float, prediction_type: PredictionType) -> Tensor:
     """Loss weight [B] of Min-SNR-gamma (Hang et al. 2023, arXiv 2303.09556) for the network's own target.
 
-    In units of the x_0 loss the weight is ``min(SNR, gamma)`` with ``SNR = a_t / (1 - a_t)``; a squared error on epsilon
+    In units of the x_0 loss the weight is ``min(SNR, gamma)``, ``SNR = a_t / (1 - a_t)``; a squared error on epsilon
     is SNR times, and one on v SNR + 1 times, that on x_0.
     """
     snr = alpha_cumprod / (1 - alpha_cumprod)

@@ -9,14 +9,16 @@ from pathlib import Path
 
 import torch
 from diffusers import StableDiffusionPipeline, UNet2DConditionModel
+from huggingface_hub import HfApi, hf_hub_download
+from huggingface_hub.errors import HfHubHTTPError
 from peft import LoraConfig, get_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
 from safetensors import SafetensorError
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from lcm_lightning.errors import UserError
+from lcm_lightning.errors import UserError, first_line
 from lcm_lightning.models.sampling import make_scheduler
 from lcm_lightning.models.stable_diffusion import StableDiffusion
 
@@ -144,8 +146,8 @@ def active_adapters(module: nn.Module, names: Sequence[str]) -> Iterator[None]:
             parameter.requires_grad_(requires_grad)
 
 
-def locate_lora(source: str | Path) -> str:
-    """A safetensors file or hub id for `source`: a run folder, a folder with a LoRA file, a file, or a hub id.
+def locate_lora(source: str | Path) -> Path:
+    """The safetensors file of `source`: a run folder, a folder with a LoRA file, a file, or a hub id (downloaded).
 
     Raises:
         UserError: nothing is there, or the file is not safetensors.
@@ -154,18 +156,33 @@ def locate_lora(source: str | Path) -> str:
     for candidate in (path, path / "lora" / LORA_FILE, path / LORA_FILE):
         if candidate.is_file():
             if candidate.suffix != ".safetensors":
-                raise UserError(
-                    f"lora={source}: only .safetensors files are read; convert it, other formats can run code"
-                )
-            return str(candidate)
+                raise UserError(f"lora={source}: only .safetensors is read, other formats can run code; convert it")
+            return candidate
     if path.is_dir():
         raise UserError(
-            f"lora={source}: holds neither lora/{LORA_FILE} (a run) nor {LORA_FILE}; did the run finish its first "
+            f"lora={source}: holds neither lora/{LORA_FILE} (a run) nor {LORA_FILE}; did the run reach its first "
             "validation?"
         )
     if str(source).startswith((".", "/", "~")) or str(source).count("/") != 1:
         raise UserError(f"lora={source}: no such file or folder; give a run folder, a .safetensors file or a hub id")
-    return str(source)
+    return _download_lora(str(source))
+
+
+def _download_lora(hub_id: str) -> Path:
+    try:
+        files = [name for name in HfApi().list_repo_files(hub_id) if name.endswith(".safetensors")]
+        chosen = [LORA_FILE] if LORA_FILE in files else files
+        if len(chosen) == 1:
+            return Path(hf_hub_download(hub_id, chosen[0]))
+    except (OSError, ValueError, HfHubHTTPError) as error:
+        raise UserError(
+            f"lora={hub_id}: no such folder here, and the hub cannot be asked for it ({first_line(error)}). Give a "
+            "local run folder or .safetensors file, or check the id, the network and `hf auth login`"
+        ) from error
+    raise UserError(
+        f"lora={hub_id}: expected {LORA_FILE} or one .safetensors file there, found {files or 'none'}; download one "
+        f"with `hf download {hub_id} FILE` and give its path"
+    )
 
 
 def load_lora(model: StableDiffusion, source: str | Path, name: str) -> None:
@@ -174,11 +191,9 @@ def load_lora(model: StableDiffusion, source: str | Path, name: str) -> None:
     Raises:
         UserError: it cannot be read, or was made for another base model.
     """
-    located = locate_lora(source)
+    path = locate_lora(source)
     try:
-        state_dict, alphas = StableDiffusionPipeline.lora_state_dict(
-            located, use_safetensors=True, unet_config=model.unet.config
-        )
+        state_dict, alphas = StableDiffusionPipeline.lora_state_dict(load_file(path), unet_config=model.unet.config)
         StableDiffusionPipeline.load_lora_into_unet(state_dict, alphas, model.unet, adapter_name=name)
         if any(key.startswith("text_encoder.") for key in state_dict):
             StableDiffusionPipeline.load_lora_into_text_encoder(
@@ -190,7 +205,7 @@ def load_lora(model: StableDiffusion, source: str | Path, name: str) -> None:
             raise UserError(
                 f"lora={source}: its shapes do not fit {model.name_or_path}; it was made for another base model"
             ) from error
-        raise UserError(f"lora={source}: cannot be loaded ({message.strip().splitlines()[0][:300]})") from error
+        raise UserError(f"lora={source}: cannot be loaded ({first_line(error)})") from error
     parameters = lora_parameters(model, name)
     if not parameters:
         raise UserError(f"lora={source}: no key fits {model.name_or_path}; it was made for another kind of model")
@@ -216,8 +231,8 @@ def fuse_lora(model: StableDiffusion, source: str | Path, scale: float = 1.0) ->
 def lora_state_dict(unet: UNet2DConditionModel, name: str) -> dict[str, Tensor]:
     """The adapter's tensors under diffusers' keys (peft's, prefixed "unet."), float32.
 
-    ``alpha / rank`` is folded into B. Readers that know no alpha take it for the rank: folding makes the file mean the same to all of them. Sharded
-    tensors are gathered, so under FSDP every rank must call it.
+    ``alpha / rank`` is folded into B. Readers that know no alpha take it for the rank: folding makes the file mean the
+    same to all of them. Sharded tensors are gathered, so under FSDP every rank must call it.
     """
     scaling = {layer.scaling[name] for layer in lora_layers(unet) if name in layer.scaling}
     if len(scaling) != 1:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias
 
 import torch
@@ -15,6 +16,23 @@ from lcm_lightning.models.stable_diffusion import StableDiffusion
 
 Sampler: TypeAlias = Literal["ddim", "dpmpp", "lcm"]
 SAMPLERS = {"ddim": DDIMScheduler, "dpmpp": DPMSolverMultistepScheduler, "lcm": LCMScheduler}
+
+
+@dataclass(frozen=True)
+class SamplingSetup:
+    """One way of drawing images from a model: which adapters act, and how many steps of what.
+
+    Attributes:
+        label: heading of its column in a grid.
+        adapters: names of the adapters that act; empty for the base model.
+        sampler, steps, guidance_scale: see `sample`.
+    """
+
+    label: str
+    adapters: tuple[str, ...]
+    sampler: Sampler
+    steps: int
+    guidance_scale: float
 
 
 def make_scheduler(sampler: Sampler, scheduler_config: Mapping[str, Any]) -> SchedulerMixin:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from lcm_lightning.diffusion.schedule import PredictionType, unsupported_schedule
-from lcm_lightning.errors import UserError
+from lcm_lightning.errors import UserError, first_line
 from lcm_lightning.models.architectures import build_sd15
 
 
@@ -193,7 +193,7 @@ def _read_pipeline(path: str, dtype: torch.dtype, revision: str | None) -> dict[
         )
     except (OSError, ValueError) as error:
         raise UserError(
-            f"model.path={path}: cannot be loaded ({_first_line(error)}). Without network, give a local copy: "
+            f"model.path={path}: cannot be loaded ({first_line(error)}). Without network, give a local copy: "
             "on a machine that has it run `hf download stable-diffusion-v1-5/stable-diffusion-v1-5 --local-dir sd15 "
             "--exclude '*.ckpt' '*.bin'`, copy the folder and set model.path=/path/to/sd15. Gated or private "
             "repositories need `hf auth login`"
@@ -217,7 +217,3 @@ def _check_pipeline_class(folder: Path, path: str) -> None:
         raise UserError(
             f"model.path={path}: is a {name}; only StableDiffusionPipeline (v1 and v2 architectures) is supported"
         )
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]

@@ -1,0 +1,1 @@
+"""LightningModules: thin wrappers of the mathematics, the model and its adapters."""

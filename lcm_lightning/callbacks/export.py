@@ -1,0 +1,72 @@
+"""Write the trained adapter where other programs can use it."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import lightning as L
+from lightning.pytorch.loggers import WandbLogger
+
+from lcm_lightning.models.adapters import LORA_FILE, kohya_state_dict, locate_lora, lora_state_dict, save_lora
+from lcm_lightning.models.runs import Adapter, write_manifest
+from lcm_lightning.modules.adapter_training import AdapterTraining
+from lcm_lightning.modules.consistency_distillation import LcmLoraDistillation
+
+TEACHER_FILE = "teacher_lora_weights.safetensors"
+KOHYA_FILE = "kohya_lora_weights.safetensors"
+
+
+class ExportLora(L.Callback):
+    """After each validation and at the end, write the adapter as safetensors under `folder` (a run's `lora/`).
+
+    `pytorch_lora_weights.safetensors` loads with diffusers' `load_lora_weights`, `kohya_lora_weights.safetensors` with
+    ComfyUI and A1111. A distilled adapter belongs to its teacher, so a teacher's own LoRA is put beside it. At the end
+    the folder becomes a W&B artifact where W&B logs the run.
+    """
+
+    def __init__(self, folder: str) -> None:
+        self.folder = Path(folder)
+
+    def on_train_start(self, trainer: L.Trainer, module: AdapterTraining) -> None:
+        """Keep the teacher's LoRA with the student's."""
+        if trainer.is_global_zero and self._teacher_lora(module) is not None:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            temporary = self.folder / f".{TEACHER_FILE}"
+            shutil.copyfile(self._teacher_lora(module), temporary)
+            temporary.replace(self.folder / TEACHER_FILE)
+
+    def on_validation_end(self, trainer: L.Trainer, module: AdapterTraining) -> None:
+        """Export, except from Lightning's check before training."""
+        if not trainer.sanity_checking:
+            self._export(trainer, module)
+
+    def on_train_end(self, trainer: L.Trainer, module: AdapterTraining) -> None:
+        """Export the end of training and hand it to W&B."""
+        self._export(trainer, module)
+        if not trainer.is_global_zero:
+            return
+        for logger in trainer.loggers:
+            if isinstance(logger, WandbLogger):
+                import wandb
+
+                artifact = wandb.Artifact(f"lora-{logger.experiment.id}", type="lora")
+                artifact.add_dir(str(self.folder))
+                logger.experiment.log_artifact(artifact)
+
+    def _export(self, trainer: L.Trainer, module: AdapterTraining) -> None:
+        state_dict = lora_state_dict(module.model.unet, module.adapter_name)
+        if not trainer.is_global_zero:
+            return
+        save_lora(state_dict, self.folder / LORA_FILE)
+        save_lora(kohya_state_dict(state_dict), self.folder / KOHYA_FILE)
+        adapters = [Adapter(module.adapter_name)]
+        if self._teacher_lora(module) is not None:
+            adapters.insert(0, Adapter("finetuned", TEACHER_FILE))
+        write_manifest(self.folder, adapters)
+
+    @staticmethod
+    def _teacher_lora(module: AdapterTraining) -> Path | None:
+        if isinstance(module, LcmLoraDistillation) and module.teacher_lora is not None:
+            return locate_lora(module.teacher_lora)
+        return None

@@ -1,0 +1,30 @@
+"""Loggers that never ask and never stop a run."""
+
+from __future__ import annotations
+
+import netrc
+import os
+from urllib.parse import urlparse
+
+import wandb
+from lightning.pytorch.loggers import WandbLogger
+
+
+def has_wandb_key() -> bool:
+    """Whether W&B's key is at hand: in `WANDB_API_KEY`, W&B's settings, or the netrc file `wandb login` writes."""
+    settings = wandb.Settings()
+    if os.environ.get("WANDB_API_KEY") or settings.api_key:
+        return True
+    try:
+        return netrc.netrc().authenticators(urlparse(settings.base_url).hostname or "") is not None
+    except (FileNotFoundError, netrc.NetrcParseError):
+        return False
+
+
+def wandb_logger(*, project: str, save_dir: str, name: str, **settings: object) -> WandbLogger:
+    """A W&B logger that is online with an API key and offline without, unless `WANDB_MODE` says otherwise.
+
+    An offline run is sent later with ``wandb sync <run folder>/wandb/offline-run-*``. `settings` go to `wandb.init`.
+    """
+    offline = "WANDB_MODE" not in os.environ and not has_wandb_key()
+    return WandbLogger(project=project, save_dir=save_dir, name=name, offline=offline, **settings)

@@ -1,0 +1,121 @@
+"""Pictures of what the model draws while it trains."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import lightning as L
+import torch
+from lightning.pytorch.loggers import TensorBoardLogger, WandbLogger
+from PIL import Image
+from torch import Tensor
+
+from lcm_lightning.models.adapters import active_adapters
+from lcm_lightning.models.sampling import SamplingSetup, sample
+from lcm_lightning.modules.adapter_training import AdapterTraining
+from lcm_lightning.pictures import labelled_grid
+
+
+class SampleGrid(L.Callback):
+    """After each validation, draw the same prompts from the same seeds with teacher and student, side by side.
+
+    A row a prompt, a column a `SamplingSetup` of the module. Columns that no trained adapter takes part in are drawn
+    once. The ranks share the prompts.
+
+    Args:
+        folder: gets `step_<n>.png`.
+        resolution: side of the images, px.
+        prompts: what to draw; the first held-out captions if None.
+        num_prompts: how many of these.
+        seed: row i starts from the noise of ``seed + i``.
+        teacher_steps, guidance_scale: DDIM steps and guidance (diffusers' form) of base and teacher.
+        student_steps: of a distilled student, each from 1 to 8.
+        batch_size: images at a time.
+    """
+
+    def __init__(
+        self,
+        folder: str,
+        resolution: int,
+        *,
+        prompts: Sequence[str] | None = None,
+        num_prompts: int = 4,
+        seed: int = 0,
+        teacher_steps: int = 50,
+        guidance_scale: float = 7.5,
+        student_steps: Sequence[int] = (1, 2, 4, 8),
+        batch_size: int = 4,
+    ) -> None:
+        self.folder = Path(folder)
+        self.resolution = resolution
+        self.prompts = list(prompts) if prompts is not None else None
+        self.num_prompts = num_prompts
+        self.seed = seed
+        self.teacher_steps = teacher_steps
+        self.guidance_scale = guidance_scale
+        self.student_steps = tuple(student_steps)
+        self.batch_size = batch_size
+        self._unchanging: dict[str, Tensor] = {}
+
+    def on_validation_end(self, trainer: L.Trainer, module: AdapterTraining) -> None:
+        """Draw, save and log the grid."""
+        if trainer.sanity_checking:
+            return
+        prompts = self._prompts(trainer)
+        setups = module.sampling_setups(
+            teacher_steps=self.teacher_steps, guidance_scale=self.guidance_scale, student_steps=self.student_steps
+        )
+        columns = [self._column(trainer, module, setup, prompts) for setup in setups]
+        if trainer.is_global_zero:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            grid = labelled_grid(columns, [setup.label for setup in setups], prompts)
+            path = self.folder / f"step_{trainer.global_step:06d}.png"
+            grid.save(path)
+            self._log(trainer, grid)
+
+    def _prompts(self, trainer: L.Trainer) -> list[str]:
+        if self.prompts is None:
+            captions: list[str] = []
+            for batch in trainer.datamodule.val_dataloader():  # type: ignore[attr-defined]
+                captions += [c for c, weight in zip(batch["captions"], batch["weight"], strict=True) if weight > 0]
+                if len(captions) >= self.num_prompts:
+                    break
+            # Ranks hold different validation samples; all must draw the first rank's.
+            self.prompts = trainer.strategy.broadcast(captions[: self.num_prompts])
+        return self.prompts[: self.num_prompts]
+
+    def _column(self, trainer: L.Trainer, module: AdapterTraining, setup: SamplingSetup, prompts: list[str]) -> Tensor:
+        """Images [N, 3, H, W] of one setup, complete on every rank."""
+        if setup.label in self._unchanging:
+            return self._unchanging[setup.label]
+        ranks = trainer.world_size
+        # Padded to the same number on each rank: sharded weights are gathered by all ranks together.
+        mine = [i % len(prompts) for i in range(trainer.global_rank, -(-len(prompts) // ranks) * ranks, ranks)]
+        with active_adapters(module.model, setup.adapters):
+            images = sample(
+                module.model,
+                [prompts[i] for i in mine],
+                seeds=[self.seed + i for i in mine],
+                steps=setup.steps,
+                guidance_scale=setup.guidance_scale,
+                sampler=setup.sampler,
+                resolution=self.resolution,
+                batch_size=self.batch_size,
+            )
+        if ranks > 1:
+            gathered = module.all_gather(images.to(module.device))
+            images = gathered.transpose(0, 1).flatten(0, 1)[: len(prompts)].cpu()
+        if module.adapter_name not in setup.adapters:
+            self._unchanging[setup.label] = images
+        return images
+
+    @staticmethod
+    def _log(trainer: L.Trainer, grid: Image.Image) -> None:
+        for logger in trainer.loggers:
+            if isinstance(logger, WandbLogger):
+                logger.log_image("samples", [grid], step=trainer.global_step)
+            elif isinstance(logger, TensorBoardLogger):
+                pixels = torch.frombuffer(bytearray(grid.tobytes()), dtype=torch.uint8)
+                pixels = pixels.reshape(grid.height, grid.width, 3)
+                logger.experiment.add_image("samples", pixels, trainer.global_step, dataformats="HWC")

@@ -1,0 +1,143 @@
+"""What LoRA fine-tuning and LCM-LoRA distillation share: one frozen model, one trainable adapter."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, ClassVar
+
+import lightning as L
+from diffusers.optimization import SchedulerType, get_scheduler
+from torch import Tensor, nn
+from torch.distributed.fsdp import fully_shard
+from torch.optim import Optimizer
+
+from lcm_lightning.diffusion.schedule import alphas_cumprod_from_config
+from lcm_lightning.errors import UserError
+from lcm_lightning.models.adapters import LoraSettings, add_lora, lora_parameters
+from lcm_lightning.models.sampling import SamplingSetup
+from lcm_lightning.models.stable_diffusion import StableDiffusion
+from lcm_lightning.modules.randomness import SampleRandomness
+
+OptimizerFactory = Callable[[Iterable[nn.Parameter]], Optimizer]
+
+
+class AdapterTraining(L.LightningModule, ABC):
+    """Train the adapter `adapter_name` of a frozen Stable Diffusion model.
+
+    A batch holds `pixel_values` float32 [B, 3, H, W] in [-1, 1], `captions` (B strings), `seed` int64 [B] and `weight`
+    float32 [B]; see `lcm_lightning.data`. The mean of weight times loss over all ranks is the mean over the step's
+    samples, each once.
+
+    Args:
+        model: frozen; its UNet gets the adapter.
+        lora: shape of the adapter.
+        optimizer: makes the optimizer of the adapter's parameters.
+        lr_scheduler: a schedule of `diffusers.optimization.get_scheduler`, such as "constant_with_warmup" or "cosine".
+        warmup_steps: optimizer steps over which the learning rate rises from 0.
+    """
+
+    adapter_name: ClassVar[str]
+
+    def __init__(
+        self,
+        model: StableDiffusion,
+        *,
+        lora: LoraSettings,
+        optimizer: OptimizerFactory,
+        lr_scheduler: str = "constant_with_warmup",
+        warmup_steps: int = 0,
+    ) -> None:
+        super().__init__()
+        if lr_scheduler not in {schedule.value for schedule in SchedulerType}:
+            names = ", ".join(schedule.value for schedule in SchedulerType)
+            raise UserError(f"method.lr_scheduler={lr_scheduler}: expected one of {names}")
+        if warmup_steps < 0:
+            raise UserError(f"method.warmup_steps={warmup_steps}: expected at least 0")
+        self.strict_loading = False
+        self.model = model
+        self.make_optimizer = optimizer
+        self.lr_scheduler = lr_scheduler
+        self.warmup_steps = warmup_steps
+        add_lora(model.unet, self.adapter_name, lora)
+        model.unet.train()
+        self.register_buffer("alphas_cumprod", alphas_cumprod_from_config(model.scheduler_config), persistent=False)
+
+    @abstractmethod
+    def losses(self, latents: Tensor, text: Tensor, randomness: SampleRandomness) -> Tensor:
+        """Loss of each sample, float32 [B]. `latents` [B, C, h, w] float32, `text` [B, L, D]."""
+
+    @abstractmethod
+    def sampling_setups(
+        self, *, teacher_steps: int, guidance_scale: float, student_steps: Sequence[int]
+    ) -> list[SamplingSetup]:
+        """The ways of drawing images that show what training has done."""
+
+    def training_step(self, batch: dict[str, Any], batch_index: int) -> Tensor:
+        """Weighted mean loss of a batch."""
+        loss = (batch["weight"] * self._batch_losses(batch)).mean()
+        self.log("train/loss", loss, prog_bar=True, batch_size=len(batch["captions"]))
+        return loss
+
+    def validation_step(self, batch: dict[str, Any], batch_index: int) -> None:
+        """Mean loss over the held-out samples. Their seeds do not change, so neither do noise and timesteps."""
+        held_out = (batch["weight"] > 0).float()
+        count = held_out.sum()
+        loss = (held_out * self._batch_losses(batch)).sum() / count.clamp(min=1)
+        self.log("val/loss", loss, prog_bar=True, sync_dist=True, on_epoch=True, batch_size=int(count))
+
+    def _batch_losses(self, batch: dict[str, Any]) -> Tensor:
+        randomness = SampleRandomness(batch["seed"], self.device)
+        pixel_values = batch["pixel_values"]
+        posterior_noise = randomness.normal(self.model.latent_shape(pixel_values.shape[-1]))
+        latents = self.model.encode_images(pixel_values, posterior_noise)
+        return self.losses(latents, self.model.encode_text(batch["captions"]), randomness)
+
+    def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
+        """Log the norm of the adapter's gradient, before clipping."""
+        if self.trainer.global_step % self.trainer.log_every_n_steps == 0:
+            gradients = [p.grad for p in self.adapter_parameters() if p.grad is not None]
+            self.log("train/grad_norm", nn.utils.get_total_norm(gradients))
+
+    def adapter_parameters(self) -> list[nn.Parameter]:
+        """The trainable parameters."""
+        return lora_parameters(self.model.unet, self.adapter_name)
+
+    def configure_optimizers(self) -> dict[str, Any]:
+        """The optimizer and its schedule, stepped once an optimizer step."""
+        optimizer = self.make_optimizer(self.adapter_parameters())
+        schedule = get_scheduler(
+            self.lr_scheduler,
+            optimizer,
+            num_warmup_steps=self.warmup_steps,
+            num_training_steps=int(self.trainer.estimated_stepping_batches),
+        )
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def configure_model(self) -> None:
+        """Shard the UNet block by block where the strategy is FSDP (Lightning's ModelParallelStrategy)."""
+        if self.device_mesh is None:
+            return
+        mesh, unet = self.device_mesh["data_parallel"], self.model.unet
+        for block in (*unet.down_blocks, unet.mid_block, *unet.up_blocks):
+            fully_shard(block, mesh=mesh)
+        fully_shard(unet, mesh=mesh)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Keep the adapter only: the frozen weights are read from where they came."""
+        trainable = self._trainable_names()
+        checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if k in trainable}
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Refuse a checkpoint of another adapter. Raises `UserError`."""
+        expected = {name: tuple(p.shape) for name, p in self.named_parameters() if name in self._trainable_names()}
+        found = {name: tuple(tensor.shape) for name, tensor in checkpoint["state_dict"].items()}
+        if expected != found:
+            odd = sorted(set(expected.items()) ^ set(found.items()))[0]
+            raise UserError(
+                f"resume: the checkpoint's adapter differs from this run's, first at {odd[0]} {list(odd[1])}; resume "
+                "with the model, method and method.lora settings it was trained with (config.yaml in its run folder)"
+            )
+
+    def _trainable_names(self) -> set[str]:
+        return {name for name, parameter in self.named_parameters() if parameter.requires_grad}

@@ -1,0 +1,41 @@
+"""Put images side by side with words."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Sequence
+
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
+
+GAP = 8
+HEADING = 30
+CAPTION = 200
+SMALLEST_CELL = 128
+
+
+def to_pil(image: Tensor) -> Image.Image:
+    """A [3, H, W] tensor in [0, 1] as a picture."""
+    return Image.fromarray((image * 255).round().byte().permute(1, 2, 0).contiguous().cpu().numpy())
+
+
+def labelled_grid(columns: Sequence[Tensor], headings: Sequence[str], captions: Sequence[str]) -> Image.Image:
+    """A picture of `columns`, each [N, 3, H, W] in [0, 1], under their headings, row i beside ``captions[i]``.
+
+    Images below 128 px are enlarged by a whole factor, pixel by pixel, so that what is seen is what was drawn.
+    """
+    side = columns[0].shape[-1]
+    cell = side * max(1, SMALLEST_CELL // side)
+    font = ImageFont.load_default(14)
+    width = CAPTION + len(columns) * (cell + GAP) + GAP
+    grid = Image.new("RGB", (width, HEADING + len(captions) * (cell + GAP)), "white")
+    draw = ImageDraw.Draw(grid)
+    for j, (images, heading) in enumerate(zip(columns, headings, strict=True)):
+        left = CAPTION + GAP + j * (cell + GAP)
+        draw.text((left + cell // 2, HEADING // 2), heading, "black", font, anchor="mm")
+        for i, image in enumerate(images):
+            grid.paste(to_pil(image).resize((cell, cell), Image.Resampling.NEAREST), (left, HEADING + i * (cell + GAP)))
+    for i, caption in enumerate(captions):
+        wrapped = "\n".join(textwrap.wrap(caption, 26)[: max(1, cell // 18)])
+        draw.multiline_text((GAP, HEADING + i * (cell + GAP) + 4), wrapped, "black", font)
+    return grid

@@ -1,0 +1,46 @@
+"""Train: ``python train.py experiment=lcm_flickr30k``. Composes what `conf/` says and runs Lightning's Trainer."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import hydra
+import lightning as L
+from hydra.utils import instantiate
+from lightning.pytorch.loggers import CSVLogger, Logger
+from omegaconf import DictConfig, OmegaConf
+
+from lcm_lightning.errors import report_user_errors
+from lcm_lightning.resolvers import register_resolvers
+from lcm_lightning.training import build_module, find_checkpoint, next_commands, quiet_known_warnings
+
+register_resolvers()
+
+
+@hydra.main(version_base="1.3", config_path="conf", config_name="train")
+@report_user_errors
+def main(cfg: DictConfig) -> None:
+    """Compose the run, train, and say where its results are."""
+    quiet_known_warnings()
+    OmegaConf.resolve(cfg)
+    run_dir = Path(cfg.run_dir)
+    L.seed_everything(cfg.seed, workers=True, verbose=False)
+    data = instantiate(cfg.data)
+    data.prepare_data()
+    loggers: list[Logger] = [CSVLogger(run_dir, name="", version="")]
+    loggers += [instantiate(logger) for logger in cfg.logger.values()]
+    callbacks = [instantiate(callback) for callback in cfg.callbacks.values() if callback is not None]
+    trainer = instantiate(cfg.trainer, logger=loggers, callbacks=callbacks)
+    module = build_module(cfg, trainer.precision)
+    if trainer.is_global_zero:
+        OmegaConf.save(cfg, run_dir / "config.yaml")
+        for logger in loggers[1:]:
+            logger.log_hyperparams(OmegaConf.to_container(cfg))
+    trainer.fit(module, datamodule=data, ckpt_path=find_checkpoint(cfg.resume))
+    trainer.save_checkpoint(run_dir / "checkpoints" / "last.ckpt")
+    if trainer.is_global_zero:
+        print(next_commands(run_dir))
+
+
+if __name__ == "__main__":
+    main()
