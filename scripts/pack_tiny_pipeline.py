@@ -42,6 +42,7 @@ def main() -> None:
     shutil.copytree(arguments.pipeline, pipeline)
     pack_clip(arguments.clip, clip)
     for folder in (pipeline, clip):
+        forget_origin(folder)
         target = folder.with_suffix("")
         shutil.rmtree(target, ignore_errors=True)
         folder.rename(target)
@@ -53,6 +54,16 @@ def pack_clip(source: Path, folder: Path) -> None:
     CLIPModel.from_pretrained(source).to(torch.float16).save_pretrained(folder)
     CLIPTokenizer.from_pretrained(source).save_pretrained(folder)
     (folder / "preprocessor_config.json").write_text(json.dumps(IMAGE_PROCESSOR, indent=2) + "\n")
+
+
+def forget_origin(folder: Path) -> None:
+    """Drop the paths of the run from the configs, and make every file readable by all."""
+    for file in folder.rglob("config.json"):
+        config = json.loads(file.read_text())
+        config.pop("_name_or_path", None)
+        file.write_text(json.dumps(config, indent=2) + "\n")
+    for file in folder.rglob("*.safetensors"):
+        file.chmod(0o644)
 
 
 if __name__ == "__main__":

@@ -24,6 +24,7 @@ RESOLUTION = 64
 TEXT_LENGTH = 24
 TEXT_WIDTH = 256
 BEGIN, END = "<|startoftext|>", "<|endoftext|>"
+WORD_END = "</w>"
 # How CLIP cuts text before byte-pair encoding (Radford et al. 2021): words, single digits, runs of signs.
 CLIP_WORDS = r"""<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"""
 
@@ -97,7 +98,7 @@ def tiny_clip(tokenizer: CLIPTokenizer) -> CLIPModel:
 
 def train_tokenizer(captions: Iterable[str], vocab_size: int = 2048) -> CLIPTokenizer:
     """A `CLIPTokenizer` whose byte-pair merges (Sennrich et al. 2016) are learnt from `captions`."""
-    bpe = Tokenizer(models.BPE(end_of_word_suffix="</w>", unk_token=END))
+    bpe = Tokenizer(models.BPE(end_of_word_suffix=WORD_END))
     bpe.normalizer = normalizers.Sequence([normalizers.NFC(), normalizers.Lowercase()])
     bpe.pre_tokenizer = pre_tokenizers.Sequence(
         [
@@ -105,9 +106,14 @@ def train_tokenizer(captions: Iterable[str], vocab_size: int = 2048) -> CLIPToke
             pre_tokenizers.ByteLevel(add_prefix_space=False),
         ]
     )
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    # As in CLIP's vocabulary every byte has a form that ends a word, so that nothing is unknown. They are given in
+    # order, since the trainer numbers those it finds itself at random.
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size - 2, initial_alphabet=sorted(alphabet), end_of_word_suffix="</w>", show_progress=False
+        vocab_size=vocab_size - 2,
+        special_tokens=alphabet + [sign + WORD_END for sign in alphabet],
+        end_of_word_suffix=WORD_END,
+        show_progress=False,
     )
     bpe.train_from_iterator(captions, trainer)
     with tempfile.TemporaryDirectory() as folder:
@@ -118,7 +124,7 @@ def train_tokenizer(captions: Iterable[str], vocab_size: int = 2048) -> CLIPToke
 def _clip_tokenizer(vocabulary: Path, merges: Path) -> CLIPTokenizer:
     tokens = json.loads(vocabulary.read_text())
     for token in (BEGIN, END):
-        tokens.setdefault(token, len(tokens))
+        tokens[token] = len(tokens)
     vocabulary.write_text(json.dumps(tokens, ensure_ascii=False))
     return CLIPTokenizer.from_pretrained(vocabulary.parent, model_max_length=TEXT_LENGTH)
 
