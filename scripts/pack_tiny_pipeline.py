@@ -12,7 +12,9 @@ import shutil
 from pathlib import Path
 
 import torch
-from transformers import CLIPModel, CLIPTokenizer
+from transformers import CLIPModel, CLIPTextModel, CLIPTokenizer
+
+from lcm_lightning.models.tiny import tidy_configs
 
 # [0, 1] pixels to the [-1, 1] both towers were trained on.
 IMAGE_PROCESSOR = {
@@ -41,8 +43,12 @@ def main() -> None:
     pipeline, clip = arguments.output / "tiny.tmp", arguments.output / "tiny_clip.tmp"
     shutil.copytree(arguments.pipeline, pipeline)
     pack_clip(arguments.clip, clip)
+    # Weight averaging rounds frozen weights too: take the text tower from where it was trained.
+    CLIPTextModel.from_pretrained(arguments.clip).to(torch.float16).save_pretrained(pipeline / "text_encoder")
     for folder in (pipeline, clip):
-        forget_origin(folder)
+        tidy_configs(folder)
+        for file in folder.rglob("*.safetensors"):
+            file.chmod(0o644)
         target = folder.with_suffix("")
         shutil.rmtree(target, ignore_errors=True)
         folder.rename(target)
@@ -54,16 +60,6 @@ def pack_clip(source: Path, folder: Path) -> None:
     CLIPModel.from_pretrained(source).to(torch.float16).save_pretrained(folder)
     CLIPTokenizer.from_pretrained(source).save_pretrained(folder)
     (folder / "preprocessor_config.json").write_text(json.dumps(IMAGE_PROCESSOR, indent=2) + "\n")
-
-
-def forget_origin(folder: Path) -> None:
-    """Drop the paths of the run from the configs, and make every file readable by all."""
-    for file in folder.rglob("config.json"):
-        config = json.loads(file.read_text())
-        config.pop("_name_or_path", None)
-        file.write_text(json.dumps(config, indent=2) + "\n")
-    for file in folder.rglob("*.safetensors"):
-        file.chmod(0o644)
 
 
 if __name__ == "__main__":

@@ -159,3 +159,15 @@ def save_pipeline(model: StableDiffusion, folder: Path) -> None:
         requires_safety_checker=False,
     )
     copy.deepcopy(pipeline).to(torch.float16).save_pretrained(folder)
+    tidy_configs(folder)
+
+
+def tidy_configs(folder: Path) -> None:
+    """Let transformers load half-precision weights in single precision, as diffusers does; drop their origin."""
+    for file in folder.rglob("config.json"):
+        config = json.loads(file.read_text())
+        config.pop("_name_or_path", None)
+        for part in (config, config.get("text_config", {}), config.get("vision_config", {})):
+            if "dtype" in part:
+                part["dtype"] = "float32"
+        file.write_text(json.dumps(config, indent=2) + "\n")
