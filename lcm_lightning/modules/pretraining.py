@@ -20,7 +20,6 @@ from transformers import CLIPTextModel, CLIPTokenizer
 from lcm_lightning.data.datamodule import iterate_split
 from lcm_lightning.diffusion.consistency import squared_error
 from lcm_lightning.diffusion.schedule import add_noise, alphas_cumprod_from_config, training_target
-from lcm_lightning.models.sampling import SamplingSetup
 from lcm_lightning.models.stable_diffusion import StableDiffusion
 from lcm_lightning.models.tiny import (
     SCHEDULER,
@@ -260,12 +259,6 @@ class UnetPretraining(Pretraining):
         if new:
             self.texts.update(zip(new, self.model.encode_text(new), strict=True))
         return torch.stack([self.texts[caption] for caption in captions])
-
-    def sampling_setups(
-        self, *, teacher_steps: int, guidance_scale: float, student_steps: Sequence[int]
-    ) -> list[SamplingSetup]:
-        """The model itself, guided."""
-        return [SamplingSetup(f"{teacher_steps} steps", (), "ddim", teacher_steps, guidance_scale)]
 
     def save(self, folder: Path) -> None:
         """Write the whole pipeline as a diffusers folder."""
