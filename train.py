@@ -36,7 +36,7 @@ def main(cfg: DictConfig) -> None:
         OmegaConf.save(cfg, run_dir / "config.yaml")
         for logger in loggers[1:]:
             logger.log_hyperparams(OmegaConf.to_container(cfg))
-    trainer.fit(module, datamodule=data, ckpt_path=find_checkpoint(cfg.resume))
+    trainer.fit(module, datamodule=data, ckpt_path=find_checkpoint(cfg.resume), weights_only=True)
     trainer.save_checkpoint(run_dir / "checkpoints" / "last.ckpt")
     if trainer.is_global_zero:
         print(next_commands(run_dir))

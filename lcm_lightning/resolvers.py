@@ -1,4 +1,4 @@
-"""What configuration files may compute: `${fused_adamw:...}` and `${package_file:...}`."""
+"""What configuration files may compute: `${fused_adamw:...}`, `${mul:...}`, `${package_file:...}`."""
 
 from __future__ import annotations
 
@@ -8,8 +8,13 @@ from omegaconf import OmegaConf
 
 
 def fused_adamw(precision: str) -> bool:
-    """Whether AdamW's fused kernel can be used: not with fp16's scaled gradients, which it unscales after clipping."""
-    return precision not in ("16-mixed", "16")
+    """Whether AdamW's fused kernel can be used: Lightning refuses to clip gradients with it under autocast."""
+    return not precision.endswith("-mixed")
+
+
+def mul(a: int, b: int) -> int:
+    """Product of two whole numbers."""
+    return a * b
 
 
 def package_file(name: str) -> str:
@@ -20,4 +25,5 @@ def package_file(name: str) -> str:
 def register_resolvers() -> None:
     """Make the resolvers known to OmegaConf; may be called again."""
     OmegaConf.register_new_resolver("fused_adamw", fused_adamw, replace=True)
+    OmegaConf.register_new_resolver("mul", mul, replace=True)
     OmegaConf.register_new_resolver("package_file", package_file, replace=True)

@@ -101,6 +101,7 @@ def quiet_known_warnings() -> None:
     for message in (
         ".*Experiment logs directory .* exists.*",  # metrics.csv belongs in the run folder, which Hydra has made
         ".*Checkpoint directory .* exists and is not empty.*",
+        ".*isinstance\\(treespec, LeafSpec\\).*",  # Lightning's own use of torch
         ".*does not have many workers.*",  # the number of workers is the user's choice, data.num_workers
     ):
         warnings.filterwarnings("ignore", message)

@@ -52,11 +52,11 @@ class Source:
 def sample_key(name: str) -> str:
     """A file name without suffix as a shard key.
 
-    webdataset ends a key at the first dot and splits folders at slashes; a name that has to be altered gets a short
-    hash of itself, so that two names never meet.
+    webdataset ends a key at the first dot and splits folders at slashes, and tar headers hold 100 characters; a name
+    that has to be altered gets a hash of itself, so that two names never meet.
     """
     key = re.sub(r"[^0-9A-Za-z_-]+", "_", name)
-    return key if key == name else f"{key.strip('_')}-{stable_hash(name):016x}"[-100:].lstrip("-")
+    return key if key == name and len(name) <= 80 else f"{key[:60]}-{stable_hash(name):016x}"
 
 
 def clean_caption(caption: object) -> str:

@@ -244,9 +244,14 @@ class ShardLoader:
     dataset cannot have a sampler of ours, so this class holds the `DataLoader` and is the sampler itself; being no
     `DataLoader`, it is also safe from having a `DistributedSampler` put into it.
 
+    With `state_dict` Lightning's checkpoints hold the place in the epoch; a resumed run goes on with the next batch.
+
     Attributes:
-        start_batch: batches of the next epoch to leave out, without reading or decoding them; 0 again afterwards.
+        start_batch: batches of the next epoch to leave out, without decoding them; 0 again afterwards.
+        batch_sampler: None, as in a `DataLoader` that does not batch; Lightning asks for it.
     """
+
+    batch_sampler = None
 
     def __init__(
         self, stream: ShardStream, *, num_workers: int, prefetch_factor: int = 2, max_bad_fraction: float = 0.01
@@ -256,6 +261,7 @@ class ShardLoader:
         self.max_bad_fraction = max_bad_fraction
         self.start_batch = 0
         self.epoch = 0
+        self.consumed = 0
         self.loader = DataLoader(
             stream,
             batch_size=None,
@@ -284,13 +290,42 @@ class ShardLoader:
         return steps_per_epoch(self.stream.samples, world_size, self.stream.batch_size)
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
+        # A generator on purpose: Lightning calls iter() first, then set_epoch() or load_state_dict(), then next().
         rank, world_size = rank_and_world_size()
         self.stream.start.copy_(torch.tensor([self.epoch, self.start_batch, rank, world_size]))
-        self.start_batch = 0
+        self.consumed, self.start_batch = self.start_batch, 0
         faults = FaultCount(self.rank_samples(rank, world_size), self.max_bad_fraction)
         for content in self.loader:
             faults.add(content.pop("faults"))
+            self.consumed += 1
             yield content
+
+    def plan_settings(self) -> dict[str, int]:
+        """All that decides which samples a batch holds, beside the epoch and the rank."""
+        return {
+            "samples": self.stream.samples,
+            "world_size": rank_and_world_size()[1],
+            "data.batch_size": self.stream.batch_size,
+            "data.num_workers": self.loader.num_workers,
+            "data.shuffle_buffer": self.stream.shuffle_buffer,
+            "data.seed": self.stream.seed,
+        }
+
+    def state_dict(self) -> dict[str, Any]:
+        """The batches of the epoch consumed so far, and the settings under which that number means something."""
+        return {"consumed": self.consumed, "settings": self.plan_settings()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on after the consumed batches. Raises `UserError` in mid-epoch when the settings are others now."""
+        consumed, settings = state["consumed"], self.plan_settings()
+        if consumed == len(self):
+            consumed = 0
+        changed = {key: value for key, value in settings.items() if state["settings"].get(key) != value}
+        if consumed and changed:
+            wanted = " ".join(f"{key}={state['settings'].get(key)}" for key in changed)
+            now = " ".join(f"{key}={value}" for key, value in changed.items())
+            raise UserError(f"resume: the run stopped in mid-epoch with {wanted}, now {now}; resume with the former")
+        self.start_batch = consumed
 
     def rank_samples(self, rank: int, world_size: int) -> int:
         """Samples this rank sees in an epoch."""

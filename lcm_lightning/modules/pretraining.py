@@ -10,7 +10,7 @@ from typing import Any
 
 import lightning as L
 import torch
-from diffusers import AutoencoderKL
+from diffusers import AutoencoderKL, UNet2DConditionModel
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim import Optimizer
@@ -202,15 +202,16 @@ class UnetPretraining(Pretraining):
     Args:
         vae: folder written by `VaePretraining`.
         clip: folder written by `ClipPretraining`; its text tower becomes the text encoder.
+        unet: folder of a UNet of the same architecture to go on from; None starts from random weights.
     """
 
-    def __init__(self, *, vae: str, clip: str, **training: Any) -> None:
+    def __init__(self, *, vae: str, clip: str, unet: str | None = None, **training: Any) -> None:
         super().__init__(**training)
         self.model = StableDiffusion(
             tokenizer=CLIPTokenizer.from_pretrained(clip),
             text_encoder=CLIPTextModel.from_pretrained(clip),
             vae=AutoencoderKL.from_pretrained(vae),
-            unet=tiny_unet(),
+            unet=tiny_unet() if unet is None else UNet2DConditionModel.from_pretrained(unet),
             scheduler_config=SCHEDULER,
             name_or_path="tiny",
             dtype=torch.float32,

@@ -1,0 +1,104 @@
+"""Image bytes to pixels: whatever people keep in folders comes out upright, RGB and on white, or is refused."""
+
+from __future__ import annotations
+
+import io
+import struct
+import zlib
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from lcm_lightning.data.images import ImageFault, crop_square, decode_image, normalise, resize_shorter_side
+
+
+def encoded(image, format="PNG", **options):
+    buffer = io.BytesIO()
+    image.save(buffer, format, **options)
+    return buffer.getvalue()
+
+
+def test_exif_orientation_is_applied():
+    image = Image.new("RGB", (60, 40), "white")
+    image.paste("black", (0, 0, 30, 40))
+    exif = Image.Exif()
+    exif[0x0112] = 6  # the camera was turned: rotate by 90 degrees clockwise to see it upright
+    upright = decode_image(encoded(image, "JPEG", exif=exif, quality=95))
+    assert upright.size == (40, 60)
+    assert upright.getpixel((20, 5)) < (50, 50, 50) and upright.getpixel((20, 55)) > (200, 200, 200)
+
+
+@pytest.mark.parametrize("mode", ["L", "CMYK", "P", "1", "I;16", "LA", "RGBA"])
+def test_every_mode_becomes_rgb_of_the_same_brightness(mode):
+    if mode == "I;16":
+        image = Image.fromarray(np.full((40, 40), 128 << 8, dtype=np.uint16))
+    else:
+        image = Image.new("RGB", (40, 40), (128, 128, 128) if mode != "1" else "white").convert(mode)
+    data = encoded(image, "TIFF" if mode in ("CMYK", "I;16") else "PNG")
+    pixel = decode_image(data).getpixel((20, 20))
+    assert pixel == pytest.approx((255,) * 3 if mode == "1" else (128,) * 3, abs=1)
+
+
+def test_transparent_pixels_are_white():
+    image = Image.new("RGBA", (40, 40), (255, 0, 0, 0))
+    image.paste((255, 0, 0, 255), (0, 0, 20, 40))
+    rgb = decode_image(encoded(image))
+    assert rgb.getpixel((10, 10)) == (255, 0, 0) and rgb.getpixel((30, 10)) == (255, 255, 255)
+
+
+def test_of_an_animation_the_first_frame_is_taken():
+    frames = [Image.new("RGB", (40, 40), colour) for colour in ("red", "blue")]
+    data = encoded(frames[0], "GIF", save_all=True, append_images=frames[1:])
+    assert decode_image(data).getpixel((0, 0)) == pytest.approx((255, 0, 0), abs=2)
+
+
+def png_header(width, height):
+    """A PNG that announces a size and holds almost no pixels."""
+
+    def chunk(name, content):
+        return struct.pack(">I", len(content)) + name + content + struct.pack(">I", zlib.crc32(name + content))
+
+    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    return (
+        b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"\0" * 9)) + chunk(b"IEND", b"")
+    )
+
+
+@pytest.mark.parametrize(
+    ("data", "reason"),
+    [
+        (b"", "undecodable"),
+        (b"no image at all", "undecodable"),
+        (encoded(Image.effect_noise((80, 80), 50), "JPEG")[:600], "undecodable"),
+        (png_header(10_000, 10_000), "too large"),
+        (png_header(60_000, 60_000), "too large"),
+    ],
+)
+def test_damaged_and_huge_images_are_refused_with_the_reason(data, reason):
+    with pytest.raises(ImageFault, match=reason):
+        decode_image(data)
+
+
+@pytest.mark.parametrize("size", [(500, 375), (375, 500), (64, 64), (31, 999), (512, 512)])
+def test_the_shorter_side_gets_the_resolution_and_the_crop_is_square(size):
+    image = resize_shorter_side(Image.new("RGB", size), 128)
+    assert min(image.size) == 128
+    assert max(image.size) / 128 == pytest.approx(max(size) / min(size), rel=0.01)
+    for place in (0.0, 0.5, 1.0):
+        assert crop_square(image, 128, place, place).size == (128, 128)
+
+
+def test_crops_reach_both_ends():
+    image = Image.new("RGB", (100, 50), "white")
+    image.putpixel((0, 0), (0, 0, 0))
+    image.putpixel((99, 49), (0, 0, 0))
+    assert crop_square(image, 50, 0.0, 0.0).getpixel((0, 0)) == (0, 0, 0)
+    assert crop_square(image, 50, 1.0, 1.0).getpixel((49, 49)) == (0, 0, 0)
+
+
+def test_pixels_are_normalised_to_minus_one_to_one_channels_first():
+    image = Image.new("RGB", (4, 2), (0, 255, 51))
+    pixels = normalise(image)
+    assert pixels.dtype == np.float32 and pixels.shape == (3, 2, 4)
+    np.testing.assert_allclose(pixels[:, 0, 0], [-1.0, 1.0, -0.6], atol=1e-6)

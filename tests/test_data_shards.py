@@ -1,0 +1,269 @@
+"""Finding, counting, fetching and reading shards, ours and other people's."""
+
+from __future__ import annotations
+
+import functools
+import http.server
+import io
+import json
+import pickle
+import tarfile
+import threading
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from lcm_lightning.data import downloads
+from lcm_lightning.data.datamodule import iterate_split
+from lcm_lightning.data.records import Record
+from lcm_lightning.data.shards import (
+    count_samples,
+    find_shards,
+    group_by_split,
+    open_split,
+    read_samples,
+    sample_captions,
+    split_of,
+)
+from lcm_lightning.data.sources import read_source
+from lcm_lightning.data.writing import ShardSettings, write_shards
+from lcm_lightning.errors import UserError
+
+
+def png(value=0):
+    buffer = io.BytesIO()
+    Image.fromarray(np.full((40, 40, 3), value, dtype=np.uint8)).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def write_tar(path, members):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(path, "w") as archive:
+        for name, content in members.items():
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            archive.addfile(member, io.BytesIO(content))
+    return path
+
+
+def clip_benchmark_shard(path, numbers):
+    """A shard as on the hub: five captions, one a line, and the class as .cls."""
+    captions = "\n".join(f"caption {n}" for n in range(5)).encode()
+    members = {}
+    for number in numbers:
+        members |= {f"s{number:07d}.cls": b"0", f"s{number:07d}.png": png(number), f"s{number:07d}.txt": captions}
+    return write_tar(path, members)
+
+
+@pytest.fixture
+def cache(tmp_path):
+    return tmp_path / "cache"
+
+
+@pytest.mark.parametrize(
+    ("location", "split"),
+    [
+        ("train/0.tar", "train"),
+        ("hf://datasets/a/b/test/4.tar", "test"),
+        ("https://host/data/val-000001.tar", "val"),
+        ("/d/test/validation_3.tar", "val"),
+        ("/contest/00001.tar", "train"),
+        ("0.tar", "train"),
+    ],
+)
+def test_the_split_is_read_off_the_path(location, split):
+    assert split_of(location) == split
+
+
+def test_shards_are_in_natural_order():
+    assert group_by_split(f"train/{n}.tar" for n in (10, 9, 1)) == {
+        "train": ("train/1.tar", "train/9.tar", "train/10.tar")
+    }
+
+
+def test_ready_shards_of_a_folder_are_counted_once(tmp_path, cache, monkeypatch):
+    clip_benchmark_shard(tmp_path / "set" / "train" / "0.tar", range(5))
+    clip_benchmark_shard(tmp_path / "set" / "train" / "1.tar", range(3))
+    clip_benchmark_shard(tmp_path / "set" / "test" / "0.tar", range(2))
+    index = find_shards(str(tmp_path / "set"))
+    assert [shard.samples for shard in open_split(index, "train", cache)] == [5, 3]
+    monkeypatch.setattr("lcm_lightning.data.shards.count_samples", lambda path: pytest.fail(f"{path} counted again"))
+    assert [shard.samples for shard in open_split(index, "train", cache)] == [5, 3]
+    with pytest.raises(UserError, match="no split 'val'; it has test, train"):
+        open_split(index, "val", cache)
+
+
+def test_braces_stand_for_several_shards(tmp_path, cache):
+    for number in range(3):
+        clip_benchmark_shard(tmp_path / f"{number}.tar", range(number + 1))
+    index = find_shards(f"{tmp_path}/{{0..2}}.tar")
+    assert [shard.samples for shard in open_split(index, "train", cache)] == [1, 2, 3]
+    with pytest.raises(UserError, match=r"no shard .*3\.tar \(1 of 4 missing\)"):
+        find_shards(f"{tmp_path}/{{0..3}}.tar")
+
+
+def test_captions_come_from_text_lines_or_json(tmp_path):
+    path = write_tar(
+        tmp_path / "0.tar",
+        {
+            "a.png": png(),
+            "a.txt": b"one\n\ntwo\n",
+            "b.png": png(),
+            "b.json": b'{"captions": ["one", "two"]}',
+            "c.png": png(),
+            "c.json": b'{"caption": "one"}',
+        },
+    )
+    assert [sample_captions(sample) for sample in read_samples(path)] == [("one", "two"), ("one", "two"), ("one",)]
+
+
+class Trap:
+    """Unpickling this would end the test run."""
+
+    def __reduce__(self):
+        return (pytest.exit, ("unpickled",))
+
+
+def test_members_that_hold_pickles_are_never_read(tmp_path):
+    trap = pickle.dumps(Trap())
+    members = {f"a.{suffix}": trap for suffix in ("pyd", "pth", "pkl", "npy", "ten")}
+    path = write_tar(tmp_path / "0.tar", {"a.png": png(7), "a.txt": b"one", **members, "b.pyd": trap})
+    assert count_samples(path) == 1
+    (sample,) = read_samples(path)
+    assert {suffix for suffix in sample if not suffix.startswith("__")} == {"png", "txt"}
+    (decoded,) = iterate_split(str(path), "train", cache_dir=str(tmp_path / "cache"))
+    assert decoded.image.getpixel((0, 0)) == (7, 7, 7)
+
+
+def test_reading_from_a_later_sample_gives_the_same_samples(tmp_path):
+    path = clip_benchmark_shard(tmp_path / "0.tar", range(10))
+    every = list(read_samples(path))
+    for start in (0, 1, 9, 10):
+        assert list(read_samples(path, start)) == every[start:]
+
+
+def test_a_cut_off_shard_is_named(tmp_path, cache):
+    path = clip_benchmark_shard(tmp_path / "0.tar", range(5))
+    path.write_bytes(path.read_bytes()[:3000])
+    with pytest.raises(UserError, match=r"0\.tar: not a complete tar file"):
+        open_split(find_shards(str(tmp_path)), "train", cache)
+
+
+def test_evaluation_reads_a_split_in_order_and_leaves_out_what_it_cannot_read(tmp_path, caplog):
+    write_tar(tmp_path / "test-0.tar", {"a.png": png(1), "a.txt": b"A", "b.png": b"x", "b.txt": b"B"})
+    write_tar(tmp_path / "test-1.tar", {"c.png": png(3), "c.txt": b"C\nCC"})
+    samples = list(iterate_split(str(tmp_path), "test", cache_dir=str(tmp_path / "cache")))
+    assert [(s.key, s.captions, s.image.size) for s in samples] == [
+        ("a", ("A",), (40, 40)),
+        ("c", ("C", "CC"), (40, 40)),
+    ]
+    assert "sample b: undecodable" in caplog.text
+    assert [s.key for s in iterate_split(str(tmp_path), "test", limit=1, cache_dir=str(tmp_path / "cache"))] == ["a"]
+
+
+@pytest.fixture
+def server(tmp_path):
+    folder = tmp_path / "www"
+    folder.mkdir()
+    handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=str(folder))
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    yield folder, f"http://127.0.0.1:{server.server_port}"
+    server.shutdown()
+    thread.join()
+    server.server_close()
+
+
+def test_shards_on_a_web_server_are_fetched_once(server, cache):
+    folder, address = server
+    for number in range(2):
+        clip_benchmark_shard(folder / "train" / f"{number}.tar", range(3 + number))
+    index = find_shards(f"{address}/train/{{0..1}}.tar")
+    assert [shard.samples for shard in open_split(index, "train", cache)] == [3, 4]
+    for number in range(2):
+        (folder / "train" / f"{number}.tar").unlink()
+    assert [shard.samples for shard in open_split(index, "train", cache)] == [3, 4]
+
+
+def test_prepared_shards_on_a_web_server_need_no_counting(server, cache, monkeypatch):
+    folder, address = server
+    records = [Record(f"k{n}", png(n), ("c",), "train") for n in range(5)]
+    write_shards(records, folder, name="web", settings=ShardSettings(3), workers=1)
+    monkeypatch.setattr("lcm_lightning.data.shards.count_samples", lambda path: pytest.fail("counted"))
+    index = find_shards(f"{address}/")
+    assert [shard.samples for shard in open_split(index, "train", cache)] == [3, 2]
+
+
+def test_a_shard_that_is_not_that_of_the_index_is_refused(server, cache):
+    folder, address = server
+    write_shards([Record("k", png(), ("c",), "train")], folder, name="web", workers=1)
+    clip_benchmark_shard(folder / "train-000000.tar", range(2))
+    with pytest.raises(UserError, match="sha256"):
+        open_split(find_shards(f"{address}/index.json"), "train", cache)
+    assert not list((cache / "shards").iterdir())
+
+
+def test_a_missing_address_is_a_user_error_and_leaves_nothing(server, cache):
+    _, address = server
+    with pytest.raises(UserError, match="download failed"):
+        open_split(find_shards(f"{address}/0.tar"), "train", cache)
+    assert not list((cache / "shards").iterdir())
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    """A folder that stands in for the hub's data set clip-benchmark/wds_tiny."""
+    folder = tmp_path / "hub"
+    clip_benchmark_shard(folder / "train" / "0.tar", range(6))
+    clip_benchmark_shard(folder / "test" / "0.tar", range(2))
+
+    class Api:
+        def list_repo_files(self, repo, repo_type):
+            assert (repo, repo_type) == ("clip-benchmark/wds_tiny", "dataset")
+            return ["README.md", "train/nshards.txt", "train/0.tar", "test/0.tar"]
+
+    def fetch(repo, file, *, repo_type, revision):
+        assert (repo, repo_type) == ("clip-benchmark/wds_tiny", "dataset")
+        return str(folder / file)
+
+    monkeypatch.setattr(downloads, "HfApi", Api)
+    monkeypatch.setattr(downloads, "hf_hub_download", fetch)
+    return folder
+
+
+@pytest.mark.parametrize(
+    "source", ["clip-benchmark/wds_tiny", "hf://datasets/clip-benchmark/wds_tiny/train/{0..0}.tar"]
+)
+def test_shards_of_a_hub_data_set(hub, cache, source):
+    (shard,) = open_split(find_shards(source), "train", cache)
+    assert (shard.path, shard.samples) == (hub / "train" / "0.tar", 6)
+    assert next(iter(read_samples(shard.path)))["__key__"] == "s0000000"
+
+
+def test_ready_shards_can_be_cut_anew(hub, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    source = read_source("clip-benchmark/wds_tiny", "tiny")
+    index = write_shards(source.records, tmp_path / "out", name="tiny", settings=ShardSettings(2), workers=1)
+    assert {split: len(part["shards"]) for split, part in index["splits"].items()} == {"train": 3, "test": 1}
+    sample = next(iter(iterate_split(str(tmp_path / "out"), "test")))
+    assert sample.captions == tuple(f"caption {n}" for n in range(5))
+
+
+def test_a_hub_that_does_not_answer_is_a_user_error(monkeypatch):
+    class Api:
+        def list_repo_files(self, repo, repo_type):
+            raise ConnectionError("no route to host")
+
+    monkeypatch.setattr(downloads, "HfApi", Api)
+    with pytest.raises(UserError, match=r"data\.source=owner/name: .*no route to host"):
+        find_shards("owner/name")
+
+
+def test_a_shard_missing_beside_its_index_is_named(tmp_path):
+    write_shards([Record("k", png(), ("c",), "train")], tmp_path, name="set", workers=1)
+    (tmp_path / "train-000000.tar").unlink()
+    with pytest.raises(UserError, match=r"train-000000\.tar of the index is missing"):
+        open_split(find_shards(str(tmp_path)), "train")
+    assert json.loads((tmp_path / "index.json").read_text())["name"] == "set"

@@ -1,0 +1,201 @@
+"""Writing shards: the same bytes every time, resumable, nothing lost without a reason."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import tarfile
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from lcm_lightning.data.records import Record
+from lcm_lightning.data.shards import find_shards, fingerprint, iterate_shards, open_split
+from lcm_lightning.data.writing import ShardSettings, write_shard, write_shards
+from lcm_lightning.errors import UserError
+
+
+def image_bytes(format="PNG", size=(48, 40), mode="RGB", seed=0, **options):
+    pixels = np.random.default_rng(seed).integers(0, 255, (size[1], size[0], 3), dtype=np.uint8)
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).convert(mode).save(buffer, format, **options)
+    return buffer.getvalue()
+
+
+def some_records(number=11, **changes):
+    splits = ["train"] * (number - 4) + ["val"] * 2 + ["test"] * 2
+    return [
+        Record(f"key{n}", changes.get(f"key{n}", image_bytes(seed=n)), (f"caption {n}", "", f"other {n}"), split)
+        for n, split in enumerate(splits)
+    ]
+
+
+def content(folder):
+    """Bytes of all files but the notes for a next run."""
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
+
+
+SMALL = ShardSettings(samples_per_shard=3)
+
+
+def write(records, output, **options):
+    return write_shards(records, output, name="squares", **({"settings": SMALL, "workers": 1} | options))
+
+
+def members(path):
+    with tarfile.open(path) as archive:
+        return {member.name: archive.extractfile(member).read() for member in archive}
+
+
+def test_shards_hold_the_very_image_bytes_and_all_captions(tmp_path):
+    records = some_records()
+    index = write(records, tmp_path)
+    assert {split: [s["samples"] for s in part["shards"]] for split, part in index["splits"].items()} == {
+        "train": [3, 3, 1],
+        "val": [2],
+        "test": [2],
+    }
+    assert index == json.loads((tmp_path / "index.json").read_text())
+    first = members(tmp_path / "train-000000.tar")
+    assert list(first) == ["key0.png", "key0.json", "key1.png", "key1.json", "key2.png", "key2.json"]
+    assert first["key1.png"] == records[1].image
+    assert json.loads(first["key1.json"]) == {"captions": ["caption 1", "other 1"]}
+
+
+def test_the_index_agrees_with_the_files(tmp_path):
+    index = write(some_records(), tmp_path)
+    shards = open_split(find_shards(str(tmp_path)), "train")
+    assert [shard.samples for shard in shards] == [3, 3, 1]
+    samples = list(iterate_shards(shards))
+    assert [sample.key for sample in samples] == [f"key{n}" for n in range(7)]
+    assert samples[3].captions == ("caption 3", "other 3") and samples[3].image.size == (48, 40)
+    for part in index["splits"].values():
+        for shard in part["shards"]:
+            assert shard["bytes"] == (tmp_path / shard["file"]).stat().st_size
+
+
+def test_the_same_records_give_the_same_bytes_with_any_number_of_processes(tmp_path):
+    records = some_records(key5=image_bytes("BMP"))
+    write(records, tmp_path / "one")
+    write(records, tmp_path / "two", workers=2)
+    assert content(tmp_path / "one") == content(tmp_path / "two")
+
+
+def test_other_pixels_give_another_fingerprint(tmp_path):
+    first = write(some_records(), tmp_path / "one")
+    second = write(some_records(key3=image_bytes(seed=99)), tmp_path / "two")
+    assert first["fingerprint"] != second["fingerprint"]
+    assert fingerprint(open_split(find_shards(str(tmp_path / "one")), "train")) != fingerprint(
+        open_split(find_shards(str(tmp_path / "two")), "train")
+    )
+
+
+def test_an_interrupted_run_goes_on_with_the_missing_shards(tmp_path, monkeypatch):
+    write(some_records(), tmp_path / "whole")
+
+    def interrupted(task, output, settings):
+        if task.file == "train-000002.tar":
+            raise KeyboardInterrupt
+        return write_shard(task, output, settings)
+
+    monkeypatch.setattr("lcm_lightning.data.writing.write_shard", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        write(some_records(), tmp_path / "cut")
+    assert not (tmp_path / "cut" / "index.json").exists()
+    monkeypatch.undo()
+    kept = []
+    write(some_records(), tmp_path / "cut", on_shard=lambda shard, was_kept: kept.append((shard.file, was_kept)))
+    assert dict(kept) == {
+        "train-000000.tar": True,
+        "train-000001.tar": True,
+        "train-000002.tar": False,
+        "val-000000.tar": False,
+        "test-000000.tar": False,
+    }
+    assert content(tmp_path / "cut") == content(tmp_path / "whole")
+
+
+def test_a_shard_whose_bytes_changed_is_written_again(tmp_path):
+    write(some_records(), tmp_path)
+    before = content(tmp_path)
+    (tmp_path / "train-000001.tar").write_bytes(b"\0" * 100)
+    write(some_records(), tmp_path)
+    assert content(tmp_path) == before
+
+
+def test_other_settings_leave_no_shard_of_the_former_run(tmp_path):
+    write(some_records(), tmp_path)
+    write(some_records(), tmp_path, settings=ShardSettings(samples_per_shard=100))
+    assert sorted(path.name for path in tmp_path.glob("*.tar")) == [
+        "test-000000.tar",
+        "train-000000.tar",
+        "val-000000.tar",
+    ]
+    assert sum(1 for _ in (tmp_path / ".parts").iterdir()) == 3
+
+
+def test_every_skipped_image_is_reported_with_its_reason(tmp_path):
+    records = [
+        *some_records(),
+        Record("gone", tmp_path / "gone.jpg", ("c",), "train"),
+        Record("broken", b"no image", ("c",), "train"),
+        Record("tiny", image_bytes(size=(8, 90)), ("c",), "val"),
+        Record("silent", image_bytes(), ("", "  "), "test"),
+        Record("homeless", image_bytes(), ("c",), None),
+    ]
+    index = write(records, tmp_path / "out")
+    with (tmp_path / "out" / "skipped.csv").open(newline="") as file:
+        rows = {row["key"]: (row["split"], row["image"], row["reason"]) for row in csv.DictReader(file)}
+    assert rows == {
+        "gone": ("train", "gone.jpg", "missing"),
+        "broken": ("train", "", "undecodable"),
+        "tiny": ("val", "", "too small"),
+        "silent": ("test", "", "no caption"),
+        "homeless": ("", "", "in no published split"),
+    }
+    assert index["skipped"] == dict.fromkeys(sorted(reason for *_, reason in rows.values()), 1)
+    assert sum(part["samples"] for part in index["splits"].values()) == 11
+
+
+def test_nothing_but_unusable_images_is_a_user_error(tmp_path):
+    with pytest.raises(UserError, match=r"skipped\.csv"):
+        write([Record("broken", b"no image", ("c",), "train")], tmp_path)
+    assert not list(tmp_path.glob("*.tar"))
+
+
+def test_a_key_that_comes_twice_is_a_user_error(tmp_path):
+    with pytest.raises(UserError, match="key0"):
+        write([*some_records(), some_records()[0]], tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("data", "suffix", "kept"),
+    [
+        (image_bytes("JPEG"), "jpg", True),
+        (image_bytes("JPEG", mode="L"), "jpg", True),
+        (image_bytes("WEBP", lossless=True, size=(64, 64)), "webp", True),
+        (image_bytes("JPEG", mode="CMYK"), "jpg", False),
+        (image_bytes("PNG", mode="RGBA"), "png", False),
+        (image_bytes("BMP"), "png", False),
+        (image_bytes("GIF"), "png", False),
+    ],
+)
+def test_images_are_encoded_again_only_where_needed(tmp_path, data, suffix, kept):
+    write([Record("a", data, ("c",), "train")], tmp_path)
+    stored = members(tmp_path / "train-000000.tar")
+    assert (stored[f"a.{suffix}"] == data) is kept
+    image = Image.open(io.BytesIO(stored[f"a.{suffix}"]))
+    assert image.mode in ("RGB", "L")
+
+
+def test_large_images_are_reduced_to_the_longest_side(tmp_path):
+    records = [
+        Record("large", image_bytes("JPEG", size=(400, 200)), ("c",), "train"),
+        Record("small", image_bytes("JPEG", size=(100, 50)), ("c",), "train"),
+    ]
+    write(records, tmp_path, settings=ShardSettings(max_side=200))
+    stored = members(tmp_path / "train-000000.tar")
+    assert Image.open(io.BytesIO(stored["large.jpg"])).size == (200, 100)
+    assert stored["small.jpg"] == records[1].image
