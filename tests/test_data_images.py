@@ -34,7 +34,8 @@ def test_every_mode_becomes_rgb_of_the_same_brightness(mode):
     if mode == "I;16":
         image = Image.fromarray(np.full((40, 40), 128 << 8, dtype=np.uint16))
     else:
-        image = Image.new("RGB", (40, 40), (128, 128, 128) if mode != "1" else "white").convert(mode)
+        image = Image.new("RGB", (40, 40), (128, 128, 128) if mode != "1" else "white")
+        image = image.convert(mode, palette=Image.Palette.ADAPTIVE)
     data = encoded(image, "TIFF" if mode in ("CMYK", "I;16") else "PNG")
     pixel = decode_image(data).getpixel((20, 20))
     assert pixel == pytest.approx((255,) * 3 if mode == "1" else (128,) * 3, abs=1)

@@ -261,6 +261,8 @@ class ShardLoader:
         self.max_bad_fraction = max_bad_fraction
         self.start_batch = 0
         self.epoch = 0
+        self.epoch_offset = 0
+        self.loaded_epoch: int | None = None
         self.consumed = 0
         self.loader = DataLoader(
             stream,
@@ -281,9 +283,24 @@ class ShardLoader:
         """The object whose `set_epoch` Lightning calls."""
         return self
 
+    @property
+    def _iterator(self) -> Any:
+        """The `DataLoader`'s running iterator; Lightning stops its worker processes and sets it to None at the end."""
+        return self.loader._iterator
+
+    @_iterator.setter
+    def _iterator(self, iterator: Any) -> None:
+        self.loader._iterator = iterator
+
     def set_epoch(self, epoch: int) -> None:
-        """Choose the epoch of the next iteration. Without shuffling every pass is epoch 0, as in validation."""
-        self.epoch = epoch if self.stream.augment.random else 0
+        """Choose the epoch of the next iteration. Without shuffling every pass is epoch 0, as in validation.
+
+        Between `load_state_dict` and the iteration it tells which of Lightning's epochs the loaded place is in:
+        Lightning counts an epoch that `max_steps` cut short as a whole one.
+        """
+        if self.loaded_epoch is not None:
+            self.epoch_offset = self.loaded_epoch - epoch
+        self.epoch = epoch + self.epoch_offset if self.stream.augment.random else 0
 
     def __len__(self) -> int:
         _, world_size = rank_and_world_size()
@@ -293,7 +310,7 @@ class ShardLoader:
         # A generator on purpose: Lightning calls iter() first, then set_epoch() or load_state_dict(), then next().
         rank, world_size = rank_and_world_size()
         self.stream.start.copy_(torch.tensor([self.epoch, self.start_batch, rank, world_size]))
-        self.consumed, self.start_batch = self.start_batch, 0
+        self.consumed, self.start_batch, self.loaded_epoch = self.start_batch, 0, None
         faults = FaultCount(self.rank_samples(rank, world_size), self.max_bad_fraction)
         for content in self.loader:
             faults.add(content.pop("faults"))
@@ -312,20 +329,20 @@ class ShardLoader:
         }
 
     def state_dict(self) -> dict[str, Any]:
-        """The batches of the epoch consumed so far, and the settings under which that number means something."""
-        return {"consumed": self.consumed, "settings": self.plan_settings()}
+        """The epoch, its batches consumed so far, and the settings under which these numbers mean something."""
+        return {"epoch": self.epoch, "consumed": self.consumed, "settings": self.plan_settings()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on after the consumed batches. Raises `UserError` in mid-epoch when the settings are others now."""
-        consumed, settings = state["consumed"], self.plan_settings()
+        epoch, consumed, settings = state["epoch"], state["consumed"], self.plan_settings()
         if consumed == len(self):
-            consumed = 0
+            epoch, consumed = epoch + 1, 0
         changed = {key: value for key, value in settings.items() if state["settings"].get(key) != value}
         if consumed and changed:
             wanted = " ".join(f"{key}={state['settings'].get(key)}" for key in changed)
             now = " ".join(f"{key}={value}" for key, value in changed.items())
             raise UserError(f"resume: the run stopped in mid-epoch with {wanted}, now {now}; resume with the former")
-        self.start_batch = consumed
+        self.loaded_epoch, self.start_batch = epoch, consumed
 
     def rank_samples(self, rank: int, world_size: int) -> int:
         """Samples this rank sees in an epoch."""
