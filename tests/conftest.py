@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import io
+from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from PIL import Image
 from transformers import CLIPTextConfig, CLIPTextModel
 
+from lcm_lightning.data.records import Record
+from lcm_lightning.data.writing import ShardSettings, write_shards
 from lcm_lightning.models.architectures import SD15_SCHEDULER, byte_tokenizer
 from lcm_lightning.models.stable_diffusion import StableDiffusion, load_stable_diffusion
 
@@ -59,14 +65,48 @@ def build_tiny_pipeline(seed: int = 0, **scheduler_config: object) -> StableDiff
 
 
 @pytest.fixture(scope="session")
-def pipeline_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def saved_pipeline(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """Makes saved `StableDiffusionPipeline` folders that differ in their scheduler's config, each once."""
+    folders: dict[tuple, Path] = {}
+
+    def saved(**scheduler_config: object) -> Path:
+        key = tuple(sorted(scheduler_config.items()))
+        if key not in folders:
+            folders[key] = tmp_path_factory.mktemp("pipeline")
+            build_tiny_pipeline(**scheduler_config).save_pretrained(folders[key])
+        return folders[key]
+
+    return saved
+
+
+@pytest.fixture(scope="session")
+def pipeline_folder(saved_pipeline: Callable[..., Path]) -> Path:
     """A saved `StableDiffusionPipeline` folder (epsilon prediction)."""
-    folder = tmp_path_factory.mktemp("pipeline")
-    build_tiny_pipeline().save_pretrained(folder)
-    return folder
+    return saved_pipeline()
 
 
 @pytest.fixture
 def tiny_model(pipeline_folder: Path) -> StableDiffusion:
     """A fresh float32 model of `pipeline_folder`."""
     return load_stable_diffusion(str(pipeline_folder))
+
+
+@pytest.fixture(scope="session")
+def flickr_shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Shards as `prepare` makes them of Flickr8k, five captions an image: 24 train, 4 val and 4 test samples."""
+    folder = tmp_path_factory.mktemp("flickr8k")
+    records = [
+        Record(f"{split}{n}", noise_jpeg(seed), tuple(f"photo {seed}, caption {c}" for c in range(5)), split)
+        for part, (split, samples) in enumerate((("train", 24), ("val", 4), ("test", 4)))
+        for n, seed in enumerate(range(100 * part, 100 * part + samples))
+    ]
+    write_shards(records, folder, name="flickr8k", settings=ShardSettings(samples_per_shard=6), workers=1)
+    return folder
+
+
+def noise_jpeg(seed: int) -> bytes:
+    """A 48 x 40 px JPEG of coarse noise."""
+    cells = np.random.default_rng(seed).integers(0, 255, (5, 6, 3), dtype=np.uint8)
+    buffer = io.BytesIO()
+    Image.fromarray(cells).resize((48, 40), Image.Resampling.BICUBIC).save(buffer, "JPEG")
+    return buffer.getvalue()

@@ -1,0 +1,466 @@
+"""One training step against the papers' algorithms written down straight, with diffusers' UNet and peft by hand."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+
+import lightning as L
+import numpy as np
+import pytest
+import torch
+from diffusers import StableDiffusionPipeline, UNet2DConditionModel
+from lightning.pytorch.plugins import MixedPrecision
+from peft import LoraConfig, get_peft_model_state_dict, set_peft_model_state_dict
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from lcm_lightning.diffusion.consistency import ConsistencyDistillation
+from lcm_lightning.errors import UserError
+from lcm_lightning.models.adapters import LoraSettings, lora_parameters
+from lcm_lightning.models.stable_diffusion import load_stable_diffusion
+from lcm_lightning.modules import adapter_training
+from lcm_lightning.modules.adapter_training import AdapterTraining
+from lcm_lightning.modules.consistency_distillation import LcmLoraDistillation
+from lcm_lightning.modules.lora_finetuning import LoraFinetuning
+
+RANK, ALPHA = 4, 6
+LAYERS = ["to_q", "to_v", "to_out.0", "proj_in", "ff.net.2", "conv1", "conv_shortcut", "time_emb_proj"]
+LORA = LoraSettings(rank=RANK, alpha=ALPHA, target_modules=LAYERS)
+CAPTIONS = ["a dog on a beach", "", "two children", "a red car"]  # the second as caption dropout leaves it
+W_MIN, W_MAX = 3.0, 9.0
+RELATIVE = 1e-5
+
+# sqrt(beta) linear (Rombach et al. 2022), in double precision.
+ALPHAS_CUMPROD = np.cumprod(1 - np.linspace(0.00085**0.5, 0.012**0.5, 1000) ** 2)
+
+
+class FixedDraws:
+    """Stands in for `SampleRandomness`: given draws instead of random ones, each checked for its range."""
+
+    def __init__(self, *, normals: list[Tensor], unit: Tensor, integers: Tensor) -> None:
+        self.normals, self.unit, self.integers, self.highs = list(normals), unit, integers, []
+        self.left = iter(())
+
+    def __call__(self, seeds: Tensor, device: torch.device) -> FixedDraws:
+        self.left: Iterator[Tensor] = iter(self.normals)
+        return self
+
+    def normal(self, shape: tuple[int, ...]) -> Tensor:
+        draw = next(self.left)
+        assert draw.shape[1:] == tuple(shape)
+        return draw
+
+    def uniform(self, low: float = 0.0, high: float = 1.0) -> Tensor:
+        return low + (high - low) * self.unit
+
+    def integer(self, high: int) -> Tensor:
+        assert self.integers.max() < high
+        self.highs.append(high)
+        return self.integers
+
+
+@pytest.fixture
+def batch() -> dict[str, object]:
+    """Four samples, the last of them padding."""
+    pixels = torch.rand(4, 3, 32, 32, generator=torch.Generator().manual_seed(1)) * 2 - 1
+    weight = torch.tensor([4 / 3, 4 / 3, 4 / 3, 0.0])
+    return {"pixel_values": pixels, "captions": CAPTIONS, "seed": torch.arange(4), "weight": weight}
+
+
+def normal(seed: int, *shape: int) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+POSTERIOR_NOISE, NOISE, OFFSET = normal(2, 4, 4, 8, 8), normal(3, 4, 4, 8, 8), normal(4, 4, 4, 1, 1)
+
+
+def randomise(module: torch.nn.Module, seed: int) -> None:
+    """An adapter in mid-training: B is no longer 0, so that A has a gradient and student and teacher differ."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in module.named_parameters():
+            if ".lora_" in name and parameter.requires_grad:
+                parameter.normal_(0, 0.1, generator=generator)
+
+
+def adapter_weights(module: AdapterTraining) -> dict[str, Tensor]:
+    state = get_peft_model_state_dict(module.model.unet, adapter_name=module.adapter_name)
+    return {key: tensor.detach().clone() for key, tensor in state.items()}
+
+
+def gradients(unet: torch.nn.Module, adapter: str) -> dict[str, Tensor]:
+    return {name: p.grad for name, p in unet.named_parameters() if ".lora_" in name and f".{adapter}." in name}
+
+
+def distance(first: dict[str, Tensor], second: dict[str, Tensor]) -> float:
+    """Between two gradients, in units of the second's norm."""
+    assert first.keys() == second.keys() and len(second) > 10
+    norm = torch.stack([gradient.norm() for gradient in second.values()]).norm()
+    return float(torch.stack([(first[name] - second[name]).norm() for name in second]).norm() / norm)
+
+
+def assert_same_gradients(
+    found: dict[str, Tensor], expected: dict[str, Tensor], expected_in_double: dict[str, Tensor]
+) -> None:
+    """To 1e-5 of the gradient's norm, or to a few times what float32 itself costs.
+
+    The Huber loss turns an error of x in a difference near 0 into one of x / c in its slope, c = 0.001. How far that
+    takes the straight code in float32 from itself in float64 is measured here, and granted to the module four times.
+    """
+    assert all(torch.any(gradient != 0) for gradient in expected.values())
+    rounding = distance(expected, expected_in_double)
+    assert rounding < 1e-3
+    assert distance(found, expected_in_double) <= max(RELATIVE, 4 * rounding)
+
+
+class Reference:
+    """diffusers' pipeline, its UNet with adapters added by peft."""
+
+    def __init__(self, folder: Path, dtype: torch.dtype = torch.float32) -> None:
+        self.pipeline = StableDiffusionPipeline.from_pretrained(folder, safety_checker=None).to(dtype)
+        self.pipeline.text_encoder.requires_grad_(False)
+        self.pipeline.vae.requires_grad_(False)
+        self.dtype = dtype
+
+    def unet(self, **adapters: tuple[float, dict[str, Tensor]]) -> UNet2DConditionModel:
+        """A copy of the UNet under adapters given as (alpha, weights); gradients flow into all of them."""
+        unet = copy.deepcopy(self.pipeline.unet).requires_grad_(False)
+        for name, (alpha, weights) in adapters.items():
+            unet.add_adapter(LoraConfig(r=RANK, lora_alpha=alpha, target_modules=LAYERS), adapter_name=name)
+            set_peft_model_state_dict(unet, weights, adapter_name=name)
+        if adapters:
+            unet.set_adapter(list(adapters))
+        return unet.to(self.dtype)
+
+    def text(self, captions: list[str]) -> Tensor:
+        tokens = self.pipeline.tokenizer(captions, padding="max_length", return_tensors="pt").input_ids
+        return self.pipeline.text_encoder(tokens).last_hidden_state
+
+    def latents(self, pixels: Tensor) -> Tensor:
+        posterior = self.pipeline.vae.encode(pixels.to(self.dtype)).latent_dist
+        return (posterior.mean + posterior.std * POSTERIOR_NOISE) * self.pipeline.vae.config.scaling_factor
+
+
+def at(values: np.ndarray, timesteps: Tensor, dtype: torch.dtype) -> Tensor:
+    """Entries of a table over timesteps [B, 1, 1, 1]."""
+    return torch.tensor(values[timesteps.numpy()], dtype=dtype).reshape(-1, 1, 1, 1)
+
+
+def to_x_0_and_epsilon(output: Tensor, x: Tensor, a: Tensor, prediction_type: str) -> tuple[Tensor, Tensor]:
+    alpha, sigma = a.sqrt(), (1 - a).sqrt()
+    if prediction_type == "epsilon":
+        return (x - sigma * output) / alpha, output
+    return alpha * x - sigma * output, alpha * output + sigma * x
+
+
+# ---- latent consistency distillation -------------------------------------------------------------------------------
+
+
+def lcm_loss(
+    reference: Reference,
+    student: UNet2DConditionModel,
+    teacher: UNet2DConditionModel,
+    batch: dict[str, object],
+    *,
+    step_index: Tensor,
+    w: Tensor,
+    prediction_type: str,
+    loss: str,
+    table: np.ndarray = ALPHAS_CUMPROD,
+) -> Tensor:
+    """Algorithm 1 of Luo et al. 2023a with Psi the DDIM solver, k = 20, and theta^- = theta without gradient."""
+    dtype = reference.dtype
+
+    def consistency_function(x: Tensor, t: Tensor) -> Tensor:
+        output = student(x, t, condition).sample
+        x_0, _ = to_x_0_and_epsilon(output, x, at(table, t, dtype), prediction_type)
+        s = 10.0 * t.reshape(-1, 1, 1, 1).to(dtype)
+        c_skip, c_out = 0.5**2 / (s**2 + 0.5**2), s / (s**2 + 0.5**2) ** 0.5
+        return c_skip * x + c_out * x_0
+
+    t_end = 20 * (step_index + 1) - 1  # t_{n+k}
+    t_start = torch.where(t_end < 20, 0, t_end - 20)  # t_n
+    a_end, a_start = at(table, t_end, dtype), at(table, t_start, dtype)
+    z = reference.latents(batch["pixel_values"])
+    condition, no_condition = reference.text(batch["captions"]), reference.text([""] * 4)
+    z_end = a_end.sqrt() * z + (1 - a_end).sqrt() * NOISE
+    with torch.no_grad():
+        conditional = teacher(z_end, t_end, condition).sample
+        unconditional = teacher(z_end, t_end, no_condition).sample
+        guided = conditional + w.reshape(-1, 1, 1, 1) * (conditional - unconditional)
+        x_0, epsilon = to_x_0_and_epsilon(guided, z_end, a_end, prediction_type)
+        target = consistency_function(a_start.sqrt() * x_0 + (1 - a_start).sqrt() * epsilon, t_start)
+    difference = consistency_function(z_end, t_end) - target
+    distance = (difference**2 + 0.001**2) ** 0.5 - 0.001 if loss == "huber" else difference**2
+    return (batch["weight"] * distance.mean((1, 2, 3))).sum() / 4
+
+
+def teacher_lora_file(reference: Reference, folder: Path) -> tuple[Path, dict[str, Tensor]]:
+    """A LoRA as diffusers saves it, and its weights."""
+    unet = copy.deepcopy(reference.pipeline.unet).requires_grad_(False)
+    unet.add_adapter(LoraConfig(r=RANK, lora_alpha=RANK, target_modules=LAYERS), adapter_name="finetuned")
+    randomise(unet, seed=11)
+    weights = get_peft_model_state_dict(unet, adapter_name="finetuned")
+    StableDiffusionPipeline.save_lora_weights(folder, unet_lora_layers=weights)
+    return folder / "pytorch_lora_weights.safetensors", {k: v.detach().clone() for k, v in weights.items()}
+
+
+def distillation_module(folder: Path, *, teacher_lora: Path | None = None, **settings: object) -> LcmLoraDistillation:
+    return LcmLoraDistillation(
+        load_stable_diffusion(str(folder)),
+        distillation=ConsistencyDistillation(**settings),
+        w_min=W_MIN,
+        w_max=W_MAX,
+        teacher_lora=str(teacher_lora) if teacher_lora else None,
+        lora=LORA,
+        optimizer=partial(torch.optim.SGD, lr=0.1),
+    )
+
+
+@pytest.mark.parametrize("with_teacher_lora", [False, True], ids=["base", "teacher_lora"])
+@pytest.mark.parametrize("loss", ["huber", "l2"])
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
+def test_distillation_step_is_algorithm_1(
+    saved_pipeline: Callable[..., Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    batch: dict[str, object],
+    prediction_type: str,
+    loss: str,
+    with_teacher_lora: bool,
+):
+    folder = saved_pipeline(prediction_type=prediction_type)
+    file, weights = teacher_lora_file(Reference(folder), tmp_path) if with_teacher_lora else (None, {})
+    module = distillation_module(folder, teacher_lora=file, loss=loss)
+    randomise(module, seed=7)
+    # The ODE's first step (which lands on 0), its last, and two between.
+    draws = FixedDraws(
+        normals=[POSTERIOR_NOISE, NOISE],
+        unit=torch.tensor([0.0, 0.25, 0.5, 0.99]),
+        integers=torch.tensor([0, 49, 10, 30]),
+    )
+    monkeypatch.setattr(adapter_training, "SampleRandomness", draws)
+    found = module.training_step(batch, 0)
+    found.backward()
+
+    teacher_adapters = {"finetuned": (RANK, weights)} if with_teacher_lora else {}
+    expected, expected_gradients = {}, {}
+    for dtype in (torch.float32, torch.float64):
+        reference = Reference(folder, dtype)
+        student = reference.unet(**teacher_adapters, lcm=(ALPHA, adapter_weights(module)))
+        expected[dtype] = lcm_loss(
+            reference,
+            student,
+            reference.unet(**teacher_adapters),
+            batch,
+            step_index=draws.integers,
+            w=W_MIN + (W_MAX - W_MIN) * draws.unit,
+            prediction_type=prediction_type,
+            loss=loss,
+        )
+        expected[dtype].backward()
+        expected_gradients[dtype] = gradients(student, "lcm")
+    assert draws.highs == [50]
+    assert found.item() == pytest.approx(expected[torch.float64].item(), rel=RELATIVE)
+    assert_same_gradients(gradients(module.model.unet, "lcm"), *expected_gradients.values())
+    frozen = [p for name, p in module.named_parameters() if ".lcm." not in name]
+    assert all(p.grad is None and not p.requires_grad for p in frozen)
+
+
+def test_distillation_of_zero_terminal_snr_steps_from_pure_noise(
+    saved_pipeline: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, batch: dict[str, object]
+):
+    folder = saved_pipeline(prediction_type="v_prediction", rescale_betas_zero_snr=True)
+    reference, module = Reference(folder), distillation_module(folder)
+    randomise(module, seed=7)
+    draws = FixedDraws(
+        normals=[POSTERIOR_NOISE, NOISE], unit=torch.full((4,), 0.5), integers=torch.tensor([49, 49, 48, 0])
+    )
+    monkeypatch.setattr(adapter_training, "SampleRandomness", draws)
+    found = module.training_step(batch, 0)
+    # Lin et al. 2023, Algorithm 1: shift sqrt(a) so that the last is 0, scale so that the first stays.
+    root = np.sqrt(ALPHAS_CUMPROD)
+    table = ((root - root[-1]) * root[0] / (root[0] - root[-1])) ** 2
+    assert table[-1] == 0
+    expected = lcm_loss(
+        reference,
+        reference.unet(lcm=(ALPHA, adapter_weights(module))),
+        reference.unet(),
+        batch,
+        step_index=draws.integers,
+        w=torch.full((4,), (W_MIN + W_MAX) / 2),
+        prediction_type="v_prediction",
+        loss="huber",
+        table=table,
+    )
+    assert found.item() == pytest.approx(expected.item(), rel=RELATIVE)
+
+
+def test_zero_terminal_snr_with_epsilon_prediction_is_refused(saved_pipeline: Callable[..., Path]):
+    folder = saved_pipeline(prediction_type="epsilon", rescale_betas_zero_snr=True)
+    with pytest.raises(UserError, match=r"model\.path=.*zero terminal SNR with prediction_type=epsilon"):
+        load_stable_diffusion(str(folder))
+
+
+# ---- LoRA fine-tuning ----------------------------------------------------------------------------------------------
+
+
+def denoising_loss(
+    reference: Reference,
+    unet: UNet2DConditionModel,
+    batch: dict[str, object],
+    t: Tensor,
+    prediction_type: str,
+    gamma: float | None,
+    noise_offset: float,
+) -> Tensor:
+    """Ho et al. 2020, eq. 14, or its velocity form, weighted as in Hang et al. 2023, section 3.4."""
+    a = at(ALPHAS_CUMPROD, t, reference.dtype)
+    noise = NOISE + noise_offset * OFFSET
+    z = reference.latents(batch["pixel_values"])
+    z_t = a.sqrt() * z + (1 - a).sqrt() * noise
+    target = noise if prediction_type == "epsilon" else a.sqrt() * noise - (1 - a).sqrt() * z
+    losses = ((unet(z_t, t, reference.text(batch["captions"])).sample - target) ** 2).mean((1, 2, 3))
+    if gamma is not None:
+        snr = (a / (1 - a)).flatten()
+        losses = losses * snr.clamp(max=gamma) / (snr if prediction_type == "epsilon" else snr + 1)
+    return (batch["weight"] * losses).sum() / 4
+
+
+@pytest.mark.parametrize("noise_offset", [0.0, 0.1], ids=["plain", "offset"])
+@pytest.mark.parametrize("gamma", [None, 5.0], ids=["uniform", "min_snr"])
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
+def test_finetuning_step_is_the_denoising_loss(
+    saved_pipeline: Callable[..., Path],
+    monkeypatch: pytest.MonkeyPatch,
+    batch: dict[str, object],
+    prediction_type: str,
+    gamma: float | None,
+    noise_offset: float,
+):
+    folder = saved_pipeline(prediction_type=prediction_type)
+    module = LoraFinetuning(
+        load_stable_diffusion(str(folder)),
+        min_snr_gamma=gamma,
+        noise_offset=noise_offset,
+        lora=LORA,
+        optimizer=partial(torch.optim.SGD, lr=0.1),
+    )
+    randomise(module, seed=7)
+    t = torch.tensor([0, 999, 100, 500])  # SNR 1175, 0.005, 7.7 and 0.4: on both sides of gamma
+    draws = FixedDraws(normals=[POSTERIOR_NOISE, NOISE, OFFSET], unit=torch.zeros(4), integers=t)
+    monkeypatch.setattr(adapter_training, "SampleRandomness", draws)
+    found = module.training_step(batch, 0)
+    found.backward()
+
+    expected, expected_gradients = {}, {}
+    for dtype in (torch.float32, torch.float64):
+        reference = Reference(folder, dtype)
+        unet = reference.unet(finetuned=(ALPHA, adapter_weights(module)))
+        expected[dtype] = denoising_loss(reference, unet, batch, t, prediction_type, gamma, noise_offset)
+        expected[dtype].backward()
+        expected_gradients[dtype] = gradients(unet, "finetuned")
+    assert draws.highs == [1000]
+    assert found.item() == pytest.approx(expected[torch.float64].item(), rel=RELATIVE)
+    assert_same_gradients(gradients(module.model.unet, "finetuned"), *expected_gradients.values())
+
+
+# ---- through Lightning's Trainer -----------------------------------------------------------------------------------
+
+
+def random_batch(seed: int, size: int) -> dict[str, object]:
+    generator = torch.Generator().manual_seed(seed)
+    return {
+        "pixel_values": torch.rand(size, 3, 32, 32, generator=generator) * 2 - 1,
+        "captions": [f"photo {seed} {i}" for i in range(size)],
+        "seed": torch.randint(2**62, (size,), generator=generator),
+        "weight": torch.ones(size),
+    }
+
+
+def rows(batch: dict[str, object], chosen: slice) -> dict[str, object]:
+    return {key: value[chosen] for key, value in batch.items()}
+
+
+def train(module: AdapterTraining, batches: list[dict[str, object]], **settings: object) -> L.Trainer:
+    trainer = L.Trainer(
+        accelerator="cpu",
+        max_epochs=1,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        log_every_n_steps=1,
+        **settings,
+    )
+    trainer.fit(module, DataLoader(batches, batch_size=None))
+    return trainer
+
+
+def test_two_batches_of_4_accumulated_are_a_batch_of_8(pipeline_folder: Path):
+    batches = [random_batch(seed, 8) for seed in range(5)]
+    halves = [rows(batch, half) for batch in batches for half in (slice(0, 4), slice(4, 8))]
+    weights = []
+    for data, accumulate in ((batches, 1), (halves, 2)):
+        module = distillation_module(pipeline_folder)
+        randomise(module, seed=7)
+        before = adapter_weights(module)
+        trainer = train(module, data, accumulate_grad_batches=accumulate, gradient_clip_val=1.0)
+        assert trainer.global_step == 5
+        weights.append(adapter_weights(module))
+        # Plain gradient steps of 0.1: a gradient of the wrong size would show.
+        assert max((weights[-1][key] - before[key]).abs().max() for key in before) > 1e-2
+    for key in weights[0]:
+        torch.testing.assert_close(weights[0][key], weights[1][key], rtol=0, atol=1e-5)
+
+
+def precision_settings(precision: str) -> dict[str, object]:
+    """Lightning turns 16-mixed on a CPU into bf16-mixed, so fp16 is put in by hand."""
+    if precision != "16-mixed":
+        return {"precision": precision}
+    return {"plugins": MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu", init_scale=256.0))}
+
+
+@pytest.mark.parametrize("method", ["lora", "lcm"])
+@pytest.mark.parametrize(
+    ("precision", "dtype"),
+    [("32-true", torch.float32), ("bf16-mixed", torch.bfloat16), ("16-mixed", torch.float16)],
+)
+def test_every_precision_trains_a_float32_adapter_over_frozen_weights(
+    pipeline_folder: Path, precision: str, dtype: torch.dtype, method: str
+):
+    model = load_stable_diffusion(str(pipeline_folder), dtype=dtype)
+    settings = {"lora": LORA, "optimizer": partial(torch.optim.AdamW, lr=1e-3)}
+    if method == "lora":
+        module: AdapterTraining = LoraFinetuning(model, **settings)
+    else:
+        module = LcmLoraDistillation(model, distillation=ConsistencyDistillation(), **settings)
+    frozen = {name: p.detach().clone() for name, p in module.named_parameters() if not p.requires_grad}
+    adapter = {name: p.detach().clone() for name, p in module.named_parameters() if p.requires_grad}
+    losses = []
+
+    class Record(L.Callback):
+        def on_train_batch_end(self, trainer, module, outputs, batch, index):
+            losses.append(outputs["loss"])
+
+    trainer = train(
+        module,
+        [random_batch(seed, 2) for seed in range(3)],
+        gradient_clip_val=1.0,
+        callbacks=[Record()],
+        **precision_settings(precision),
+    )
+    assert trainer.precision == precision
+    assert len(losses) == 3 and all(torch.isfinite(loss) and loss.dtype == torch.float32 for loss in losses)
+    now = dict(module.named_parameters())
+    assert all(now[name].dtype == dtype and torch.equal(now[name], weight) for name, weight in frozen.items())
+    assert all(now[name].dtype == torch.float32 for name in adapter)
+    # B starts at 0 and must move everywhere; A moves from the second step on.
+    assert all(torch.any(now[name] != weight) for name, weight in adapter.items())
+    assert len(adapter) == len(lora_parameters(model.unet, module.adapter_name)) > 10
+    (optimizer,) = trainer.optimizers
+    states = [value for state in optimizer.state.values() for value in state.values() if value.ndim]
+    assert states and all(value.dtype == torch.float32 for value in states)
