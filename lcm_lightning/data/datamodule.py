@@ -10,7 +10,7 @@ from pathlib import Path
 
 from lightning.pytorch import LightningDataModule
 
-from lcm_lightning.data.layouts import DOWNLOADS, recognise
+from lcm_lightning.data.layouts import DOWNLOADS, data_options, recognise
 from lcm_lightning.data.shards import (
     Sample,
     Shard,
@@ -40,14 +40,14 @@ def locate(name: str, source: str | None) -> ShardIndex:
     if layout is not None:
         raise UserError(
             f"data.source={place}: a data set in the layout {layout.title!r}, not shards; make shards of it once with\n"
-            f"  python -m lcm_lightning.prepare data={name} data.source={place}\n"
+            f"  python -m lcm_lightning.prepare {data_options(name)} data.source={place}\n"
             f"and train without data.source"
         )
     where, ready = DOWNLOADS.get(name, ("your own photos: a folder of images with a .txt caption file beside each", ""))
     shards = f"or use ready shards with data.source={ready}" if ready else "or give shards with data.source=..."
     raise UserError(
         f"data.source={source}: no shards found{'' if source else f' in {place}/'}. Download {where}, then run\n"
-        f"  python -m lcm_lightning.prepare data={name} data.source=/path/to/it\n{shards}"
+        f"  python -m lcm_lightning.prepare {data_options(name)} data.source=/path/to/it\n{shards}"
     )
 
 

@@ -10,6 +10,7 @@ import csv
 import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,7 @@ from lcm_lightning.data.records import (
     hash_split,
     sample_key,
 )
-from lcm_lightning.errors import UserError
+from lcm_lightning.errors import UserError, first_line
 
 DOWNLOADS = {
     "flickr8k": (
@@ -47,6 +48,9 @@ SPLIT_FILES = {
 }
 METADATA_FILES = ("metadata.jsonl", "metadata.csv")
 
+# Spreadsheets put a byte order mark before the first column's name.
+ENCODING = "utf-8-sig"
+
 Captions = dict[str, list[str]]
 
 
@@ -57,6 +61,21 @@ class Layout:
     title: str
     matches: Callable[[Path], bool]
     read: Callable[[Path], Source]
+
+
+def data_options(name: str) -> str:
+    """The options that choose a data set on the command line: "data=flickr8k", "data=folder data.name=cats"."""
+    return f"data={name}" if name in (*DOWNLOADS, "folder") else f"data=folder data.name={name}"
+
+
+@contextmanager
+def reading(path: Path, expected: str) -> Iterator[None]:
+    """Turn what parsers say of a damaged caption file into a `UserError` that names the file."""
+    try:
+        yield
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, csv.Error) as error:
+        found = f"no {error}" if isinstance(error, KeyError) else first_line(error)
+        raise UserError(f"data.source: {path} cannot be read ({found}); expected {expected}, in UTF-8") from error
 
 
 def find_file(folder: Path, names: Iterable[str]) -> Path | None:
@@ -81,17 +100,19 @@ def find_images(folder: Path) -> dict[str, Path]:
 def read_token_file(path: Path) -> Captions:
     """Captions by image name from lines `name.jpg#0<tab>caption`, in the order of their numbers."""
     numbered: dict[str, list[tuple[int, str]]] = {}
-    for line in path.read_text(encoding="utf-8").splitlines():
-        if line.strip():
-            identifier, _, caption = line.partition("\t")
-            name, _, number = identifier.rpartition("#")
-            numbered.setdefault(name, []).append((int(number), caption))
+    with reading(path, "lines of name.jpg#0, a tab and a caption"):
+        for line in path.read_text(encoding=ENCODING).split("\n"):
+            if line.strip():
+                identifier, _, caption = line.partition("\t")
+                name, _, number = identifier.rpartition("#")
+                numbered.setdefault(name, []).append((int(number), caption))
     return {name: [caption for _, caption in sorted(captions)] for name, captions in numbered.items()}
 
 
 def read_caption_table(path: Path) -> Captions:
     """Captions by image name from Kaggle's tables: `image,caption` or `image_name| comment_number| comment`."""
-    with path.open(encoding="utf-8", newline="") as file:
+    expected = "a header such as image,caption and a line for each caption"
+    with reading(path, expected), path.open(encoding=ENCODING, newline="") as file:
         header = file.readline()
         rows = pipe_rows(file) if "|" in header else comma_rows(file, header.count(",") + 1)
         captions: Captions = {}
@@ -120,9 +141,10 @@ def comma_rows(lines: Iterable[str], columns: int) -> Iterator[tuple[str, str]]:
 
 def read_karpathy(path: Path) -> tuple[Captions, dict[str, str]]:
     """Captions and split by image name from Karpathy's `dataset_*.json`; "restval" counts as train."""
-    images = json.loads(path.read_text(encoding="utf-8"))["images"]
-    captions = {image["filename"]: [sentence["raw"] for sentence in image["sentences"]] for image in images}
-    return captions, {image["filename"]: SPLIT_NAMES[image["split"]] for image in images}
+    with reading(path, "Karpathy's json: images with filename, split and sentences"):
+        images = json.loads(path.read_text(encoding=ENCODING))["images"]
+        captions = {image["filename"]: [sentence["raw"] for sentence in image["sentences"]] for image in images}
+        return captions, {image["filename"]: SPLIT_NAMES[image["split"]] for image in images}
 
 
 def published_splits(folder: Path) -> tuple[dict[str, str], str] | None:
@@ -185,7 +207,8 @@ def row_captions(row: Mapping[str, Any]) -> tuple[str, ...]:
 
 def metadata_rows(path: Path) -> Iterator[dict[str, Any]]:
     """Rows of a `metadata.jsonl` or `metadata.csv`. Raises `UserError` for a row without file name."""
-    with path.open(encoding="utf-8", newline="") as file:
+    expected = "a file_name and a text, caption or captions in each row"
+    with reading(path, expected), path.open(encoding=ENCODING, newline="") as file:
         rows = csv.DictReader(file) if path.suffix == ".csv" else (json.loads(line) for line in file if line.strip())
         for number, row in enumerate(rows, start=1):
             if not row.get("file_name"):
@@ -209,7 +232,10 @@ def folder_captions(folder: Path) -> dict[Path, tuple[str, ...]]:
 def beside(image: Path) -> tuple[str, ...]:
     """The lines of the .txt beside an image; () without one."""
     text = image.with_suffix(".txt")
-    return tuple(text.read_text(encoding="utf-8").splitlines()) if text.is_file() else ()
+    if not text.is_file():
+        return ()
+    with reading(text, "a caption a line"):
+        return tuple(text.read_text(encoding=ENCODING).splitlines())
 
 
 def read_folder(folder: Path) -> Source:

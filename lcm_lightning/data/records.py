@@ -19,6 +19,9 @@ SPLIT_NAMES = {
     "dev": "val",
     "test": "test",
 }
+# In a folder of prepared shards: their index, written last, and the notes that let a preparation be resumed.
+INDEX_NAME = "index.json"
+PARTS_NAME = ".parts"
 IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "ppm")
 
 

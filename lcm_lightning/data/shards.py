@@ -25,11 +25,10 @@ from webdataset.tariterators import base_plus_ext
 
 from lcm_lightning.data.downloads import download, fetch_json, is_url, list_hub_shards
 from lcm_lightning.data.images import ImageFault, decode_image
-from lcm_lightning.data.records import IMAGE_SUFFIXES, SPLIT_NAMES, clean_caption
+from lcm_lightning.data.records import IMAGE_SUFFIXES, INDEX_NAME, PARTS_NAME, SPLIT_NAMES, clean_caption
 from lcm_lightning.errors import UserError
 
 CAPTION_SUFFIXES = ("json", "txt")
-INDEX_NAME = "index.json"
 
 
 @dataclass(frozen=True)
@@ -175,10 +174,19 @@ def index_from_json(content: Mapping[str, Any], locate: Callable[[str], str]) ->
 
 
 def index_folder(folder: Path) -> ShardIndex | None:
-    """Shards of a folder: prepared ones with their index, else the tar files in it; None when there are none."""
+    """Shards of a folder: prepared ones with their index, else the tar files in it; None when there are none.
+
+    Raises:
+        UserError: `prepare` was interrupted there, so the shards are not all of the data set.
+    """
     if (folder / INDEX_NAME).is_file():
         content = json.loads((folder / INDEX_NAME).read_text())
         return index_from_json(content, lambda file: str(folder / file))
+    if (folder / PARTS_NAME).is_dir():
+        raise UserError(
+            f"data.source={folder}: shards without {INDEX_NAME}, so `prepare` did not finish there; run it again with "
+            "the same options, it goes on where it stopped"
+        )
     shards = [str(path) for path in (*folder.glob("*.tar"), *folder.glob("*/*.tar"))]
     return ShardIndex(folder.name, group_by_split(shards), {}) if shards else None
 

@@ -29,9 +29,8 @@ def read_source(source: str | None, name: str) -> Source:
         UserError: it is missing, or nothing this project reads; the message says what was looked for.
     """
     if source is None:
-        where = DOWNLOADS.get(name, ("your photos",))[0]
-        raise UserError(f"data.source is not set: expected the folder of {name} (download {where})")
-    folder = Path(source)
+        raise UserError(f"data.source is not set: {remedy(name)}")
+    folder = Path(source).expanduser()
     if folder.is_dir():
         return read_directory(folder)
     index = find_shards(source)
@@ -39,17 +38,27 @@ def read_source(source: str | None, name: str) -> Source:
         return read_shards(index)
     if source.count("/") == 1 and not folder.is_absolute():
         return read_hub(source)
-    raise UserError(f"data.source={source}: no such folder, and no id of a data set (owner/name) or shard address")
+    found = "a file" if folder.is_file() else "no such folder, and no id of a data set (owner/name) or shard address"
+    raise UserError(f"data.source={source}: {found}; {remedy(name)}")
+
+
+def remedy(name: str) -> str:
+    """What to set `data.source` to."""
+    download = f" (download {DOWNLOADS[name][0]})" if name in DOWNLOADS else ""
+    return f"give the folder that holds the images and captions of {name}{download}: data.source=/path/to/it"
 
 
 def read_directory(folder: Path) -> Source:
-    """A folder: shards, a known layout, or a Hugging Face data set saved as parquet."""
-    index = find_shards(str(folder))
-    if index is not None:
-        return read_shards(index)
+    """A folder: a known layout, shards, or a Hugging Face data set saved as parquet.
+
+    Photos come before shards: the shards in a folder of photos are those that were made of them.
+    """
     layout = recognise(folder)
     if layout is not None:
         return layout.read(folder)
+    index = find_shards(str(folder))
+    if index is not None:
+        return read_shards(index)
     if any(folder.rglob("*.parquet")):
         return read_hub(str(folder))
     looked_for = "\n".join(f"  - {title}" for title in (*(layout.title for layout in LAYOUTS), "*.parquet", "*.tar"))

@@ -11,6 +11,7 @@ import csv
 import hashlib
 import io
 import json
+import math
 import multiprocessing
 import os
 import tarfile
@@ -24,12 +25,10 @@ from typing import Any
 from PIL import Image
 
 from lcm_lightning.data.images import ImageFault, open_image, orientation, to_rgb
-from lcm_lightning.data.records import SPLITS, Record, clean_caption
+from lcm_lightning.data.records import INDEX_NAME, PARTS_NAME, SPLITS, Record, clean_caption
 from lcm_lightning.errors import UserError
 
 FORMAT = 1
-INDEX_NAME = "index.json"
-PARTS_NAME = ".parts"
 SKIPPED_NAME = "skipped.csv"
 # Formats every consumer reads; with the suffix their bytes are stored under.
 KEPT_FORMATS = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp"}
@@ -43,13 +42,23 @@ class ShardSettings:
         samples_per_shard: records in each shard but the last of a split.
         max_side: longest side in pixels; larger images are reduced to it. None keeps every size.
         min_side: images with a side shorter than this are skipped.
-        quality: JPEG quality of the images that have to be encoded again.
+        quality: JPEG quality of the images that have to be encoded again, 1 to 100.
+
+    Raises:
+        UserError: a value is out of range.
     """
 
     samples_per_shard: int = 500
     max_side: int | None = None
     min_side: int = 32
     quality: int = 95
+
+    def __post_init__(self) -> None:
+        check_whole_number("prepare.samples_per_shard", self.samples_per_shard, 1, advice="try 500")
+        check_whole_number("prepare.min_side", self.min_side, 1, advice="try 32")
+        check_whole_number("prepare.quality", self.quality, 1, 100, advice="try 95")
+        if self.max_side is not None:
+            check_whole_number("prepare.max_side", self.max_side, self.min_side, advice="null keeps every size")
 
 
 @dataclass(frozen=True)
@@ -89,6 +98,13 @@ class Written:
 OnShard = Callable[[Written, bool], None]
 
 
+def check_whole_number(key: str, value: object, low: int, high: float = math.inf, *, advice: str) -> None:
+    """Raise a `UserError` that names `key` unless `value` is a whole number from `low` to `high`."""
+    if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high:
+        expected = f"at least {low}" if high == math.inf else f"{low} to {high}"
+        raise UserError(f"{key}={value}: expected a whole number, {expected}; {advice}")
+
+
 def write_shards(
     records: Iterable[Record],
     output: Path,
@@ -116,9 +132,11 @@ def write_shards(
         The content of `index.json`.
 
     Raises:
-        UserError: no record made it into a shard, or the same key came twice.
+        UserError: no record made it into a shard, the same key came twice, or `workers` is no number of processes.
     """
     settings = settings or ShardSettings()
+    if workers is not None:
+        check_whole_number("prepare.workers", workers, 1, advice="null takes one per core")
     parts = output / PARTS_NAME
     parts.mkdir(parents=True, exist_ok=True)
     (output / INDEX_NAME).unlink(missing_ok=True)  # no index may speak of shards about to change
@@ -341,7 +359,11 @@ def write_index(
     filled = [shard for shard in written if shard.samples]
     remove_leftovers(output, {shard.file for shard in filled})
     if not filled:
-        raise UserError(f"{name}: no image with a caption was found; {output / SKIPPED_NAME} has the reasons")
+        reasons = ", ".join(f"{reason}: {n}" for reason, n in Counter(skip.reason for skip in skipped).most_common())
+        raise UserError(
+            f"{name}: none of the {len(skipped)} images listed can be used ({reasons}); {output / SKIPPED_NAME} names "
+            "each. Check that data.source holds the images as well as their captions"
+        )
     index = {
         "format": FORMAT,
         "name": name,
