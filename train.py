@@ -6,13 +6,20 @@ from pathlib import Path
 
 import hydra
 import lightning as L
-from hydra.utils import instantiate
 from lightning.pytorch.loggers import CSVLogger, Logger
 from omegaconf import DictConfig, OmegaConf
 
 from lcm_lightning.errors import report_user_errors
 from lcm_lightning.resolvers import register_resolvers
-from lcm_lightning.training import build_module, find_checkpoint, next_commands, quiet_known_warnings
+from lcm_lightning.training import (
+    build_module,
+    find_checkpoint,
+    instantiate_each,
+    instantiate_group,
+    next_commands,
+    quiet_known_warnings,
+    resolve,
+)
 
 register_resolvers()
 
@@ -22,22 +29,21 @@ register_resolvers()
 def main(cfg: DictConfig) -> None:
     """Compose the run, train, and say where its results are."""
     quiet_known_warnings()
-    OmegaConf.resolve(cfg)
+    resolve(cfg)
     run_dir = Path(cfg.run_dir)
     L.seed_everything(cfg.seed, workers=True, verbose=False)
-    data = instantiate(cfg.data)
+    checkpoint = find_checkpoint(cfg.resume)
+    data = instantiate_group(cfg, "data")
     data.prepare_data()
-    loggers: list[Logger] = [CSVLogger(run_dir, name="", version="")]
-    loggers += [instantiate(logger) for logger in cfg.logger.values()]
-    callbacks = [instantiate(callback) for callback in cfg.callbacks.values() if callback is not None]
-    trainer = instantiate(cfg.trainer, logger=loggers, callbacks=callbacks)
+    loggers: list[Logger] = [CSVLogger(run_dir, name="", version=""), *instantiate_each(cfg, "logger")]
+    trainer = instantiate_group(cfg, "trainer", logger=loggers, callbacks=instantiate_each(cfg, "callbacks"))
     module = build_module(cfg, trainer.precision)
     if trainer.is_global_zero:
         OmegaConf.save(cfg, run_dir / "config.yaml")
         for logger in loggers[1:]:
             logger.log_hyperparams(OmegaConf.to_container(cfg))
-    trainer.fit(module, datamodule=data, ckpt_path=find_checkpoint(cfg.resume), weights_only=True)
-    trainer.save_checkpoint(run_dir / "checkpoints" / "last.ckpt")
+    trainer.fit(module, datamodule=data, ckpt_path=checkpoint, weights_only=True)
+    trainer.save_checkpoint(run_dir / "checkpoints" / "last.ckpt", weights_only=False)
     if trainer.is_global_zero:
         print(next_commands(run_dir))
 

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
 import warnings
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import lightning as L
 import torch
 from hydra.errors import InstantiationException
 from hydra.utils import instantiate
-from omegaconf import DictConfig
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from torch.optim import Optimizer
 
 from lcm_lightning.errors import UserError, first_line
 
@@ -19,6 +25,9 @@ FROZEN_DTYPES = {
     "bf16-mixed": torch.bfloat16,
     "16-mixed": torch.float16,
 }
+GROUPS = ("model", "method", "optimizer", "data", "trainer", "logger", "callbacks")
+TOP_LEVEL_KEYS = (*GROUPS, "name", "seed", "max_steps", "val_every", "resume", "run_dir")
+SHOW_KEYS = "python train.py --cfg job"
 
 
 def frozen_dtype(precision: str) -> torch.dtype:
@@ -35,13 +44,31 @@ def frozen_dtype(precision: str) -> torch.dtype:
     return FROZEN_DTYPES[precision]
 
 
+def resolve(cfg: DictConfig) -> None:
+    """Compute the interpolations of a composed run in place and refuse what nothing would read.
+
+    Raises:
+        UserError: an unknown key at the top, one without a value, or a value that cannot be computed with.
+    """
+    for key in cfg:
+        if key not in TOP_LEVEL_KEYS:
+            raise UserError(f"{key}={cfg[key]}: nothing reads this key; there are {', '.join(TOP_LEVEL_KEYS)}")
+    try:
+        missing = sorted(OmegaConf.missing_keys(cfg))
+        if missing:
+            raise UserError(f"{missing[0]}: has no value; set {missing[0]}=... (its meaning is in conf/)")
+        OmegaConf.resolve(cfg)
+    except OmegaConfBaseException as error:
+        raise UserError(f"{error.full_key or 'configuration'}: {first_line(error)}; `{SHOW_KEYS}` shows it") from error
+
+
 def build_module(cfg: DictConfig, precision: str) -> L.LightningModule:
     """The method of a composed run, on its model where it takes one, with its optimizer.
 
     Raises:
         UserError: the model cannot be loaded, or a setting does not fit it.
     """
-    optimizer = instantiate_group(cfg, "optimizer")
+    optimizer = build_optimizer(cfg)
     if cfg.get("model") is None:
         return instantiate_group(cfg, "method", optimizer=optimizer)
     model = instantiate_group(cfg, "model", dtype=frozen_dtype(precision))
@@ -49,23 +76,62 @@ def build_module(cfg: DictConfig, precision: str) -> L.LightningModule:
     return instantiate_group(cfg, "method", model=model, optimizer=optimizer)
 
 
-def instantiate_group(cfg: DictConfig, group: str, **arguments: object) -> object:
-    """Hydra's `instantiate` of one config group, whose failures name the group.
+def build_optimizer(cfg: DictConfig) -> partial[Optimizer]:
+    """The optimizer, wanting its parameters.
 
     Raises:
-        UserError: a key the target does not take, or a package that is not installed. Other errors pass through.
+        UserError: a key it does not take. It would be called, and fail, in the middle of Lightning's set-up.
     """
+    optimizer = instantiate_group(cfg, "optimizer")
     try:
-        return instantiate(cfg[group], **arguments)
+        inspect.signature(optimizer.func).bind([], **optimizer.keywords)
+    except TypeError as error:
+        raise UserError(f"optimizer: {error}; `{SHOW_KEYS}` shows its keys") from error
+    return optimizer
+
+
+def instantiate_each(cfg: DictConfig, group: str) -> list[Any]:
+    """The objects of a group of several, such as `callbacks`; those set to null are left out.
+
+    Raises:
+        UserError: as `instantiate_group`.
+    """
+    return [instantiate_group(cfg, f"{group}.{name}") for name, part in cfg[group].items() if part is not None]
+
+
+def instantiate_group(cfg: DictConfig, group: str, **arguments: object) -> Any:
+    """Hydra's `instantiate` of one config group (`trainer`) or part (`callbacks.samples`), whose failures name it.
+
+    Raises:
+        UserError: a key the target does not take, a package that is not installed, a setting Lightning refuses. Other
+            errors pass through.
+    """
+    part = OmegaConf.select(cfg, group)
+    if not isinstance(part, DictConfig) or "_target_" not in part:
+        raise UserError(f"{group}={part}: nothing reads this; expected a section with a _target_, or null")
+    try:
+        return instantiate(part, **arguments)
     except InstantiationException as error:
-        cause = error.__cause__
+        cause = innermost(error)
         if isinstance(cause, UserError):
             raise cause from None
-        if isinstance(cause, TypeError) or cause is None:
+        if isinstance(cause, MisconfigurationException):
+            remedy = "; trainer=cpu runs without a GPU" if "gpu" in str(cause).lower() else ""
+            raise UserError(f"{group}: {first_line(cause)}{remedy}") from error
+        if isinstance(cause, ImportError):
             raise UserError(
-                f"{group}: {first_line(cause or error)}; `python train.py --cfg job` shows its keys"
+                f"{group}: {first_line(cause)}; conf/{group.partition('.')[0]}/ says what it needs"
             ) from error
+        if isinstance(cause, TypeError | InstantiationException):
+            raise UserError(f"{group}: {first_line(cause)}; `{SHOW_KEYS}` shows its keys") from error
         raise
+
+
+def innermost(error: BaseException) -> BaseException:
+    """What `error` was raised from, and that from, to the first: Hydra wraps an error at each level of the tree."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return error
 
 
 def find_checkpoint(resume: str | None) -> Path | None:
@@ -98,10 +164,17 @@ def quiet_known_warnings() -> None:
     """Silence what other libraries say of situations that are as intended here."""
     # The tests of CLIP's image processor for torchvision, which nothing here uses.
     logging.getLogger("transformers").setLevel(logging.ERROR)
+    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(_is_no_advertisement)
     for message in (
         ".*Experiment logs directory .* exists.*",  # metrics.csv belongs in the run folder, which Hydra has made
         ".*Checkpoint directory .* exists and is not empty.*",
         ".*isinstance\\(treespec, LeafSpec\\).*",  # Lightning's own use of torch
         ".*does not have many workers.*",  # the number of workers is the user's choice, data.num_workers
+        ".*module\\(s\\) in eval mode at the start.*",  # the frozen networks
     ):
         warnings.filterwarnings("ignore", message)
+
+
+def _is_no_advertisement(record: logging.LogRecord) -> bool:
+    """False for Lightning's tips to install other products of its makers."""
+    return "Tip:" not in record.getMessage()

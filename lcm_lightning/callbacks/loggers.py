@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import inspect
 import netrc
 import os
 from urllib.parse import urlparse
 
 import wandb
 from lightning.pytorch.loggers import WandbLogger
+
+from lcm_lightning.errors import UserError
 
 
 def has_wandb_key() -> bool:
@@ -25,6 +28,16 @@ def wandb_logger(*, project: str, save_dir: str, name: str, **settings: object) 
     """A W&B logger that is online with an API key and offline without, unless `WANDB_MODE` says otherwise.
 
     An offline run is sent later with ``wandb sync <run folder>/wandb/offline-run-*``. `settings` go to `wandb.init`.
+
+    Raises:
+        UserError: for a setting it does not know. W&B would notice on first use, in the middle of Lightning's set-up.
     """
+    known = {*inspect.signature(WandbLogger).parameters, *inspect.signature(wandb.init).parameters}
+    unknown = sorted(settings.keys() - known)
+    if unknown:
+        raise UserError(
+            f"logger.wandb.{unknown[0]}={settings[unknown[0]]}: no setting of wandb.init; remove it, or see "
+            "https://docs.wandb.ai/ref/python/init"
+        )
     offline = "WANDB_MODE" not in os.environ and not has_wandb_key()
     return WandbLogger(project=project, save_dir=save_dir, name=name, offline=offline, **settings)

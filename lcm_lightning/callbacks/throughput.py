@@ -30,9 +30,11 @@ class Throughput(L.Callback):
         self.images = 0
         self.seconds = 0.0
         self.started = 0.0
+        self.step = 0
 
     def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         """Start the clock."""
+        self.step = trainer.global_step
         self.started = time.perf_counter()
 
     def on_validation_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
@@ -48,7 +50,9 @@ class Throughput(L.Callback):
     ) -> None:
         """Count the batch and log at Lightning's interval."""
         self.images += len(batch["seed"]) * trainer.world_size
-        if (batch_index + 1) % trainer.log_every_n_steps:
+        # Lightning writes what is logged in the batch that completes every n-th step, over epochs and accumulation.
+        stepped, self.step = trainer.global_step != self.step, trainer.global_step
+        if not stepped or trainer.global_step % trainer.log_every_n_steps:
             return
         now = time.perf_counter()
         rate = self.images / (self.seconds + now - self.started)

@@ -95,7 +95,7 @@ class AdapterTraining(L.LightningModule, ABC):
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
         """Log the norm of the adapter's gradient, before clipping."""
-        if self.trainer.global_step % self.trainer.log_every_n_steps == 0:
+        if (self.trainer.global_step + 1) % self.trainer.log_every_n_steps == 0:
             gradients = [p.grad for p in self.adapter_parameters() if p.grad is not None]
             self.log("train/grad_norm", nn.utils.get_total_norm(gradients))
 
