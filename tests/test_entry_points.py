@@ -1,0 +1,346 @@
+"""`python train.py` as it is typed: what a run leaves behind, and what a mistake says."""
+
+from __future__ import annotations
+
+import csv
+import importlib.util
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from hydra import compose, initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
+from hydra.utils import get_class
+from omegaconf import OmegaConf
+from PIL import Image
+from safetensors.torch import load_file
+
+import train
+from lcm_lightning.models.runs import load_run, read_manifest
+from lcm_lightning.training import TOP_LEVEL_KEYS
+
+ROOT = Path(train.__file__).parent
+SMALL = (
+    "data.num_workers=0",
+    "data.batch_size=2",
+    "data.val_limit=2",
+    "data.resolution=32",
+    "method.lora.rank=4",
+    "callbacks.samples.teacher_steps=2",
+    "callbacks.samples.num_prompts=2",
+    "callbacks.samples.student_steps=[1]",
+    "trainer.accumulate_grad_batches=1",
+)
+# What trainer=debug sets, for other trainers.
+DEBUG = (
+    "trainer.precision=32-true",
+    "trainer.max_steps=2",
+    "trainer.val_check_interval=2",
+    "trainer.limit_val_batches=1",
+    "trainer.log_every_n_steps=1",
+)
+
+Run = Callable[..., Path]
+
+
+@pytest.fixture
+def in_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty working folder, no hub and no W&B key."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    for name in ("WANDB_MODE", "WANDB_API_KEY", "WANDB_BASE_URL"):
+        monkeypatch.delenv(name, raising=False)
+    return tmp_path
+
+
+def in_process(*overrides: str) -> None:
+    """`python train.py ...` in this process; raises SystemExit where the command would end with an error."""
+    GlobalHydra.instance().clear()
+    before = sys.argv
+    # Hydra looks for conf/ beside the main program, which is pytest here.
+    sys.argv = ["train.py", f"--config-path={ROOT / 'conf'}", *overrides]
+    try:
+        train.main()
+    finally:
+        sys.argv = before
+        GlobalHydra.instance().clear()
+
+
+@pytest.fixture
+def run(in_folder: Path, pipeline_folder: Path, flickr_shards: Path) -> Run:
+    """Trains on the tiny pipeline and the small shards; returns the run's folder."""
+
+    def start(name: str, *overrides: str) -> Path:
+        folder = in_folder / name
+        places = (f"model.path={pipeline_folder}", f"data.source={flickr_shards}", f"hydra.run.dir={folder}")
+        in_process(*places, *SMALL, *overrides)
+        return folder
+
+    return start
+
+
+def metrics(run: Path) -> list[dict[str, float]]:
+    """Rows of metrics.csv without the empty cells."""
+    with (run / "metrics.csv").open() as file:
+        return [{key: float(cell) for key, cell in row.items() if cell} for row in csv.DictReader(file)]
+
+
+def assert_complete(run: Path, steps: int) -> None:
+    """All that DESIGN promises of a run folder is there and can be read."""
+    config = OmegaConf.load(run / "config.yaml")
+    assert "${" not in (run / "config.yaml").read_text()
+    checkpoint = torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)
+    assert checkpoint["global_step"] == steps
+    assert checkpoint["state_dict"] and all(".lora_" in key for key in checkpoint["state_dict"])
+    weights = load_file(run / "lora" / "pytorch_lora_weights.safetensors")
+    assert any(torch.any(tensor != 0) for key, tensor in weights.items() if ".lora_B." in key)
+    rows = metrics(run)
+    assert any("train/loss" in row for row in rows) and any("val/loss" in row for row in rows)
+    with Image.open(run / "samples" / f"step_{steps:06d}.png") as grid:
+        assert grid.width > 200 + 2 * config.data.resolution
+    loaded = load_run(run)
+    assert loaded.adapters == tuple(adapter.name for adapter in read_manifest(run))
+
+
+@pytest.mark.parametrize("experiment", ["lora_flickr8k", "lcm_flickr8k"])
+def test_an_experiment_leaves_a_complete_run_folder(run: Run, experiment: str, capfd: pytest.CaptureFixture[str]):
+    folder = run("first", f"experiment={experiment}", "trainer=debug", "logger=none")
+    assert_complete(folder, steps=2)
+    said = "".join(capfd.readouterr())
+    assert "evaluate.py run=first" in said
+    for noise in ("litlogger", "eval mode", "weights_only"):
+        assert noise not in said
+
+
+def test_a_finetuned_run_is_distilled_and_both_adapters_are_in_the_student_s_folder(run: Run):
+    teacher = run("teacher", "experiment=lora_flickr8k", "trainer=debug", "logger=none", "method.warmup_steps=0")
+    student = run(
+        "student", "experiment=lcm_flickr8k", "trainer=debug", "logger=none", f"method.teacher_lora={teacher}"
+    )
+    assert_complete(student, steps=2)
+    assert [adapter.name for adapter in read_manifest(student)] == ["finetuned", "lcm"]
+    original = load_file(teacher / "lora" / "pytorch_lora_weights.safetensors")
+    kept = load_file(student / "lora" / "teacher_lora_weights.safetensors")
+    assert original.keys() == kept.keys() and all(torch.equal(original[key], kept[key]) for key in original)
+
+
+@pytest.mark.multiprocess
+@pytest.mark.slow
+@pytest.mark.parametrize("experiment", ["lora_flickr8k", "lcm_flickr8k"])
+def test_two_processes_leave_one_run_folder(
+    in_folder: Path, pipeline_folder: Path, flickr_shards: Path, experiment: str
+):
+    places = (f"model.path={pipeline_folder}", f"data.source={flickr_shards}", "hydra.run.dir=ddp")
+    options = (f"experiment={experiment}", "trainer=ddp_sim", "logger=none", *DEBUG)
+    finished = command(*places, *SMALL, *options)
+    assert finished.returncode == 0, finished.stderr
+    assert finished.stdout.count("evaluate.py run=ddp") == 1
+    assert_complete(in_folder / "ddp", steps=2)
+
+
+def command(*overrides: str, timeout: float = 240) -> subprocess.CompletedProcess[str]:
+    """`python train.py ...` as a process of its own, without standard input: a prompt would fail."""
+    return subprocess.run(
+        [sys.executable, str(ROOT / "train.py"), *overrides],
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        stdin=subprocess.DEVNULL,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        check=False,
+    )
+
+
+def test_a_run_ends_with_a_validation_samples_and_an_export(run: Run):
+    folder = run("odd", "trainer=debug", "logger=none", "trainer.max_steps=3", "method.warmup_steps=0")
+    validated = [row["step"] for row in metrics(folder) if "val/loss" in row]
+    assert validated == [1, 2]  # Lightning counts from 0: after the second step and after the third
+    assert sorted(path.name for path in (folder / "samples").iterdir()) == ["step_000002.png", "step_000003.png"]
+    assert_complete(folder, steps=3)
+    # What is exported is what the checkpoint holds (alpha = rank, so B is stored as it is).
+    state = torch.load(folder / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
+    exported = load_file(folder / "lora" / "pytorch_lora_weights.safetensors")
+    for key, tensor in state.items():
+        assert torch.equal(exported[key.removeprefix("model.").replace(".lcm.", ".")], tensor)
+
+
+def test_a_run_that_ends_on_a_validation_does_not_validate_twice(run: Run):
+    folder = run("even", "trainer=debug", "logger=none", "trainer.max_steps=2")
+    assert [row["step"] for row in metrics(folder) if "val/loss" in row] == [1]
+
+
+def test_every_figure_is_logged_at_the_interval_over_epochs_and_accumulation(run: Run):
+    folder = run(
+        "logged",
+        "trainer=debug",
+        "logger=none",
+        "data.batch_size=4",
+        "trainer.accumulate_grad_batches=2",  # 6 batches, 3 optimizer steps an epoch
+        "trainer.log_every_n_steps=2",
+        "trainer.max_steps=8",
+        "trainer.limit_val_batches=0",
+    )
+    for name in ("train/loss", "train/grad_norm", "train/images_per_second", "train/peak_memory_gb"):
+        assert [row["step"] for row in metrics(folder) if name in row] == [1, 3, 5, 7], name
+    # Lightning's own callback writes once for each of the accumulated batches.
+    assert {row["step"] for row in metrics(folder) if "lr-AdamW" in row} == {1, 3, 5, 7}
+    rates = [row["train/images_per_second"] for row in metrics(folder) if "train/images_per_second" in row]
+    assert all(rate > 0 for rate in rates)
+
+
+def test_resuming_goes_on_where_the_run_stopped(run: Run):
+    """5 steps at once are 3 steps, a new process' worth of forgetting, and 2 more; the second stop is in epoch 2."""
+    options = ("trainer=debug", "logger=none", "method.lr_scheduler=constant", "method.warmup_steps=0")
+    options += ("data.batch_size=6", "trainer.limit_val_batches=0")  # 4 steps an epoch
+    whole = run("whole", *options, "trainer.max_steps=5")
+    run("part", *options, "trainer.max_steps=3")
+    resumed = run("resumed", *options, "trainer.max_steps=5", "resume=part")
+    assert [row["step"] for row in metrics(resumed) if "train/loss" in row] == [3, 4]
+    first, second = (load_file(folder / "lora" / "pytorch_lora_weights.safetensors") for folder in (whole, resumed))
+    for key in first:
+        torch.testing.assert_close(second[key], first[key], rtol=0, atol=1e-6)
+
+
+def test_resuming_another_adapter_is_refused(run: Run, capfd: pytest.CaptureFixture[str]):
+    run("part", "trainer=debug", "logger=none", "trainer.max_steps=1")
+    refused(capfd, run, "resume: the checkpoint's adapter differs", "resume=part", "method.lora.rank=8")
+
+
+# ---- mistakes ------------------------------------------------------------------------------------------------------
+
+
+def refused(capfd: pytest.CaptureFixture[str], run: Run, message: str, *overrides: str) -> str:
+    """The run ends with a status other than 0, and says `message` and no traceback; returns what it said."""
+    capfd.readouterr()
+    with pytest.raises(SystemExit) as exit_:
+        run("refused", "trainer=debug", "logger=none", *overrides)
+    assert exit_.value.code not in (0, None)
+    said = capfd.readouterr().err
+    assert message in said
+    assert "Traceback" not in said
+    return said
+
+
+# A key with + is new to the configuration, one without is taken for a misspelt one of the configuration.
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("+foo=1", "foo=1: nothing reads this key"),
+        ("foo=1", "Could not override 'foo'"),
+        ("+model.foo=1", "model: "),
+        ("+method.foo=1", "method: "),
+        ("method.foo=1", "Could not override 'method.foo'"),
+        ("+method.lora.foo=1", "method: LoraSettings"),
+        ("+method.distillation.foo=1", "method: ConsistencyDistillation"),
+        ("+optimizer.foo=1", "optimizer: "),
+        ("+data.foo=1", "data: "),
+        ("data.bacth_size=1", "Could not override 'data.bacth_size'"),
+        ("+trainer.foo=1", "trainer: "),
+        ("+logger.foo=1", "logger.foo=1: nothing reads this"),
+        ("+callbacks.foo=1", "callbacks.foo=1: nothing reads this"),
+        ("+callbacks.samples.foo=1", "callbacks.samples: "),
+        ("+callbacks.export.foo=1", "callbacks.export: "),
+        ("+callbacks.checkpoint.foo=1", "callbacks.checkpoint: "),
+        ("method=nonesuch", "Could not find 'method/nonesuch'"),
+        ("data.source=???", "data.source: has no value"),
+        ("trainer.val_check_interval=${nonesuch}", "nonesuch"),
+        ("trainer.precision=64-true", "trainer.precision=64-true: expected 32-true"),
+        ("trainer.accelerator=gpu", "trainer=cpu"),
+        ("data.resolution=33", "data.resolution=33: expected a positive multiple of 8"),
+        ("resume=nowhere", "resume=nowhere: neither a .ckpt file nor a run folder"),
+        ("method.lora.rank=0", "method.lora.rank=0"),
+        ("method.lr_scheduler=fast", "method.lr_scheduler=fast: expected one of"),
+        ("method.w_min=20", "method.w_min=20"),
+        ("method.teacher_lora=./nowhere", "lora=./nowhere: no such file or folder"),
+    ],
+)
+def test_a_mistake_is_one_clear_message(
+    run: Run, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, override: str, message: str
+):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    refused(capfd, run, message, override)
+
+
+@pytest.mark.skipif(importlib.util.find_spec("bitsandbytes") is not None, reason="bitsandbytes is installed")
+def test_an_optimizer_that_is_not_installed_is_named(run: Run, capfd: pytest.CaptureFixture[str]):
+    refused(capfd, run, "optimizer: No module named 'bitsandbytes'", "optimizer=adamw8bit")
+
+
+def test_an_unknown_setting_of_wandb_is_refused_before_the_run(run: Run, capfd: pytest.CaptureFixture[str]):
+    refused(capfd, run, "logger.wandb.foo=1: no setting of wandb.init", "logger=wandb", "+logger.wandb.foo=1")
+
+
+def test_without_data_it_says_how_to_get_them(in_folder: Path):
+    finished = command("experiment=lcm_flickr30k", "trainer=cpu")
+    assert finished.returncode not in (0, None)
+    assert "Traceback" not in finished.stderr
+    for words in ("data/flickr30k", "python -m lcm_lightning.prepare data=flickr30k", "clip-benchmark/wds_flickr30k"):
+        assert words in finished.stderr
+
+
+def test_without_the_model_it_says_how_to_get_it(run: Run, capfd: pytest.CaptureFixture[str], flickr_shards: Path):
+    said = refused(
+        capfd,
+        run,
+        "model.path=stable-diffusion-v1-5/stable-diffusion-v1-5: cannot be loaded",
+        "experiment=lcm_flickr30k",
+        "model.path=stable-diffusion-v1-5/stable-diffusion-v1-5",
+    )
+    assert "hf download stable-diffusion-v1-5/stable-diffusion-v1-5 --local-dir" in said
+    assert "model.path=/path/to/sd15" in said
+
+
+# ---- loggers -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("logger", ["csv", "none", "tensorboard"])
+def test_loggers(run: Run, logger: str):
+    if logger == "tensorboard":
+        pytest.importorskip("tensorboard", reason="the extra `tensorboard` is not installed")
+    folder = run("logged", "trainer=debug", f"logger={logger}")
+    assert_complete(folder, steps=2)
+    assert bool(list(folder.glob("tensorboard/events.out.tfevents.*"))) == (logger == "tensorboard")
+    assert not (folder / "wandb").exists()
+
+
+def test_a_logger_that_is_not_installed_is_named(
+    run: Run, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr("lightning.fabric.loggers.tensorboard._TENSORBOARD_AVAILABLE", False)
+    monkeypatch.setattr("lightning.fabric.loggers.tensorboard._TENSORBOARDX_AVAILABLE", False)
+    refused(capfd, run, "logger.tensorboard: ", "logger=tensorboard")
+
+
+@pytest.mark.slow
+def test_wandb_runs_offline_without_a_key_and_without_asking(
+    in_folder: Path, pipeline_folder: Path, flickr_shards: Path
+):
+    places = (f"model.path={pipeline_folder}", f"data.source={flickr_shards}", "hydra.run.dir=offline")
+    finished = command(*places, *SMALL, "experiment=lora_flickr8k", "trainer=debug", "logger=wandb")
+    assert finished.returncode == 0, finished.stderr
+    folder = in_folder / "offline"
+    assert_complete(folder, steps=2)
+    assert len(list(folder.glob("wandb/offline-run-*/run-*.wandb"))) == 1
+
+
+# ---- configuration -------------------------------------------------------------------------------------------------
+
+GROUPS = ("model", "method", "optimizer", "data", "trainer", "logger", "callbacks", "experiment")
+OPTIONS = [(path.parent.name, path.stem) for group in GROUPS for path in sorted((ROOT / "conf" / group).glob("*.yaml"))]
+
+
+@pytest.mark.parametrize(("group", "option"), OPTIONS)
+def test_every_option_of_every_group_composes(group: str, option: str):
+    GlobalHydra.instance().clear()
+    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+        cfg = compose("train", overrides=[f"{group}={option}", "name=name", "run_dir=here"])
+    OmegaConf.resolve(cfg)
+    # Pretraining builds its own networks.
+    assert set(TOP_LEVEL_KEYS) - {"model"} <= set(cfg) <= set(TOP_LEVEL_KEYS)
+    for name in ("method", "data", "trainer"):
+        get_class(cfg[name]._target_)
