@@ -2,66 +2,82 @@
 
 from __future__ import annotations
 
+import csv
 import sys
 import time
 from collections import Counter
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import hydra
+from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
 from rich.table import Table
-from rich.text import Text
 
 from lcm_lightning.data.writing import SKIPPED_NAME, ShardSettings, Written, write_shards
-from lcm_lightning.errors import report_user_errors
+from lcm_lightning.errors import UserError, report_user_errors
+from lcm_lightning.progress import image_progress
 
 if TYPE_CHECKING:
     from lcm_lightning.data.records import Source
 
-
-class ImagesPerSecond(ProgressColumn):
-    """Throughput since the start."""
-
-    def render(self, task: Task) -> Text:
-        """Images per second, "-" before the first shard."""
-        speed = task.finished_speed or task.speed
-        return Text(f"{speed:.0f} images/s" if speed else "- images/s")
+SHOWN_SKIPS = 5
 
 
 def prepare(
     source: Source, output: Path, *, name: str, settings: ShardSettings, workers: int | None, console: Console
 ) -> dict[str, Any]:
-    """Write the shards of a source with a progress bar and print a summary; returns the index."""
-    console.print(f"{source.layout}: {source.samples} images; splits: {source.split_origin}")
+    """Write the shards of a source with a progress bar and print a summary; returns the index.
+
+    Raises:
+        UserError: `output` cannot be written, or see `write_shards`.
+    """
+    console.print(f"{source.layout}: {source.samples} images; splits: {source.split_origin}", soft_wrap=True)
     started = time.perf_counter()
     kept = Counter()
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), ImagesPerSecond())
-    with Progress(*columns, TimeRemainingColumn(), console=console) as progress:
+    with image_progress(console) as progress:
         bar = progress.add_task("writing shards", total=source.samples)
 
         def on_shard(shard: Written, was_kept: bool) -> None:
             kept[was_kept] += 1
             progress.advance(bar, shard.samples + len(shard.skipped))
 
-        index = write_shards(
-            source.records,
-            output,
-            name=name,
-            split_origin=source.split_origin,
-            settings=settings,
-            workers=workers,
-            on_shard=on_shard,
-        )
+        try:
+            index = write_shards(
+                source.records,
+                output,
+                name=name,
+                split_origin=source.split_origin,
+                settings=settings,
+                workers=workers,
+                on_shard=on_shard,
+            )
+        except OSError as error:
+            raise UserError(
+                f"prepare.output={output}: the shards cannot be written ({error}); set it to a folder with room"
+            ) from error
+        except BrokenProcessPool as error:
+            raise UserError(
+                "prepare.workers: a process was killed, for want of memory most likely; run the same again with "
+                "prepare.workers=1 (finished shards are kept)"
+            ) from error
     console.print(summary(index))
     seconds = time.perf_counter() - started
     samples = sum(part["samples"] for part in index["splits"].values())
     console.print(f"{samples} images in {seconds:.1f} s ({samples / seconds:.0f} images/s); {kept[True]} shards kept")
-    if index["skipped"]:
-        console.print(f"skipped images: {output / SKIPPED_NAME}")
+    for line in skipped_lines(output / SKIPPED_NAME):
+        console.print(line, soft_wrap=True)
     return index
+
+
+def skipped_lines(table: Path) -> list[str]:
+    """The first skipped images by name with their reasons, and where the others are listed; [] if there are none."""
+    with table.open(encoding="utf-8", newline="") as file:
+        rows = list(csv.DictReader(file))
+    lines = [f"skipped {row['image'] or row['key']}: {row['reason']} {row['detail']}".rstrip() for row in rows]
+    return [*lines[:SHOWN_SKIPS], f"all {len(rows)} skipped images: {table}"] if rows else []
 
 
 def summary(index: dict[str, Any]) -> Table:
@@ -85,17 +101,36 @@ def main(config: DictConfig) -> None:
     options = config.prepare
     name = config.data.name
     settings = ShardSettings(options.samples_per_shard, options.max_side, options.min_side, options.quality)
-    output = Path(options.output or Path("data") / name)
-    console = Console(file=sys.stdout)
+    output = Path(options.output or Path("data") / name).expanduser()
+    source = read_source(config.data.source, name)
+    check_output(source, config.data.source, output)
+    console = Console(file=sys.stdout, markup=False, highlight=False)  # a path may hold [brackets]
     prepare(
-        read_source(config.data.source, name),
+        source,
         output,
         name=name,
         settings=settings,
         workers=options.workers,
         console=console,
     )
-    console.print(f"Ready: python train.py data={name}" + (f" data.source={output}" if options.output else ""))
+    place = [f"data.source={output}"] if options.output else []
+    console.print("Ready: python train.py", *chosen_data(), *place, soft_wrap=True)
+
+
+def check_output(source: Source, location: str, output: Path) -> None:
+    """Raise a `UserError` if there is nothing to write, or if shards would be written over those they are read from."""
+    if source.samples == 0:
+        raise UserError(f"data.source={location}: {source.layout} lists no image; check that the download is complete")
+    folder = Path(location).expanduser()
+    if source.layout == "shards" and folder.is_dir() and folder.resolve() == output.resolve():
+        raise UserError(f"prepare.output={output}: is data.source too; set it to another folder")
+
+
+def chosen_data() -> list[str]:
+    """The options of this command that choose the data set, for the commands that follow it."""
+    overrides = HydraConfig.get().overrides.task
+    name = [override for override in overrides if override.startswith("data.name=")]
+    return [f"data={HydraConfig.get().runtime.choices['data']}", *name]
 
 
 if __name__ == "__main__":

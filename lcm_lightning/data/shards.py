@@ -213,7 +213,7 @@ def find_shards(source: str) -> ShardIndex | None:
         return index_from_json(fetch_json(base + INDEX_NAME), lambda file: base + file)
     if is_url(source) or re.search(r"\.tar\b", source):
         return index_addresses(source)
-    if re.fullmatch(r"[\w.-]+/[\w.-]+", source):
+    if re.fullmatch(r"[\w.-]+/[\w.-]+", source) and not Path(source).is_file():
         locations = list_hub_shards(source)
         return ShardIndex(source.replace("/", "_"), group_by_split(locations), {}) if locations else None
     return None

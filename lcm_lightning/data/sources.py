@@ -36,7 +36,7 @@ def read_source(source: str | None, name: str) -> Source:
     index = find_shards(source)
     if index is not None:
         return read_shards(index)
-    if source.count("/") == 1 and not folder.is_absolute():
+    if source.count("/") == 1 and not folder.is_absolute() and not folder.is_file():
         return read_hub(source)
     found = "a file" if folder.is_file() else "no such folder, and no id of a data set (owner/name) or shard address"
     raise UserError(f"data.source={source}: {found}; {remedy(name)}")
