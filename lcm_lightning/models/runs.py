@@ -12,7 +12,7 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
 from lcm_lightning.errors import UserError
-from lcm_lightning.models.adapters import LORA_FILE, load_lora
+from lcm_lightning.models.adapters import LORA_FILE, load_lora, set_active_adapters
 from lcm_lightning.models.stable_diffusion import StableDiffusion
 
 MANIFEST = "adapters.json"
@@ -78,4 +78,6 @@ def load_run(run: Path, *, dtype: torch.dtype = torch.float32, **model_overrides
     model = instantiate(config.model, **{"dtype": dtype, **model_overrides})
     for adapter in adapters:
         load_lora(model, run / "lora" / adapter.file, adapter.name)
-    return LoadedRun(model, config, tuple(adapter.name for adapter in adapters))
+    names = tuple(adapter.name for adapter in adapters)
+    set_active_adapters(model, names)  # loading one switches those before it off
+    return LoadedRun(model.requires_grad_(False), config, names)
