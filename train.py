@@ -26,8 +26,8 @@ register_resolvers()
 
 @hydra.main(version_base="1.3", config_path="conf", config_name="train")
 @report_user_errors
-def main(cfg: DictConfig) -> None:
-    """Compose the run, train, and say where its results are."""
+def main(cfg: DictConfig) -> float | None:
+    """Compose the run, train, and say where its results are; the last validation loss, for sweepers to minimise."""
     quiet_known_warnings()
     resolve(cfg)
     run_dir = Path(cfg.run_dir)
@@ -46,6 +46,8 @@ def main(cfg: DictConfig) -> None:
     trainer.save_checkpoint(run_dir / "checkpoints" / "last.ckpt", weights_only=False)
     if trainer.is_global_zero:
         print(next_commands(run_dir))
+    validation_loss = trainer.callback_metrics.get("val/loss")
+    return None if validation_loss is None else validation_loss.item()
 
 
 if __name__ == "__main__":
