@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
 import urllib.error
 import urllib.request
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 from huggingface_hub import HfApi, hf_hub_download
 from rich.progress import Progress
@@ -44,7 +44,7 @@ def download(location: str, cache: Path, sha256: str | None = None) -> Path:
     path = cache / "shards" / f"{digest}-{Path(location).name}"
     if not path.is_file():
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+        temporary = path.with_name(f"{path.name}.{uuid4().hex}.tmp")  # process ids repeat from machine to machine
         try:
             found = stream_to_file(location, temporary)
             if sha256 not in (None, found):

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import webdataset as wds
 from braceexpand import braceexpand
@@ -229,7 +230,7 @@ def cache_folder(cache_dir: str | Path | None) -> Path:
 def write_atomic(path: Path, text: str) -> None:
     """Write a text file under a temporary name, then rename it: a reader sees all of it or none."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f"{path.name}.{uuid4().hex}.tmp")  # process ids repeat from machine to machine
     temporary.write_text(text)
     temporary.replace(path)
 
