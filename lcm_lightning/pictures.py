@@ -19,6 +19,19 @@ def to_pil(image: Tensor) -> Image.Image:
     return Image.fromarray((image * 255).round().byte().permute(1, 2, 0).contiguous().cpu().numpy())
 
 
+def contact_sheet(images: Tensor, columns: int = 4) -> Image.Image:
+    """Images [N, 3, H, W] in [0, 1] in rows of `columns`, enlarged as in `labelled_grid`."""
+    side = images.shape[-1] * max(1, SMALLEST_CELL // images.shape[-1])
+    columns = min(columns, len(images))
+    rows = -(-len(images) // columns)
+    sheet = Image.new("RGB", (columns * (side + GAP) + GAP, rows * (side + GAP) + GAP), "white")
+    for number, image in enumerate(images):
+        row, column = divmod(number, columns)
+        picture = to_pil(image).resize((side, side), Image.Resampling.NEAREST)
+        sheet.paste(picture, (GAP + column * (side + GAP), GAP + row * (side + GAP)))
+    return sheet
+
+
 def labelled_grid(columns: Sequence[Tensor], headings: Sequence[str], captions: Sequence[str]) -> Image.Image:
     """A picture of `columns`, each [N, 3, H, W] in [0, 1], under their headings, row i beside ``captions[i]``.
 

@@ -1,4 +1,4 @@
-"""What configuration files may compute: `${fused_adamw:...}`, `${mul:...}`, `${package_file:...}`."""
+"""What configuration files may compute."""
 
 from __future__ import annotations
 
@@ -17,6 +17,16 @@ def mul(a: int, b: int) -> int:
     return a * b
 
 
+def evaluation_folder(run: str | None, otherwise: str) -> str:
+    """Where an evaluation is written: into the folder of the run it is of, or else into `otherwise`."""
+    return otherwise if run is None else str(Path(run).expanduser() / "evaluation")
+
+
+def generated_folder(run: str | None) -> str:
+    """Where images are written: into the folder of the run that draws them, or else into `outputs/generate`."""
+    return "outputs/generate" if run is None else str(Path(run).expanduser() / "generated")
+
+
 def package_file(name: str) -> str:
     """Path of a file or folder that ships inside the package."""
     return str(Path(__file__).parent / name)
@@ -24,6 +34,8 @@ def package_file(name: str) -> str:
 
 def register_resolvers() -> None:
     """Make the resolvers known to OmegaConf; may be called again."""
+    OmegaConf.register_new_resolver("evaluation_folder", evaluation_folder, replace=True)
     OmegaConf.register_new_resolver("fused_adamw", fused_adamw, replace=True)
+    OmegaConf.register_new_resolver("generated_folder", generated_folder, replace=True)
     OmegaConf.register_new_resolver("mul", mul, replace=True)
     OmegaConf.register_new_resolver("package_file", package_file, replace=True)

@@ -159,7 +159,16 @@ def test_evaluation_reads_a_split_in_order_and_leaves_out_what_it_cannot_read(tm
         ("c", ("C", "CC"), (40, 40)),
     ]
     assert "sample b: undecodable" in caplog.text
-    assert [s.key for s in iterate_split(str(tmp_path), "test", limit=1, cache_dir=str(tmp_path / "cache"))] == ["a"]
+
+
+def test_a_limited_split_is_an_even_draw_that_is_always_the_same(tmp_path):
+    write_tar(
+        tmp_path / "test-0.tar",
+        {f"{i:02d}.{kind}": png(i) if kind == "png" else b"x" for i in range(40) for kind in ("png", "txt")},
+    )
+    keys, again = ([s.key for s in iterate_split(str(tmp_path), "test", limit=10)] for _ in range(2))
+    assert keys == again == sorted(keys) and len(set(keys)) == 10
+    assert keys != [f"{i:02d}" for i in range(10)]
 
 
 @pytest.fixture

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import random
 from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
@@ -59,13 +60,15 @@ def iterate_split(
     Args:
         source: as `data.source`: a folder of shards, shard addresses or a hub id; None for `data/<name>`.
         split: "train", "val" or "test".
-        limit: at most the first so many.
+        limit: so many of them, evenly drawn with a fixed seed; None for all.
 
     Raises:
         UserError: no such shards or split.
     """
     shards = open_split(locate(name, source), split, cache_dir)
-    return iterate_shards(shards, limit, lambda key, reason: log.warning("left out: sample %s: %s", key, reason))
+    total = sum(shard.samples for shard in shards)
+    chosen = None if limit is None or limit >= total else frozenset(random.Random(0).sample(range(total), limit))
+    return iterate_shards(shards, chosen, lambda key, reason: log.warning("left out: sample %s: %s", key, reason))
 
 
 class CaptionedImages(LightningDataModule):

@@ -12,7 +12,7 @@ import json
 import os
 import re
 import tarfile
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
@@ -277,23 +277,25 @@ def fingerprint(shards: Sequence[Shard]) -> str:
 
 
 def iterate_shards(
-    shards: Sequence[Shard], limit: int | None = None, on_fault: Callable[[str, str], None] | None = None
+    shards: Sequence[Shard],
+    chosen: Container[int] | None = None,
+    on_fault: Callable[[str, str], None] | None = None,
 ) -> Iterator[Sample]:
     """Samples in the order of the shards, without augmentation.
 
     Args:
-        limit: at most this many.
+        chosen: places, from 0, of the samples to decode; None for all.
         on_fault: called with (key, reason) for each sample that cannot be read; without it such a sample raises.
 
     Raises:
         UserError: a sample has no readable image or no caption, and there is no `on_fault`.
     """
-    left = sum(shard.samples for shard in shards) if limit is None else limit
+    place = -1
     for shard in shards:
         for sample in read_samples(shard.path):
-            if left <= 0:
-                return
-            left -= 1
+            place += 1
+            if chosen is not None and place not in chosen:
+                continue
             try:
                 yield Sample(sample["__key__"], sample_captions(sample), decode_image(image_bytes(sample)))
             except ImageFault as fault:

@@ -1,0 +1,180 @@
+"""Networks that turn images into the feature vectors distances are measured between."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import math
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import CLIPModel, CLIPTokenizer, ImageProcessingMixin
+
+from lcm_lightning.errors import UserError, first_line
+
+log = logging.getLogger(__name__)
+
+INCEPTION_FILE = "weights-inception-2015-12-05-6726825d.pth"
+
+
+class FeatureExtractor(Protocol):
+    """Maps images to vectors.
+
+    Attributes:
+        name: what a result calls it; results under different names cannot be compared.
+    """
+
+    name: str
+
+    def __call__(self, images: Tensor) -> Tensor:
+        """Features float32 [B, D] on the CPU of uint8 `images` [B, 3, H, W]."""
+        ...
+
+
+class InceptionFeatures:
+    """The 2,048 pool features of the Inception-v3 that FID is defined on (Heusel et al. 2017, arXiv 1706.08500).
+
+    TensorFlow's network of 2015 as torch-fidelity ported it, by way of torchmetrics. Images are resized to 299 px the
+    way TensorFlow did.
+
+    Args:
+        weights: a .pth or .safetensors file with torch-fidelity's weights; None takes, or downloads, torch's copy.
+
+    Raises:
+        UserError: package or weights are not at hand.
+    """
+
+    name = "inception"
+
+    def __init__(self, weights: str | Path | None = None, device: torch.device | str = "cpu") -> None:
+        try:
+            from torchmetrics.image.fid import NoTrainInceptionV3
+
+            with tempfile.TemporaryDirectory() as folder:
+                file = None if weights is None else _as_plain_state_dict(Path(weights).expanduser(), Path(folder))
+                network = NoTrainInceptionV3("inception-v3-compat", ["2048"], file and str(file))
+        except ModuleNotFoundError as error:
+            raise UserError(
+                f"evaluation.features=inception: {first_line(error)}; pip install -e .[inception]"
+            ) from error
+        except OSError as error:
+            raise UserError(
+                f"evaluation.features=inception: its weights cannot be had ({first_line(error)}). Download "
+                f"{INCEPTION_FILE} from torch-fidelity's releases (v0.2.0) elsewhere and set "
+                "evaluation.inception_weights=PATH, or set evaluation.features=clip"
+            ) from error
+        self.device = torch.device(device)
+        self.network = network.to(self.device).eval()
+
+    @torch.no_grad()
+    def __call__(self, images: Tensor) -> Tensor:
+        """See `FeatureExtractor`."""
+        return self.network(images.to(self.device)).float().cpu()
+
+
+def _as_plain_state_dict(weights: Path, folder: Path) -> Path:
+    """A copy of `weights` that holds tensors only: torch-fidelity unpickles whatever file it is given."""
+    try:
+        if weights.suffix == ".safetensors":
+            state_dict = load_file(weights)
+        else:
+            state_dict = torch.load(weights, weights_only=True, map_location="cpu")
+    except FileNotFoundError:
+        raise UserError(f"evaluation.inception_weights={weights}: no such file") from None
+    except Exception as error:  # whatever a damaged or hostile file makes the readers raise
+        raise UserError(
+            f"evaluation.inception_weights={weights}: not a file of weights ({first_line(error)})"
+        ) from error
+    plain = folder / INCEPTION_FILE
+    torch.save(state_dict, plain)
+    return plain
+
+
+class Clip:
+    """Both towers of a CLIP (Radford et al. 2021, arXiv 2103.00020): image features, and how well a caption fits.
+
+    Args:
+        source: local transformers folder or hub id, such as openai/clip-vit-large-patch14.
+
+    Raises:
+        UserError: it cannot be loaded.
+    """
+
+    def __init__(self, source: str, device: torch.device | str = "cpu") -> None:
+        try:
+            self.model: nn.Module = CLIPModel.from_pretrained(source, use_safetensors=True).eval()
+            self.tokenizer = CLIPTokenizer.from_pretrained(source)
+            settings, _ = ImageProcessingMixin.get_image_processor_dict(source)
+        except (OSError, ValueError) as error:
+            raise UserError(
+                f"evaluation.clip={source}: cannot be loaded ({first_line(error)}); give a local CLIP folder, or "
+                "check id and network"
+            ) from error
+        self.name = f"clip:{Path(source).name}"
+        self.device = torch.device(device)
+        self.model.to(self.device)
+        self.size = self.model.config.vision_config.image_size
+        self.mean = torch.tensor(settings["image_mean"]).view(3, 1, 1)
+        self.std = torch.tensor(settings["image_std"]).view(3, 1, 1)
+
+    @torch.no_grad()
+    def __call__(self, images: Tensor) -> Tensor:
+        """Projected image features [B, D] of length sqrt(D); see `FeatureExtractor`.
+
+        CLIP knows directions only. With this length numbers are about 1, which KID's kernel is made for.
+        """
+        pixels = images.float() / 255
+        if pixels.shape[-1] != self.size:
+            pixels = F.interpolate(pixels, (self.size, self.size), mode="bicubic", antialias=True).clamp(0, 1)
+        pixels = (pixels - self.mean) / self.std
+        features = self.model.get_image_features(pixels.to(self.device)).pooler_output.float().cpu()
+        return F.normalize(features, dim=1) * math.sqrt(features.shape[1])
+
+    @torch.no_grad()
+    def text_features(self, captions: Sequence[str]) -> Tensor:
+        """Projected text features [B, D], float32 on the CPU; captions beyond the tokenizer's limit are cut."""
+        tokens = self.tokenizer(
+            list(captions),
+            padding="max_length",
+            max_length=self.model.config.text_config.max_position_embeddings,
+            truncation=True,
+            return_tensors="pt",
+        )
+        return self.model.get_text_features(tokens.input_ids.to(self.device)).pooler_output.float().cpu()
+
+
+def make_extractor(features: str, clip: Clip, inception_weights: str | None, device: torch.device) -> FeatureExtractor:
+    """The extractor of FID and KID: "inception", "clip", or "auto": Inception where it can be had, CLIP otherwise.
+
+    Raises:
+        UserError: another name, or Inception was asked for and cannot be had.
+    """
+    if features == "clip":
+        return clip
+    if features == "inception":
+        return InceptionFeatures(inception_weights, device)
+    if features == "auto":
+        try:
+            return InceptionFeatures(inception_weights, device)
+        except UserError as error:
+            if inception_weights is not None:
+                raise
+            log.warning("FID and KID on features of %s, which no published FID used: %s", clip.name, error)
+            return clip
+    raise UserError(f"evaluation.features={features}: expected inception, clip or auto")
+
+
+def weights_digest(extractor: FeatureExtractor) -> str:
+    """Hex digest of an extractor's weights, which tells two networks of the same name apart."""
+    network = extractor.model if isinstance(extractor, Clip) else extractor.network  # type: ignore[attr-defined]
+    digest = hashlib.sha256()
+    for key, tensor in sorted(network.state_dict().items()):
+        digest.update(key.encode())
+        digest.update(tensor.detach().cpu().contiguous().view(-1).numpy().tobytes())
+    return digest.hexdigest()

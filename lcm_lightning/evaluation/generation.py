@@ -1,0 +1,105 @@
+"""Draw every prompt with every contender, once: what is on disk is not drawn again."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from lightning.fabric import Fabric
+from PIL import Image
+from rich.progress import Progress
+from torch import Tensor
+
+from lcm_lightning.evaluation.contenders import Contender
+from lcm_lightning.models.adapters import merged_adapters
+from lcm_lightning.models.sampling import sample
+from lcm_lightning.models.stable_diffusion import StableDiffusion
+from lcm_lightning.pictures import to_pil
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """What all contenders draw.
+
+    Attributes:
+        prompts: one an image.
+        seed: image i starts from the noise of ``seed + i``.
+        resolution: side of the images, px.
+        batch_size: images at a time.
+    """
+
+    prompts: Sequence[str]
+    seed: int
+    resolution: int
+    batch_size: int
+
+    @property
+    def seeds(self) -> list[int]:
+        """One an image."""
+        return list(range(self.seed, self.seed + len(self.prompts)))
+
+    def batches(self) -> list[range]:
+        """Indices of the images of each batch."""
+        total = len(self.prompts)
+        return [range(start, min(start + self.batch_size, total)) for start in range(0, total, self.batch_size)]
+
+
+def image_folder(root: Path, contender: Contender, drawing: Drawing, model_identity: str) -> Path:
+    """Where a contender's images lie: the name ends in a digest of everything their pixels depend on."""
+    content = json.dumps([model_identity, asdict(contender), asdict(drawing)], sort_keys=True, default=list)
+    return root / f"{contender.slug}-{hashlib.sha256(content.encode()).hexdigest()[:12]}"
+
+
+def image_file(folder: Path, index: int) -> Path:
+    """The file of image `index`."""
+    return folder / f"{index:06d}.png"
+
+
+def draw_missing(
+    model: StableDiffusion, contender: Contender, drawing: Drawing, folder: Path, fabric: Fabric, progress: Progress
+) -> int:
+    """Draw what is not in `folder` yet, whole batches, shared out over the ranks; returns this rank's images.
+
+    A batch is always the same images, whoever draws it and when, so an interrupted or a distributed evaluation gives
+    the same pictures. Files appear whole, and the one that completes a batch last.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    missing = [batch for batch in drawing.batches() if not all(image_file(folder, i).is_file() for i in batch)]
+    mine = missing[fabric.global_rank :: fabric.world_size]
+    bar = progress.add_task(contender.label, total=len(drawing.prompts))
+    progress.advance(bar, len(drawing.prompts) - sum(map(len, missing)))
+    seeds = drawing.seeds
+    with merged_adapters(model, contender.adapters):
+        for batch in mine:
+            images = sample(
+                model,
+                [drawing.prompts[i] for i in batch],
+                seeds=[seeds[i] for i in batch],
+                steps=contender.steps,
+                guidance_scale=contender.guidance_scale,
+                sampler=contender.sampler,
+                resolution=drawing.resolution,
+            )
+            for index, image in zip(batch, images, strict=True):
+                _write_png(image, image_file(folder, index))
+            progress.advance(bar, len(batch) * fabric.world_size)
+    fabric.barrier()
+    progress.update(bar, completed=len(drawing.prompts))
+    return sum(map(len, mine))
+
+
+def _write_png(image: Tensor, file: Path) -> None:
+    temporary = file.with_name(f".{file.name}")
+    to_pil(image).save(temporary, format="PNG", compress_level=1)
+    temporary.replace(file)
+
+
+def read_images(folder: Path, indices: range) -> Tensor:
+    """Images uint8 [B, 3, H, W] drawn before."""
+    arrays = [np.asarray(Image.open(image_file(folder, index))) for index in indices]
+    return torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2).contiguous()

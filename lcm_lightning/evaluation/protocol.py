@@ -1,0 +1,53 @@
+"""How an evaluation is done, as `conf/evaluation/*.yaml` say it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from lcm_lightning.errors import UserError
+from lcm_lightning.evaluation.contenders import Lineup
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """Everything about an evaluation but the models and the data set.
+
+    Attributes:
+        name: of the protocol; results under different protocols cannot be compared.
+        split: of the data set that gives prompts and real images.
+        num_images: real images; None for all of the split.
+        captions_per_image: prompts from each; None for all its captions.
+        features: of FID and KID: "inception", "clip" or "auto".
+        inception_weights: file with torch-fidelity's Inception weights; None for torch's download.
+        clip: CLIP of the CLIP score: local folder or hub id.
+        lineup: steps and guidance of each role.
+        batch_size: images drawn at a time.
+        seed: image i starts from the noise of ``seed + i``.
+        bootstrap_samples: draws behind the intervals of FID; 0 for none.
+        latency_repeats: timed rounds.
+        latency_batch_size: images at a time while timing.
+        shown: rows of the grid.
+    """
+
+    name: str
+    clip: str
+    split: str = "test"
+    num_images: int | None = None
+    captions_per_image: int | None = 1
+    features: str = "auto"
+    inception_weights: str | None = None
+    lineup: Lineup = field(default_factory=Lineup)
+    batch_size: int = 8
+    seed: int = 0
+    bootstrap_samples: int = 100
+    latency_repeats: int = 10
+    latency_batch_size: int = 1
+    shown: int = 8
+
+    def __post_init__(self) -> None:
+        at_least = {"batch_size": 1, "latency_repeats": 1, "latency_batch_size": 1, "shown": 1, "bootstrap_samples": 0}
+        at_least |= {"num_images": 2, "captions_per_image": 1}
+        for key, least in at_least.items():
+            value = getattr(self, key)
+            if value is not None and value < least:
+                raise UserError(f"evaluation.{key}={value}: expected at least {least}")

@@ -1,0 +1,124 @@
+"""The real side of an evaluation: prompts, and the features of the photos they describe."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+import torch
+from rich.progress import Progress
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from lcm_lightning.data.datamodule import iterate_split, locate
+from lcm_lightning.data.images import crop_square, resize_shorter_side
+from lcm_lightning.data.shards import Sample, cache_folder, fingerprint, open_split
+from lcm_lightning.errors import UserError
+from lcm_lightning.evaluation.features import FeatureExtractor, weights_digest
+
+SHOWN = 16
+
+
+@dataclass(frozen=True)
+class RealImages:
+    """Which real photos are the reference.
+
+    Attributes:
+        name, source, cache_dir: see `lcm_lightning.data.datamodule.CaptionedImages`.
+        split: "train", "val" or "test".
+        num_images: so many, drawn with a fixed seed; None for all.
+        resolution: they are resized to this shorter side and cropped to a square at the centre, px.
+    """
+
+    name: str
+    source: str | None
+    split: str
+    num_images: int | None
+    resolution: int
+    cache_dir: str | None = None
+
+    def samples(self) -> Iterator[Sample]:
+        """The photos, decoded, in fixed order."""
+        return iterate_split(self.source, self.split, name=self.name, limit=self.num_images, cache_dir=self.cache_dir)
+
+    def square(self, sample: Sample) -> Tensor:
+        """The photo as uint8 [3, R, R]."""
+        image = crop_square(resize_shorter_side(sample.image, self.resolution), self.resolution)
+        return torch.from_numpy(np.asarray(image).transpose(2, 0, 1).copy())
+
+    def digest(self) -> str:
+        """Hex digest of everything the pixels depend on."""
+        shards = open_split(locate(self.name, self.source), self.split, self.cache_dir)
+        text = f"{fingerprint(shards)} {self.split} {self.num_images} {self.resolution} crop-2"
+        return hashlib.sha256(text.encode()).hexdigest()
+
+
+@dataclass(frozen=True)
+class Reference:
+    """What generated images are held against.
+
+    Attributes:
+        captions: of each photo, all of them.
+        features: [M, D] of the photos, by extractor name.
+        shown: the first photos, uint8 [<= 16, 3, R, R].
+    """
+
+    captions: tuple[tuple[str, ...], ...]
+    features: Mapping[str, np.ndarray]
+    shown: Tensor
+
+    def prompts(self, captions_per_image: int | None) -> list[str]:
+        """Captions to draw, photo by photo: of each its first so many, or all."""
+        return [caption for captions in self.captions for caption in captions[:captions_per_image]]
+
+
+def read_reference(
+    real: RealImages, extractors: list[FeatureExtractor], progress: Progress, batch_size: int = 32
+) -> Reference:
+    """Features of the real photos, computed once and kept under the cache folder by the digest of pixels and networks.
+
+    Raises:
+        UserError: no such data, or fewer than two photos.
+    """
+    digest = hashlib.sha256(" ".join([real.digest(), *map(weights_digest, extractors)]).encode()).hexdigest()
+    file = cache_folder(real.cache_dir) / "references" / f"{digest}.safetensors"
+    if not file.is_file():
+        _write_reference(real, extractors, progress, batch_size, file)
+    with safe_open(file, framework="pt") as stored:
+        captions = json.loads(stored.metadata()["captions"])
+        features = {extractor.name: stored.get_tensor(extractor.name).numpy() for extractor in extractors}
+        shown = stored.get_tensor("shown")
+    return Reference(tuple(map(tuple, captions)), features, shown)
+
+
+def _write_reference(
+    real: RealImages, extractors: list[FeatureExtractor], progress: Progress, batch_size: int, file: Path
+) -> None:
+    captions: list[tuple[str, ...]] = []
+    shown: list[Tensor] = []
+    found: dict[str, list[Tensor]] = {extractor.name: [] for extractor in extractors}
+    bar = progress.add_task(f"real images of {real.name}", total=real.num_images)
+    samples = real.samples()
+    while chunk := list(islice(samples, batch_size)):
+        images = torch.stack([real.square(sample) for sample in chunk])
+        captions += [sample.captions for sample in chunk]
+        shown += images[: max(0, SHOWN - len(shown))]
+        for extractor in extractors:
+            found[extractor.name].append(extractor(images))
+        progress.advance(bar, len(chunk))
+    progress.update(bar, total=len(captions))
+    if len(captions) < 2:
+        raise UserError(
+            f"evaluation.split={real.split} of {real.name} holds {len(captions)} readable images: expected at least 2"
+        )
+    tensors = {name: torch.cat(parts) for name, parts in found.items()} | {"shown": torch.stack(shown)}
+    file.parent.mkdir(parents=True, exist_ok=True)
+    temporary = file.with_name(f".{file.name}")
+    save_file(tensors, temporary, metadata={"captions": json.dumps(captions)})
+    temporary.replace(file)
