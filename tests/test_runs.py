@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 from omegaconf import OmegaConf
+from safetensors.torch import load_file
 
 from lcm_lightning.models.adapters import (
     LORA_FILE,
@@ -51,3 +52,10 @@ def test_all_adapters_of_a_run_act_and_none_trains(pipeline_folder: Path, tmp_pa
         with active_adapters(loaded.model, one):
             assert (output(loaded.model) - as_loaded).abs().max() > 1e-3
     assert not any(parameter.requires_grad for parameter in loaded.model.parameters())
+
+
+def test_a_lora_file_can_be_read_by_whoever_can_read_its_neighbours(tmp_path: Path):
+    (tmp_path / "neighbour").write_text("")
+    save_lora({"unet.a.lora_A.weight": torch.ones(2, 2)}, tmp_path / LORA_FILE)
+    assert (tmp_path / LORA_FILE).stat().st_mode == (tmp_path / "neighbour").stat().st_mode
+    assert load_file(tmp_path / LORA_FILE)["unet.a.lora_A.weight"].sum() == 4

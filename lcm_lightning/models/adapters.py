@@ -14,7 +14,7 @@ from huggingface_hub.errors import HfHubHTTPError
 from peft import LoraConfig, get_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
@@ -285,7 +285,8 @@ def save_lora(state_dict: dict[str, Tensor], path: Path) -> None:
     """Write a LoRA's tensors as `path` (.safetensors), whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}")
-    save_file({key: tensor.contiguous() for key, tensor in state_dict.items()}, temporary, metadata={"format": "pt"})
+    # safetensors' save_file makes files that only their owner can read.
+    temporary.write_bytes(save({key: tensor.contiguous() for key, tensor in state_dict.items()}, {"format": "pt"}))
     temporary.replace(path)
 
 
