@@ -7,10 +7,13 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any, ClassVar
 
 import lightning as L
+import torch
 from diffusers.optimization import SchedulerType, get_scheduler
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.optim import Optimizer
+from torchmetrics import MeanMetric
 
 from lcm_lightning.diffusion.schedule import alphas_cumprod_from_config
 from lcm_lightning.errors import UserError
@@ -59,6 +62,8 @@ class AdapterTraining(L.LightningModule, ABC):
         self.make_optimizer = optimizer
         self.lr_scheduler = lr_scheduler
         self.warmup_steps = warmup_steps
+        # Lightning's own mean over ranks rounds the mean count of samples down to a whole number.
+        self.val_loss = MeanMetric()
         add_lora(model.unet, self.adapter_name, lora)
         model.unet.train()
         self.register_buffer("alphas_cumprod", alphas_cumprod_from_config(model.scheduler_config), persistent=False)
@@ -81,10 +86,8 @@ class AdapterTraining(L.LightningModule, ABC):
 
     def validation_step(self, batch: dict[str, Any], batch_index: int) -> None:
         """Mean loss over the held-out samples. Their seeds do not change, so neither do noise and timesteps."""
-        held_out = (batch["weight"] > 0).float()
-        count = held_out.sum()
-        loss = (held_out * self._batch_losses(batch)).sum() / count.clamp(min=1)
-        self.log("val/loss", loss, prog_bar=True, sync_dist=True, on_epoch=True, batch_size=int(count))
+        self.val_loss.update(self._batch_losses(batch), (batch["weight"] > 0).float())
+        self.log("val/loss", self.val_loss, prog_bar=True, on_epoch=True)
 
     def _batch_losses(self, batch: dict[str, Any]) -> Tensor:
         randomness = SampleRandomness(batch["seed"], self.device)
@@ -115,10 +118,14 @@ class AdapterTraining(L.LightningModule, ABC):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def configure_model(self) -> None:
-        """Shard the UNet block by block where the strategy is FSDP (Lightning's ModelParallelStrategy)."""
+        """Shard the UNet block by block over all ranks where the strategy is FSDP (Lightning's ModelParallelStrategy).
+
+        In Lightning's own mesh the devices of a machine are for tensor parallelism, over which no gradient is averaged.
+        """
         if self.device_mesh is None:
             return
-        mesh, unet = self.device_mesh["data_parallel"], self.model.unet
+        mesh, unet = init_device_mesh(self.device_mesh.device_type, (self.trainer.world_size,)), self.model.unet
+        unet.to(memory_format=torch.contiguous_format)  # FSDP shards no channels_last weights
         for block in (*unet.down_blocks, unet.mid_block, *unet.up_blocks):
             fully_shard(block, mesh=mesh)
         fully_shard(unet, mesh=mesh)
@@ -130,6 +137,8 @@ class AdapterTraining(L.LightningModule, ABC):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuse a checkpoint of another adapter. Raises `UserError`."""
+        if "state_dict" not in checkpoint:  # ModelParallelStrategy has loaded it, and complained, before
+            return
         expected = {name: tuple(p.shape) for name, p in self.named_parameters() if name in self._trainable_names()}
         found = {name: tuple(tensor.shape) for name, tensor in checkpoint["state_dict"].items()}
         if expected != found:
