@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import io
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -18,6 +21,7 @@ from lcm_lightning.data.writing import ShardSettings, write_shards
 from lcm_lightning.models.architectures import SD15_SCHEDULER, byte_tokenizer
 from lcm_lightning.models.stable_diffusion import StableDiffusion, load_stable_diffusion
 
+ROOT = Path(__file__).parent.parent
 TINY_TEXT_LENGTH = 16
 
 
@@ -110,3 +114,21 @@ def noise_jpeg(seed: int) -> bytes:
     buffer = io.BytesIO()
     Image.fromarray(cells).resize((48, 40), Image.Resampling.BICUBIC).save(buffer, "JPEG")
     return buffer.getvalue()
+
+
+@pytest.fixture
+def train_command() -> Callable[..., subprocess.CompletedProcess[str]]:
+    """Runs `python train.py ...` as a process of its own, without standard input: a prompt would fail."""
+
+    def run(*overrides: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [sys.executable, str(ROOT / "train.py"), *overrides],
+            capture_output=True,
+            text=True,
+            timeout=240,
+            stdin=subprocess.DEVNULL,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+            check=False,
+        )
+
+    return run

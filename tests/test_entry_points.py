@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import importlib.util
-import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -45,6 +44,7 @@ DEBUG = (
 )
 
 Run = Callable[..., Path]
+Command = Callable[..., subprocess.CompletedProcess[str]]
 
 
 @pytest.fixture
@@ -133,27 +133,14 @@ def test_a_finetuned_run_is_distilled_and_both_adapters_are_in_the_student_s_fol
 @pytest.mark.slow
 @pytest.mark.parametrize("experiment", ["lora_flickr8k", "lcm_flickr8k"])
 def test_two_processes_leave_one_run_folder(
-    in_folder: Path, pipeline_folder: Path, flickr_shards: Path, experiment: str
+    in_folder: Path, pipeline_folder: Path, flickr_shards: Path, train_command: Command, experiment: str
 ):
     places = (f"model.path={pipeline_folder}", f"data.source={flickr_shards}", "hydra.run.dir=ddp")
     options = (f"experiment={experiment}", "trainer=ddp_sim", "logger=none", *DEBUG)
-    finished = command(*places, *SMALL, *options)
+    finished = train_command(*places, *SMALL, *options)
     assert finished.returncode == 0, finished.stderr
     assert finished.stdout.count("evaluate.py run=ddp") == 1
     assert_complete(in_folder / "ddp", steps=2)
-
-
-def command(*overrides: str, timeout: float = 240) -> subprocess.CompletedProcess[str]:
-    """`python train.py ...` as a process of its own, without standard input: a prompt would fail."""
-    return subprocess.run(
-        [sys.executable, str(ROOT / "train.py"), *overrides],
-        capture_output=True,
-        text=True,
-        timeout=timeout,
-        stdin=subprocess.DEVNULL,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        check=False,
-    )
 
 
 def test_a_run_ends_with_a_validation_samples_and_an_export(run: Run):
@@ -275,8 +262,8 @@ def test_an_unknown_setting_of_wandb_is_refused_before_the_run(run: Run, capfd: 
     refused(capfd, run, "logger.wandb.foo=1: no setting of wandb.init", "logger=wandb", "+logger.wandb.foo=1")
 
 
-def test_without_data_it_says_how_to_get_them(in_folder: Path):
-    finished = command("experiment=lcm_flickr30k", "trainer=cpu")
+def test_without_data_it_says_how_to_get_them(in_folder: Path, train_command: Command):
+    finished = train_command("experiment=lcm_flickr30k", "trainer=cpu")
     assert finished.returncode not in (0, None)
     assert "Traceback" not in finished.stderr
     for words in ("data/flickr30k", "python -m lcm_lightning.prepare data=flickr30k", "clip-benchmark/wds_flickr30k"):
@@ -318,10 +305,10 @@ def test_a_logger_that_is_not_installed_is_named(
 
 @pytest.mark.slow
 def test_wandb_runs_offline_without_a_key_and_without_asking(
-    in_folder: Path, pipeline_folder: Path, flickr_shards: Path
+    in_folder: Path, pipeline_folder: Path, flickr_shards: Path, train_command: Command
 ):
     places = (f"model.path={pipeline_folder}", f"data.source={flickr_shards}", "hydra.run.dir=offline")
-    finished = command(*places, *SMALL, "experiment=lora_flickr8k", "trainer=debug", "logger=wandb")
+    finished = train_command(*places, *SMALL, "experiment=lora_flickr8k", "trainer=debug", "logger=wandb")
     assert finished.returncode == 0, finished.stderr
     folder = in_folder / "offline"
     assert_complete(folder, steps=2)
