@@ -11,6 +11,7 @@ from typing import Any
 
 import lightning as L
 import torch
+from diffusers.utils import logging as diffusers_logging
 from hydra.errors import InstantiationException
 from hydra.utils import instantiate
 from lightning.fabric.utilities.exceptions import MisconfigurationException
@@ -164,6 +165,8 @@ def quiet_known_warnings() -> None:
     """Silence what other libraries say of situations that are as intended here."""
     # The tests of CLIP's image processor for torchvision, which nothing here uses.
     logging.getLogger("transformers").setLevel(logging.ERROR)
+    transformers_logging.disable_progress_bar()
+    diffusers_logging.disable_progress_bar()
     logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(_is_no_advertisement)
     for message in (
         ".*Experiment logs directory .* exists.*",  # metrics.csv belongs in the run folder, which Hydra has made
@@ -171,6 +174,7 @@ def quiet_known_warnings() -> None:
         ".*isinstance\\(treespec, LeafSpec\\).*",  # Lightning's own use of torch
         ".*does not have many workers.*",  # the number of workers is the user's choice, data.num_workers
         ".*module\\(s\\) in eval mode at the start.*",  # the frozen networks
+        ".*Already found a `peft_config` attribute.*",  # a run has several adapters
     ):
         warnings.filterwarnings("ignore", message)
 

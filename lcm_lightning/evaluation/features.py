@@ -113,8 +113,8 @@ class Clip:
             settings, _ = ImageProcessingMixin.get_image_processor_dict(source)
         except (OSError, ValueError) as error:
             raise UserError(
-                f"evaluation.clip={source}: cannot be loaded ({first_line(error)}); give a local CLIP folder, or "
-                "check id and network"
+                f"evaluation.clip={source}: cannot be loaded ({first_line(error)}); give a local CLIP folder, check id "
+                "and network, or take the embedded CLIP with evaluation=quick"
             ) from error
         self.name = f"clip:{Path(source).name}"
         self.device = torch.device(device)

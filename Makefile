@@ -1,0 +1,60 @@
+# Every target sets up .venv first. PYTHON=python3.12 picks another interpreter (3.10 or newer).
+PYTHON ?= python3
+BIN := .venv/bin
+READY := .venv/.ready
+NOW := $(shell date +%Y-%m-%d_%H-%M-%S)
+SLOW := slow or multiprocess
+PRETRAIN := outputs/pretrain
+
+.PHONY: help setup quickstart test test-fast eval lint pretrain
+
+help:
+	@echo "make quickstart        fine-tune, distil and evaluate the embedded pipeline, about 10 minutes"
+	@echo "make test              all tests; make test-fast leaves out the slow ones"
+	@echo "make eval RUN=...      evaluate a run folder; more arguments in ARGS=..."
+	@echo "make lint              style"
+	@echo "make pretrain          train the embedded pipeline from scratch, hours; goes on where it was stopped"
+
+setup: $(READY)
+
+$(READY): pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt -e ".[dev]"
+	touch $@
+
+quickstart: $(READY)
+	$(BIN)/python train.py experiment=quickstart_lora hydra.run.dir=outputs/quickstart_lora/$(NOW)
+	$(BIN)/python train.py experiment=quickstart method.teacher_lora=outputs/quickstart_lora/$(NOW) \
+		hydra.run.dir=outputs/quickstart/$(NOW)
+	$(BIN)/python evaluate.py run=outputs/quickstart/$(NOW) evaluation=quick logger=none
+
+test: $(READY)
+	$(BIN)/python -m pytest $(ARGS)
+
+test-fast: $(READY)
+	$(BIN)/python -m pytest -m "not ($(SLOW))" $(ARGS)
+
+eval: $(READY)
+	$(if $(RUN),,$(error give RUN=outputs/<experiment>/<date_time>))
+	$(BIN)/python evaluate.py run=$(RUN) $(ARGS)
+
+lint: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+# Each stage is skipped where its network lies, and resumed where its checkpoint does.
+stage = $(BIN)/python train.py experiment=pretrain_$(1) hydra.run.dir=$(PRETRAIN)/$(1) \
+	$(if $(wildcard $(PRETRAIN)/$(1)/checkpoints/last.ckpt),resume=$(PRETRAIN)/$(1))
+
+pretrain: $(PRETRAIN)/unet/pipeline/model_index.json
+	$(BIN)/python scripts/pack_tiny_pipeline.py --pipeline $(PRETRAIN)/unet/pipeline --clip $(PRETRAIN)/clip/clip \
+		--output $(PRETRAIN)/assets
+
+$(PRETRAIN)/vae/vae/config.json: | $(READY)
+	$(call stage,vae)
+
+$(PRETRAIN)/clip/clip/config.json: | $(READY)
+	$(call stage,clip)
+
+$(PRETRAIN)/unet/pipeline/model_index.json: $(PRETRAIN)/vae/vae/config.json $(PRETRAIN)/clip/clip/config.json
+	$(call stage,unet) method.vae=$(PRETRAIN)/vae/vae method.clip=$(PRETRAIN)/clip/clip
