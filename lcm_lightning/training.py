@@ -18,6 +18,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from torch.optim import Optimizer
+from transformers.utils import logging as transformers_logging
 
 from lcm_lightning.errors import UserError, first_line
 
