@@ -24,6 +24,9 @@ from lcm_lightning.models.stable_diffusion import StableDiffusion, load_stable_d
 ROOT = Path(__file__).parent.parent
 TINY_TEXT_LENGTH = 16
 
+# Networks this small gain nothing from more threads, and lose much where other programs use the cores.
+torch.set_num_threads(1)
+
 
 def build_tiny_pipeline(seed: int = 0, **scheduler_config: object) -> StableDiffusionPipeline:
     """Random weights in SD v1-5's classes: 32 px images, 8 x 8 x 4 latents, attention on both maps."""
