@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import hydra
-from hydra.utils import instantiate
 from lightning.fabric import Fabric
 from lightning.pytorch.loggers import Logger, WandbLogger
 from omegaconf import DictConfig, OmegaConf
@@ -18,9 +17,12 @@ from lcm_lightning.evaluation.reference import RealImages
 from lcm_lightning.evaluation.report import console_table
 from lcm_lightning.evaluation.subject import load_subject
 from lcm_lightning.resolvers import register_resolvers
-from lcm_lightning.training import instantiate_group, quiet_known_warnings
+from lcm_lightning.training import instantiate_each, instantiate_group, quiet_known_warnings, resolve
 
 register_resolvers()
+
+EVALUATE_KEYS = ("run", "model", "lora", "lora_role", "data", "evaluation", "logger", "seed", "accelerator", "devices")
+EVALUATE_KEYS += ("dtype", "name", "run_dir")
 
 
 @hydra.main(version_base="1.3", config_path="conf", config_name="evaluate")
@@ -28,7 +30,7 @@ register_resolvers()
 def main(cfg: DictConfig) -> None:
     """Compose the evaluation, run it on every device, say where its results are."""
     quiet_known_warnings()
-    OmegaConf.resolve(cfg)
+    resolve(cfg, EVALUATE_KEYS)
     protocol = instantiate_group(cfg, "evaluation")
     fabric = Fabric(accelerator=cfg.accelerator, devices=cfg.devices)
     fabric.launch()
@@ -51,8 +53,8 @@ def main(cfg: DictConfig) -> None:
         config=OmegaConf.to_yaml(cfg),
     )
     if fabric.is_global_zero:
-        for logger in cfg.logger.values():
-            log_metrics(instantiate(logger), metrics, folder)
+        for logger in instantiate_each(cfg, "logger"):
+            log_metrics(logger, metrics, folder)
         rich_print(console_table(metrics))
         print(f"\nreport: {(folder / 'report.html').resolve()}")
 

@@ -12,6 +12,7 @@ from omegaconf import DictConfig, OmegaConf
 from lcm_lightning.errors import report_user_errors
 from lcm_lightning.resolvers import register_resolvers
 from lcm_lightning.training import (
+    TRAIN_KEYS,
     build_module,
     find_checkpoint,
     instantiate_each,
@@ -29,7 +30,7 @@ register_resolvers()
 def main(cfg: DictConfig) -> float | None:
     """Compose the run, train, and say where its results are; the last validation loss, for sweepers to minimise."""
     quiet_known_warnings()
-    resolve(cfg)
+    resolve(cfg, TRAIN_KEYS)
     run_dir = Path(cfg.run_dir)
     L.seed_everything(cfg.seed, workers=True, verbose=False)
     checkpoint = find_checkpoint(cfg.resume)

@@ -8,7 +8,7 @@ from pathlib import Path
 import hydra
 import torch
 from lightning.fabric import Fabric
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
 from lcm_lightning.errors import UserError, report_user_errors
 from lcm_lightning.evaluation.contenders import STUDENT
@@ -18,9 +18,22 @@ from lcm_lightning.models.sampling import sample
 from lcm_lightning.pictures import contact_sheet, to_pil
 from lcm_lightning.progress import image_progress
 from lcm_lightning.resolvers import register_resolvers
-from lcm_lightning.training import quiet_known_warnings
+from lcm_lightning.training import quiet_known_warnings, resolve
 
 register_resolvers()
+
+GENERATE_KEYS = (
+    "run",
+    "model",
+    "lora",
+    "lora_role",
+    "prompt",
+    "negative_prompt",
+    "num_images",
+    "steps",
+    "guidance_scale",
+)
+GENERATE_KEYS += ("resolution", "seed", "batch_size", "accelerator", "dtype", "output")
 
 
 def write_images(images: torch.Tensor, folder: Path, stem: str, seed: int) -> list[Path]:
@@ -40,9 +53,7 @@ def write_images(images: torch.Tensor, folder: Path, stem: str, seed: int) -> li
 def main(cfg: DictConfig) -> None:
     """Entry point."""
     quiet_known_warnings()
-    OmegaConf.resolve(cfg)
-    if OmegaConf.is_missing(cfg, "prompt"):
-        raise UserError('prompt: nothing to draw; give prompt="a dog on a beach"')
+    resolve(cfg, GENERATE_KEYS)
     if cfg.num_images < 1:
         raise UserError(f"num_images={cfg.num_images}: expected at least 1")
     device = Fabric(accelerator=cfg.accelerator, devices=1).device

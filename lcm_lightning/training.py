@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import inspect
 import logging
+import sys
 import warnings
+from collections.abc import Collection
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -28,8 +30,8 @@ FROZEN_DTYPES = {
     "16-mixed": torch.float16,
 }
 GROUPS = ("model", "method", "optimizer", "data", "trainer", "logger", "callbacks")
-TOP_LEVEL_KEYS = (*GROUPS, "name", "seed", "max_steps", "val_every", "resume", "run_dir")
-SHOW_KEYS = "python train.py --cfg job"
+TRAIN_KEYS = (*GROUPS, "name", "seed", "max_steps", "val_every", "resume", "run_dir")
+SHOW_KEYS = f"python {Path(sys.argv[0]).name} --cfg job"
 
 
 def frozen_dtype(precision: str) -> torch.dtype:
@@ -46,15 +48,18 @@ def frozen_dtype(precision: str) -> torch.dtype:
     return FROZEN_DTYPES[precision]
 
 
-def resolve(cfg: DictConfig) -> None:
-    """Compute the interpolations of a composed run in place and refuse what nothing would read.
+def resolve(cfg: DictConfig, known: Collection[str]) -> None:
+    """Compute the interpolations of a composed configuration in place and refuse what nothing would read.
+
+    Args:
+        known: the keys at the top that the entry point reads.
 
     Raises:
         UserError: an unknown key at the top, one without a value, or a value that cannot be computed with.
     """
     for key in cfg:
-        if key not in TOP_LEVEL_KEYS:
-            raise UserError(f"{key}={cfg[key]}: nothing reads this key; there are {', '.join(TOP_LEVEL_KEYS)}")
+        if key not in known:
+            raise UserError(f"{key}={cfg[key]}: nothing reads this key; there are {', '.join(known)}")
     try:
         missing = sorted(OmegaConf.missing_keys(cfg))
         if missing:

@@ -1,0 +1,281 @@
+"""`python evaluate.py` and `python -m lcm_lightning.generate` as they are typed, on the embedded pipeline."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+from lcm_lightning.evaluation.contenders import Lineup
+from lcm_lightning.evaluation.features import Clip, InceptionFeatures
+from lcm_lightning.models.adapters import (
+    LoraSettings,
+    active_adapters,
+    add_lora,
+    load_lora,
+    lora_parameters,
+    lora_state_dict,
+    merged_adapters,
+    save_lora,
+)
+from lcm_lightning.models.sampling import sample
+from lcm_lightning.models.stable_diffusion import StableDiffusion, load_stable_diffusion
+
+ROOT = Path(__file__).parent.parent
+ASSETS = ROOT / "lcm_lightning" / "assets"
+SMALL = (
+    "data=twemoji",
+    "evaluation=quick",
+    "evaluation.num_images=6",
+    "evaluation.batch_size=2",
+    "evaluation.lineup.teacher_steps=3",
+    "evaluation.lineup.undistilled_steps=2",
+    "evaluation.lineup.student_steps=[1,2]",
+    "evaluation.latency_repeats=2",
+    "evaluation.bootstrap_samples=5",
+    "evaluation.shown=3",
+    "logger=none",
+)
+
+
+def python(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, *arguments],
+        cwd=cwd,
+        capture_output=True,
+        text=True,
+        timeout=240,
+        stdin=subprocess.DEVNULL,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "XDG_CACHE_HOME": str(cwd / "cache"), "PYTHONPATH": str(ROOT)},
+        check=False,
+    )
+
+
+def evaluate(folder: Path, *overrides: str) -> subprocess.CompletedProcess[str]:
+    return python(str(ROOT / "evaluate.py"), *overrides, cwd=folder)
+
+
+def give_lora(model: StableDiffusion, name: str, seed: int) -> None:
+    add_lora(model.unet, name, LoraSettings(rank=4, alpha=4))
+    generator = torch.Generator().manual_seed(seed)
+    for parameter in lora_parameters(model.unet, name):
+        parameter.data.normal_(0, 0.02, generator=generator)
+        parameter.requires_grad_(False)
+
+
+@pytest.fixture(scope="module")
+def lora_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A LoRA of the embedded pipeline, random."""
+    model = load_stable_diffusion(str(ASSETS / "tiny"))
+    give_lora(model, "lcm", seed=1)
+    path = tmp_path_factory.mktemp("lora") / "lora.safetensors"
+    save_lora(lora_state_dict(model.unet, "lcm"), path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def evaluated(tmp_path_factory: pytest.TempPathFactory, lora_file: Path) -> Path:
+    """A finished evaluation of the embedded pipeline with a distilled LoRA."""
+    folder = tmp_path_factory.mktemp("evaluated")
+    finished = evaluate(folder, "model=tiny", f"lora={lora_file}", *SMALL, "hydra.run.dir=done")
+    assert finished.returncode == 0, finished.stderr
+    assert "report.html" in finished.stdout
+    return folder / "done"
+
+
+def figures(folder: Path) -> list[dict]:
+    """metrics.json's models without what a clock or the memory says."""
+    models = json.loads((folder / "metrics.json").read_text())["models"]
+    return [{k: v for k, v in model.items() if k not in ("seconds_per_image", "peak_memory_mb")} for model in models]
+
+
+@pytest.mark.slow
+def test_metrics_json_holds_every_role_with_its_figures(evaluated: Path):
+    metrics = json.loads((evaluated / "metrics.json").read_text())
+    assert metrics["protocol"] == "quick" and metrics["features"] == "clip:tiny_clip"
+    assert metrics["machine"]["cores"] and metrics["versions"]["torch"]
+    roles = [(model["role"], model["steps"], model["network_evaluations"]) for model in metrics["models"]]
+    assert roles == [("base", 3, 6), ("undistilled", 2, 4), ("student", 1, 1), ("student", 2, 2)]
+    for model in metrics["models"]:
+        assert model["n_images"] == 6
+        for key in ("fid", "kid", "clip_score"):
+            assert model[key]["low"] <= model[key]["value"] <= model[key]["high"] and model[key]["n"] == 6
+        seconds = model["seconds_per_image"]
+        assert 0 < seconds["low"] <= seconds["median"] <= seconds["high"] and seconds["batch_size"] == 1
+        assert model["peak_memory_mb"] > 100
+    said = " ".join(metrics["warnings"])
+    assert all(words in said for words in ("N=6", "training split", "not on Inception's", "text tower"))
+
+
+@pytest.mark.slow
+def test_the_report_is_one_file_with_its_pictures(evaluated: Path):
+    html = (evaluated / "report.html").read_text()
+    assert html.count("data:image/png;base64,") == 2 and "http" not in html.split("<h2>Measured on")[0]
+    assert "LCM-LoRA, 2 steps" in html and "LCM-LoRA, 2 steps" in (evaluated / "report.md").read_text()
+    grid = Image.open(evaluated / "grid.png")
+    assert grid.width > 5 * 128 and grid.height > 3 * 128
+    assert not [path for path in evaluated.rglob(".*") if path.is_file() and path.name.startswith(".report")]
+
+
+@pytest.mark.slow
+def test_a_second_evaluation_draws_only_what_is_missing(evaluated: Path, tmp_path: Path, lora_file: Path):
+    again = tmp_path / "done"
+    shutil.copytree(evaluated, again)
+    images = sorted((again / "images").glob("lcm_lora_2-*/*.png"))
+    assert len(images) == 6
+    before = {path: path.read_bytes() for path in images}
+    stamps = {path: path.stat().st_mtime_ns for path in again.glob("images/*/*.png")}
+    images[3].unlink()
+    finished = evaluate(tmp_path, "model=tiny", f"lora={lora_file}", *SMALL, "hydra.run.dir=done")
+    assert finished.returncode == 0, finished.stderr
+    drawn = {path for path in again.glob("images/*/*.png") if path.stat().st_mtime_ns != stamps.get(path)}
+    assert drawn == {images[2], images[3]}  # the batch of two that the lost image belongs to
+    assert {path: path.read_bytes() for path in images} == before
+    assert figures(again) == figures(evaluated)
+
+
+@pytest.mark.slow
+@pytest.mark.multiprocess
+def test_two_processes_find_what_one_finds(evaluated: Path, tmp_path: Path, lora_file: Path):
+    command = ("model=tiny", f"lora={lora_file}", *SMALL, "hydra.run.dir=two", "devices=2", "accelerator=cpu")
+    finished = evaluate(tmp_path, *command)
+    assert finished.returncode == 0, finished.stderr
+    assert figures(tmp_path / "two") == figures(evaluated)
+
+
+@pytest.mark.slow
+def test_generate_draws_numbered_images_and_a_sheet(tmp_path: Path, lora_file: Path):
+    command = ("model=tiny", f"lora={lora_file}", "prompt=red heart", "num_images=2", "seed=7", "output=drawn")
+    finished = python("-m", "lcm_lightning.generate", *command, cwd=tmp_path)
+    assert finished.returncode == 0, finished.stderr
+    names = sorted(path.name for path in (tmp_path / "drawn").iterdir())
+    assert names == ["red-heart-7.png", "red-heart-8.png", "red-heart.png"]
+    assert Image.open(tmp_path / "drawn" / "red-heart-7.png").size == (64, 64)
+
+
+@pytest.mark.parametrize(
+    ("program", "overrides", "said"),
+    [
+        ("evaluate", (), "give run=outputs/"),
+        ("evaluate", ("run=nowhere",), "run=nowhere: no config.yaml there"),
+        ("evaluate", ("run=a", "lora=b"), "give model=... with lora=..."),
+        ("evaluate", ("model=tiny",), "data: a model without a run needs a data set"),
+        ("evaluate", ("model=tiny", "data=twemoji", "+steps=4"), "steps=4: nothing reads this key"),
+        ("evaluate", ("model=tiny", "data=twemoji", "evaluation.num_images=1"), "evaluation.num_images=1: expected"),
+        ("evaluate", ("model=tiny", "data=twemoji", "+evaluation.foo=1"), "foo"),
+        ("evaluate", ("model=tiny", "dtype=int8"), "dtype=int8: expected bfloat16"),
+        ("evaluate", ("model=tiny", "data=twemoji", "evaluation=quick", "evaluation.features=vgg"), "features=vgg"),
+        ("evaluate", ("model=tiny", "data=twemoji", "evaluation=quick", "evaluation.clip=./none"), "clip=./none"),
+        ("generate", ("model=tiny",), "prompt: has no value"),
+        ("generate", ("prompt=x",), "give run=outputs/"),
+        ("generate", ("model=tiny", "prompt=x", "steps=-1"), "steps=-1: expected at least 1"),
+        ("generate", ("model=tiny", "prompt=x", "resolution=65"), "resolution=65: expected a positive multiple"),
+    ],
+)
+def test_mistakes_are_one_message(tmp_path: Path, program: str, overrides: tuple[str, ...], said: str):
+    start = (str(ROOT / "evaluate.py"),) if program == "evaluate" else ("-m", "lcm_lightning.generate")
+    finished = python(*start, *overrides, *(("logger=none",) if program == "evaluate" else ()), cwd=tmp_path)
+    assert finished.returncode not in (0, None)
+    assert said in finished.stderr and "Traceback" not in finished.stderr
+    assert not list(tmp_path.rglob("*.png"))
+
+
+def test_merged_adapters_are_the_adapters_and_leave_no_trace(
+    tiny_model: StableDiffusion, pipeline_folder: Path, tmp_path: Path
+):
+    for seed, name in enumerate(("finetuned", "lcm")):
+        trained = load_stable_diffusion(str(pipeline_folder))
+        give_lora(trained, name, seed)
+        save_lora(lora_state_dict(trained.unet, name), tmp_path / f"{name}.safetensors")
+        load_lora(tiny_model, tmp_path / f"{name}.safetensors", name)
+    settings = {"seeds": [0], "steps": 2, "guidance_scale": 1.0, "sampler": "lcm", "resolution": 32}
+    weights = {key: value.clone() for key, value in tiny_model.state_dict().items()}
+    drawn = {}
+    for names in ((), ("finetuned",), ("finetuned", "lcm")):
+        with active_adapters(tiny_model, names):
+            drawn[names] = sample(tiny_model, ["a dog"], **settings)
+        with merged_adapters(tiny_model, names):
+            torch.testing.assert_close(sample(tiny_model, ["a dog"], **settings), drawn[names], atol=1e-4, rtol=0)
+    assert (drawn[()] - drawn[("finetuned",)]).abs().max() > 0.01
+    assert (drawn[("finetuned",)] - drawn[("finetuned", "lcm")]).abs().max() > 0.01
+    assert all(torch.equal(value, weights[key]) for key, value in tiny_model.state_dict().items())
+
+
+def test_the_lineup_follows_the_adapters():
+    def roles(*adapters: str) -> list[tuple[str, tuple[str, ...]]]:
+        found = [(c.role, c.adapters) for c in Lineup(student_steps=(4,)).contenders(adapters)]
+        return found
+
+    assert roles() == [("base", ())]
+    assert roles("finetuned") == [("base", ()), ("finetuned", ("finetuned",))]
+    assert roles("lcm") == [("base", ()), ("undistilled", ()), ("student", ("lcm",))]
+    both = ("finetuned", "lcm")
+    assert roles(*both)[1:] == [
+        ("finetuned", ("finetuned",)),
+        ("undistilled", ("finetuned",)),
+        ("student", both),
+    ]
+
+
+def test_clip_features_equal_transformers_own_processing():
+    from transformers import CLIPModel, CLIPProcessor
+
+    folder = ASSETS / "tiny_clip"
+    pictures = [Image.effect_noise((64, 64), 80 + i).convert("RGB") for i in range(3)]
+    captions = ["red heart", "a clock", "grinning face"]
+    inputs = CLIPProcessor.from_pretrained(folder)(
+        text=captions, images=pictures, return_tensors="pt", padding="max_length", truncation=True
+    )
+    with torch.no_grad():
+        theirs = CLIPModel.from_pretrained(folder)(**inputs)
+    clip = Clip(str(folder))
+    import numpy as np
+
+    images = torch.from_numpy(np.stack([np.asarray(p) for p in pictures])).permute(0, 3, 1, 2)
+    ours = torch.nn.functional.normalize(clip(images), dim=1)
+    torch.testing.assert_close(ours, theirs.image_embeds, atol=1e-4, rtol=0)
+    texts = torch.nn.functional.normalize(clip.text_features(captions), dim=1)
+    torch.testing.assert_close(texts, theirs.text_embeds, atol=1e-4, rtol=0)
+
+
+def test_inception_takes_local_weights_and_unpickles_nothing(tmp_path: Path):
+    from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
+
+    from lcm_lightning.errors import UserError
+
+    class Harmful:
+        def __reduce__(self):
+            return (os.mkdir, (str(tmp_path / "harm"),))
+
+    torch.save({"weights": Harmful()}, tmp_path / "bad.pth")
+    with pytest.raises(UserError, match="not a file of weights"):
+        InceptionFeatures(tmp_path / "bad.pth")
+    assert not (tmp_path / "harm").exists()
+    with pytest.raises(UserError, match="no such file"):
+        InceptionFeatures(tmp_path / "none.pth")
+    weights = _random_inception(FeatureExtractorInceptionV3, tmp_path / "random.pth")
+    images = torch.randint(0, 256, (2, 3, 64, 64), dtype=torch.uint8)
+    features = InceptionFeatures(weights)(images)
+    theirs = FeatureExtractorInceptionV3("inception-v3-compat", ["2048"], feature_extractor_weights_path=weights)
+    assert features.shape == (2, 2048)
+    torch.testing.assert_close(features, theirs.eval()(images)[0], atol=1e-5, rtol=1e-5)
+
+
+def _random_inception(network: type, path: Path) -> Path:
+    """A file of random weights in torch-fidelity's layout; the real ones cannot be downloaded here."""
+    torch.manual_seed(0)
+
+    class Untrained(network):
+        def load_state_dict(self, state_dict, **_):
+            return None
+
+    torch.save({}, path)
+    torch.save(Untrained("inception-v3-compat", ["2048"], feature_extractor_weights_path=str(path)).state_dict(), path)
+    return path
