@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import hydra
-from lightning.fabric import Fabric
 from lightning.pytorch.loggers import Logger, WandbLogger
 from omegaconf import DictConfig, OmegaConf
 from rich import print as rich_print
@@ -17,7 +16,7 @@ from lcm_lightning.evaluation.reference import RealImages
 from lcm_lightning.evaluation.report import console_table
 from lcm_lightning.evaluation.subject import load_subject
 from lcm_lightning.resolvers import register_resolvers
-from lcm_lightning.training import instantiate_each, instantiate_group, quiet_known_warnings, resolve
+from lcm_lightning.training import instantiate_each, instantiate_group, make_fabric, quiet_known_warnings, resolve
 
 register_resolvers()
 
@@ -32,7 +31,7 @@ def main(cfg: DictConfig) -> None:
     quiet_known_warnings()
     resolve(cfg, EVALUATE_KEYS)
     protocol = instantiate_group(cfg, "evaluation")
-    fabric = Fabric(accelerator=cfg.accelerator, devices=cfg.devices)
+    fabric = make_fabric(cfg.accelerator, cfg.devices)
     fabric.launch()
     subject = load_subject(cfg)
     subject.model.to(fabric.device)
@@ -41,7 +40,8 @@ def main(cfg: DictConfig) -> None:
         raise UserError("data: a model without a run needs a data set, such as data=flickr8k")
     resolution = data.resolution
     subject.model.check_resolution(resolution)
-    folder = Path(cfg.run_dir)
+    loggers = instantiate_each(cfg, "logger") if fabric.is_global_zero else []
+    folder = Path(fabric.broadcast(cfg.run_dir))  # the time in its name differs between processes
     metrics = evaluate_model(
         subject.model,
         subject.adapters,
@@ -53,7 +53,7 @@ def main(cfg: DictConfig) -> None:
         config=OmegaConf.to_yaml(cfg),
     )
     if fabric.is_global_zero:
-        for logger in instantiate_each(cfg, "logger"):
+        for logger in loggers:
             log_metrics(logger, metrics, folder)
         rich_print(console_table(metrics))
         print(f"\nreport: {(folder / 'report.html').resolve()}")

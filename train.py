@@ -46,7 +46,8 @@ def main(cfg: DictConfig) -> float | None:
     trainer.fit(module, datamodule=data, ckpt_path=checkpoint, weights_only=True)
     trainer.save_checkpoint(run_dir / "checkpoints" / "last.ckpt", weights_only=False)
     if trainer.is_global_zero:
-        print(next_commands(run_dir))
+        model = cfg.get("model")
+        print(next_commands(run_dir, model.path if model is not None else ""))
     validation_loss = trainer.callback_metrics.get("val/loss")
     return None if validation_loss is None else validation_loss.item()
 

@@ -24,6 +24,13 @@ def first_line(error: BaseException) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
 
 
+def innermost(error: BaseException) -> BaseException:
+    """What `error` was raised from, and that from, to the first: Hydra wraps an error at each level of the tree."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return error
+
+
 def report_user_errors(entry_point: Callable[P, R]) -> Callable[P, R]:
     """Decorate an entry point so that a `UserError` ends it with one line on stderr and status 2.
 

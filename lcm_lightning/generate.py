@@ -7,7 +7,6 @@ from pathlib import Path
 
 import hydra
 import torch
-from lightning.fabric import Fabric
 from omegaconf import DictConfig
 
 from lcm_lightning.errors import UserError, report_user_errors
@@ -18,7 +17,7 @@ from lcm_lightning.models.sampling import sample
 from lcm_lightning.pictures import contact_sheet, to_pil
 from lcm_lightning.progress import image_progress
 from lcm_lightning.resolvers import register_resolvers
-from lcm_lightning.training import quiet_known_warnings, resolve
+from lcm_lightning.training import make_fabric, quiet_known_warnings, resolve
 
 register_resolvers()
 
@@ -56,20 +55,25 @@ def main(cfg: DictConfig) -> None:
     resolve(cfg, GENERATE_KEYS)
     if cfg.num_images < 1:
         raise UserError(f"num_images={cfg.num_images}: expected at least 1")
-    device = Fabric(accelerator=cfg.accelerator, devices=1).device
+    device = make_fabric(cfg.accelerator, 1).device
     subject = load_subject(cfg)
     model = subject.model.to(device)
     distilled = STUDENT in subject.adapters
+    default_steps, default_guidance = (4, 1.0) if distilled else (50, 7.5)
+    steps = default_steps if cfg.steps is None else cfg.steps
+    guidance_scale = default_guidance if cfg.guidance_scale is None else cfg.guidance_scale
+    if cfg.negative_prompt and guidance_scale <= 1:
+        raise UserError(f"negative_prompt={cfg.negative_prompt}: acts with guidance_scale above 1 only")
     with image_progress() as progress, merged_adapters(model, subject.adapters):
         bar = progress.add_task("drawing", total=cfg.num_images)
         images = sample(
             model,
             [cfg.prompt] * cfg.num_images,
             seeds=range(cfg.seed, cfg.seed + cfg.num_images),
-            steps=cfg.steps or (4 if distilled else 50),
-            guidance_scale=cfg.guidance_scale or (1.0 if distilled else 7.5),
+            steps=steps,
+            guidance_scale=guidance_scale,
             sampler="lcm" if distilled else "ddim",
-            resolution=cfg.resolution or model.default_resolution,
+            resolution=model.default_resolution if cfg.resolution is None else cfg.resolution,
             negative_prompt=cfg.negative_prompt,
             batch_size=cfg.batch_size,
             on_batch=lambda number: progress.advance(bar, number),

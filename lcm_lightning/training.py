@@ -16,13 +16,15 @@ import torch
 from diffusers.utils import logging as diffusers_logging
 from hydra.errors import InstantiationException
 from hydra.utils import instantiate
+from lightning.fabric import Fabric
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from torch.optim import Optimizer
 from transformers.utils import logging as transformers_logging
 
-from lcm_lightning.errors import UserError, first_line
+from lcm_lightning.errors import UserError, first_line, innermost
+from lcm_lightning.resolvers import package_file
 
 FROZEN_DTYPES = {
     "32-true": torch.float32,
@@ -134,11 +136,18 @@ def instantiate_group(cfg: DictConfig, group: str, **arguments: object) -> Any:
         raise
 
 
-def innermost(error: BaseException) -> BaseException:
-    """What `error` was raised from, and that from, to the first: Hydra wraps an error at each level of the tree."""
-    while error.__cause__ is not None:
-        error = error.__cause__
-    return error
+def make_fabric(accelerator: str, devices: int) -> Fabric:
+    """What spreads work outside training over devices.
+
+    Raises:
+        UserError: there is no such accelerator, or not so many devices.
+    """
+    try:
+        return Fabric(accelerator=accelerator, devices=devices)
+    except (RuntimeError, ValueError, TypeError, MisconfigurationException) as error:
+        raise UserError(
+            f"accelerator={accelerator} devices={devices}: {first_line(error)}; accelerator=cpu runs anywhere"
+        ) from error
 
 
 def find_checkpoint(resume: str | None) -> Path | None:
@@ -156,13 +165,14 @@ def find_checkpoint(resume: str | None) -> Path | None:
     raise UserError(f"resume={resume}: neither a .ckpt file nor a run folder with checkpoints/last.ckpt")
 
 
-def next_commands(run_dir: Path) -> str:
-    """What to do with a finished run."""
+def next_commands(run_dir: Path, model_path: str) -> str:
+    """What to do with a finished run of the model at `model_path`."""
+    protocol = " evaluation=quick" if Path(model_path).is_relative_to(package_file("assets")) else ""
     shown = run_dir.relative_to(Path.cwd()) if run_dir.is_relative_to(Path.cwd()) else run_dir
     return (
         f"\nrun folder: {shown}\n"
         f"  look at   {shown}/samples/\n"
-        f"  evaluate  python evaluate.py run={shown}\n"
+        f"  evaluate  python evaluate.py run={shown}{protocol}\n"
         f'  generate  python -m lcm_lightning.generate run={shown} prompt="..."'
     )
 

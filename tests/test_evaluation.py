@@ -11,21 +11,27 @@ from pathlib import Path
 
 import pytest
 import torch
+from diffusers import EulerDiscreteScheduler, StableDiffusionPipeline
+from peft import LoraConfig, get_peft_model_state_dict
 from PIL import Image
 
+from lcm_lightning.errors import UserError
 from lcm_lightning.evaluation.contenders import Lineup
 from lcm_lightning.evaluation.features import Clip, InceptionFeatures
 from lcm_lightning.models.adapters import (
     LoraSettings,
     active_adapters,
     add_lora,
+    as_pipeline,
     load_lora,
+    lora_layers,
     lora_parameters,
     lora_state_dict,
     merged_adapters,
     save_lora,
 )
-from lcm_lightning.models.sampling import sample
+from lcm_lightning.models.architectures import SD15_SCHEDULER
+from lcm_lightning.models.sampling import make_scheduler, sample
 from lcm_lightning.models.stable_diffusion import StableDiffusion, load_stable_diffusion
 
 ROOT = Path(__file__).parent.parent
@@ -84,7 +90,7 @@ def lora_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def evaluated(tmp_path_factory: pytest.TempPathFactory, lora_file: Path) -> Path:
     """A finished evaluation of the embedded pipeline with a distilled LoRA."""
     folder = tmp_path_factory.mktemp("evaluated")
-    finished = evaluate(folder, "model=tiny", f"lora={lora_file}", *SMALL, "hydra.run.dir=done")
+    finished = evaluate(folder, "model=tiny", f"lora={lora_file}", "lora_role=lcm", *SMALL, "run_dir=done")
     assert finished.returncode == 0, finished.stderr
     assert "report.html" in finished.stdout
     return folder / "done"
@@ -133,7 +139,7 @@ def test_a_second_evaluation_draws_only_what_is_missing(evaluated: Path, tmp_pat
     before = {path: path.read_bytes() for path in images}
     stamps = {path: path.stat().st_mtime_ns for path in again.glob("images/*/*.png")}
     images[3].unlink()
-    finished = evaluate(tmp_path, "model=tiny", f"lora={lora_file}", *SMALL, "hydra.run.dir=done")
+    finished = evaluate(tmp_path, "model=tiny", f"lora={lora_file}", "lora_role=lcm", *SMALL, "run_dir=done")
     assert finished.returncode == 0, finished.stderr
     drawn = {path for path in again.glob("images/*/*.png") if path.stat().st_mtime_ns != stamps.get(path)}
     assert drawn == {images[2], images[3]}  # the batch of two that the lost image belongs to
@@ -144,7 +150,15 @@ def test_a_second_evaluation_draws_only_what_is_missing(evaluated: Path, tmp_pat
 @pytest.mark.slow
 @pytest.mark.multiprocess
 def test_two_processes_find_what_one_finds(evaluated: Path, tmp_path: Path, lora_file: Path):
-    command = ("model=tiny", f"lora={lora_file}", *SMALL, "hydra.run.dir=two", "devices=2", "accelerator=cpu")
+    command = (
+        "model=tiny",
+        f"lora={lora_file}",
+        "lora_role=lcm",
+        *SMALL,
+        "run_dir=two",
+        "devices=2",
+        "accelerator=cpu",
+    )
     finished = evaluate(tmp_path, *command)
     assert finished.returncode == 0, finished.stderr
     assert figures(tmp_path / "two") == figures(evaluated)
@@ -152,7 +166,15 @@ def test_two_processes_find_what_one_finds(evaluated: Path, tmp_path: Path, lora
 
 @pytest.mark.slow
 def test_generate_draws_numbered_images_and_a_sheet(tmp_path: Path, lora_file: Path):
-    command = ("model=tiny", f"lora={lora_file}", "prompt=red heart", "num_images=2", "seed=7", "output=drawn")
+    command = (
+        "model=tiny",
+        f"lora={lora_file}",
+        "lora_role=lcm",
+        "prompt=red heart",
+        "num_images=2",
+        "seed=7",
+        "output=drawn",
+    )
     finished = python("-m", "lcm_lightning.generate", *command, cwd=tmp_path)
     assert finished.returncode == 0, finished.stderr
     names = sorted(path.name for path in (tmp_path / "drawn").iterdir())
@@ -175,7 +197,11 @@ def test_generate_draws_numbered_images_and_a_sheet(tmp_path: Path, lora_file: P
         ("evaluate", ("model=tiny", "data=twemoji", "evaluation=quick", "evaluation.clip=./none"), "clip=./none"),
         ("generate", ("model=tiny",), "prompt: has no value"),
         ("generate", ("prompt=x",), "give run=outputs/"),
-        ("generate", ("model=tiny", "prompt=x", "steps=-1"), "steps=-1: expected at least 1"),
+        ("generate", ("model=tiny", "prompt=x", "steps=0"), "steps=0: expected at least 1"),
+        ("generate", ("model=tiny", "prompt=x", "negative_prompt=y", "guidance_scale=1"), "negative_prompt=y: acts"),
+        ("generate", ("model=tiny", "prompt=x", "accelerator=gpu"), "accelerator=gpu"),
+        ("generate", ("model=tiny", "prompt=x", f"lora={ASSETS}"), "lora_role=None: say what"),
+        ("evaluate", ("model=tiny", "data=twemoji", "evaluation.lineup.student_steps=[64]"), "student_steps=[64]"),
         ("generate", ("model=tiny", "prompt=x", "resolution=65"), "resolution=65: expected a positive multiple"),
     ],
 )
@@ -184,7 +210,7 @@ def test_mistakes_are_one_message(tmp_path: Path, program: str, overrides: tuple
     finished = python(*start, *overrides, *(("logger=none",) if program == "evaluate" else ()), cwd=tmp_path)
     assert finished.returncode not in (0, None)
     assert said in finished.stderr and "Traceback" not in finished.stderr
-    assert not list(tmp_path.rglob("*.png"))
+    assert not [path for path in tmp_path.rglob("*") if path.name != "cache" and "cache" not in path.parts]
 
 
 def test_merged_adapters_are_the_adapters_and_leave_no_trace(
@@ -206,6 +232,33 @@ def test_merged_adapters_are_the_adapters_and_leave_no_trace(
     assert (drawn[()] - drawn[("finetuned",)]).abs().max() > 0.01
     assert (drawn[("finetuned",)] - drawn[("finetuned", "lcm")]).abs().max() > 0.01
     assert all(torch.equal(value, weights[key]) for key, value in tiny_model.state_dict().items())
+
+
+def test_a_file_of_rank_and_alpha_means_what_diffusers_takes_it_for(tiny_model: StableDiffusion, tmp_path: Path):
+    trained = as_pipeline(tiny_model)
+    trained.unet.add_adapter(LoraConfig(r=8, lora_alpha=4, target_modules=["to_q"], init_lora_weights=False), "x")
+    layers = get_peft_model_state_dict(trained.unet, adapter_name="x")
+    metadata = {"r": 8, "lora_alpha": 4, "target_modules": ["to_q"]}
+    StableDiffusionPipeline.save_lora_weights(tmp_path, layers, unet_lora_adapter_metadata=metadata)
+    trained.unet.delete_adapters("x")
+    load_lora(tiny_model, tmp_path, "loaded")
+    assert {layer.scaling["loaded"] for layer in lora_layers(tiny_model)} == {0.5}
+
+
+def test_a_dora_is_refused(tiny_model: StableDiffusion, tmp_path: Path):
+    trained = as_pipeline(tiny_model)
+    trained.unet.add_adapter(LoraConfig(r=8, target_modules=["to_q"], use_dora=True), "x")
+    StableDiffusionPipeline.save_lora_weights(tmp_path, get_peft_model_state_dict(trained.unet, adapter_name="x"))
+    trained.unet.delete_adapters("x")
+    with pytest.raises(UserError, match="is a DoRA"):
+        load_lora(tiny_model, tmp_path, "loaded")
+
+
+def test_latents_are_never_clipped():
+    """Configs of other schedulers' classes, as many fine-tuned models have them, say nothing of DDIM's settings."""
+    euler = {key: value for key, value in SD15_SCHEDULER.items() if key in ("beta_start", "beta_end", "beta_schedule")}
+    config = make_scheduler("ddim", EulerDiscreteScheduler(**euler).config).config
+    assert not config.clip_sample and not config.set_alpha_to_one
 
 
 def test_the_lineup_follows_the_adapters():
@@ -247,8 +300,6 @@ def test_clip_features_equal_transformers_own_processing():
 
 def test_inception_takes_local_weights_and_unpickles_nothing(tmp_path: Path):
     from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
-
-    from lcm_lightning.errors import UserError
 
     class Harmful:
         def __reduce__(self):

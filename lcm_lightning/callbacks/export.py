@@ -61,7 +61,7 @@ class ExportLora(L.Callback):
         save_lora(state_dict, self.folder / LORA_FILE)
         save_lora(kohya_state_dict(state_dict), self.folder / KOHYA_FILE)
         adapters = [Adapter(module.adapter_name)]
-        if self._teacher_lora(module) is not None:
+        if (self.folder / TEACHER_FILE).is_file():
             adapters.insert(0, Adapter("finetuned", TEACHER_FILE))
         write_manifest(self.folder, adapters)
 

@@ -39,5 +39,7 @@ def wandb_logger(*, project: str, save_dir: str, name: str, **settings: object) 
             f"logger.wandb.{unknown[0]}={settings[unknown[0]]}: no setting of wandb.init; remove it, or see "
             "https://docs.wandb.ai/ref/python/init"
         )
+    if wandb.run is not None:
+        wandb.finish()  # the jobs of a sweep share a process; each gets a run of its own
     offline = "WANDB_MODE" not in os.environ and not has_wandb_key()
     return WandbLogger(project=project, save_dir=save_dir, name=name, offline=offline, **settings)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
 from lcm_lightning.errors import UserError
-from lcm_lightning.models.sampling import Sampler, network_evaluations
+from lcm_lightning.models.sampling import LCM_STEPS, Sampler, network_evaluations
 
 Role: TypeAlias = Literal["base", "finetuned", "undistilled", "student"]
 STUDENT = "lcm"
@@ -68,9 +68,9 @@ class Lineup:
         for key in ("teacher_steps", "undistilled_steps"):
             if getattr(self, key) < 1:
                 raise UserError(f"evaluation.lineup.{key}={getattr(self, key)}: expected at least 1")
-        if any(steps < 1 for steps in self.student_steps):
+        if any(not 1 <= steps <= LCM_STEPS for steps in self.student_steps):
             raise UserError(
-                f"evaluation.lineup.student_steps={list(self.student_steps)}: expected numbers of at least 1"
+                f"evaluation.lineup.student_steps={list(self.student_steps)}: expected numbers from 1 to {LCM_STEPS}"
             )
 
     def contenders(self, adapters: Sequence[str]) -> list[Contender]:

@@ -66,6 +66,8 @@ def evaluate_model(
         if not first:
             return {}
         entries = _measure(contenders, folders, drawing, reference, extractor, clip, protocol, progress)
+        clip.to("cpu")  # what is measured is the model's time and memory, not the judges'
+        extractor.to("cpu")
         timing = measure_latency(
             model,
             contenders,
@@ -84,7 +86,7 @@ def evaluate_model(
         "features": extractor.name,
         "n_real": len(reference.captions),
         "resolution": real.resolution,
-        "warnings": _warnings(model, clip, extractor, dimension, len(prompts), real),
+        "warnings": _warnings(model, clip, extractor, dimension, len(prompts), len(reference.captions), real),
         "machine": machine_info(fabric.device) | {"dtype": str(model.dtype).removeprefix("torch.")},
         "versions": package_versions(),
         "models": entries,
@@ -157,7 +159,13 @@ def _grid(
 
 
 def _warnings(
-    model: StableDiffusion, clip: Clip, extractor: FeatureExtractor, dimension: int, n: int, real: RealImages
+    model: StableDiffusion,
+    clip: Clip,
+    extractor: FeatureExtractor,
+    dimension: int,
+    n: int,
+    n_real: int,
+    real: RealImages,
 ) -> list[str]:
     """What a reader must know before believing the figures."""
     found = []
@@ -166,10 +174,14 @@ def _warnings(
             f"FID and KID are measured on {extractor.name}'s features, not on Inception's: they compare the rows of "
             "this report with each other and with nothing published."
         )
-    if n < 2 * dimension:
+    if min(n, n_real) < 2 * dimension:
         found.append(
-            f"FID from N={n} images on {dimension} features is biased upward, by different amounts for different "
-            "models; KID is not."
+            f"FID from N={n} images and {n_real} real ones on {dimension} features is biased upward, by different "
+            "amounts for different models; KID is not."
+        )
+    if n > n_real:
+        found.append(
+            "Several captions of a photo are drawn; intervals take their images for independent and may be too narrow."
         )
     if real.split == "train":
         found.append("Prompts and real images are from the training split: nothing here shows generalisation.")
@@ -184,4 +196,4 @@ def _warnings(
 def _shares_text_tower(model: StableDiffusion, clip: Clip) -> bool:
     ours = model.text_encoder.get_input_embeddings().weight
     judges = clip.model.text_model.get_input_embeddings().weight  # type: ignore[union-attr, operator]
-    return ours.shape == judges.shape and torch.equal(ours.cpu().bfloat16(), judges.detach().cpu().bfloat16())
+    return ours.shape == judges.shape and torch.equal(ours.cpu(), judges.detach().cpu().to(ours.dtype))

@@ -36,6 +36,10 @@ class FeatureExtractor(Protocol):
         """Features float32 [B, D] on the CPU of uint8 `images` [B, 3, H, W]."""
         ...
 
+    def to(self, device: torch.device | str) -> None:
+        """Move the network."""
+        ...
+
 
 class InceptionFeatures:
     """The 2,048 pool features of the Inception-v3 that FID is defined on (Heusel et al. 2017, arXiv 1706.08500).
@@ -69,8 +73,13 @@ class InceptionFeatures:
                 f"{INCEPTION_FILE} from torch-fidelity's releases (v0.2.0) elsewhere and set "
                 "evaluation.inception_weights=PATH, or set evaluation.features=clip"
             ) from error
+        self.network = network.eval()
+        self.to(device)
+
+    def to(self, device: torch.device | str) -> None:
+        """Move the network."""
         self.device = torch.device(device)
-        self.network = network.to(self.device).eval()
+        self.network.to(self.device)
 
     @torch.no_grad()
     def __call__(self, images: Tensor) -> Tensor:
@@ -108,7 +117,7 @@ class Clip:
 
     def __init__(self, source: str, device: torch.device | str = "cpu") -> None:
         try:
-            self.model: nn.Module = CLIPModel.from_pretrained(source, use_safetensors=True).eval()
+            self.model: nn.Module = CLIPModel.from_pretrained(source, use_safetensors=True, dtype=torch.float32).eval()
             self.tokenizer = CLIPTokenizer.from_pretrained(source)
             settings, _ = ImageProcessingMixin.get_image_processor_dict(source)
         except (OSError, ValueError) as error:
@@ -117,11 +126,15 @@ class Clip:
                 "and network, or take the embedded CLIP with evaluation=quick"
             ) from error
         self.name = f"clip:{Path(source).name}"
-        self.device = torch.device(device)
-        self.model.to(self.device)
+        self.to(device)
         self.size = self.model.config.vision_config.image_size
         self.mean = torch.tensor(settings["image_mean"]).view(3, 1, 1)
         self.std = torch.tensor(settings["image_std"]).view(3, 1, 1)
+
+    def to(self, device: torch.device | str) -> None:
+        """Move both towers."""
+        self.device = torch.device(device)
+        self.model.to(self.device)
 
     @torch.no_grad()
     def __call__(self, images: Tensor) -> Tensor:

@@ -69,10 +69,11 @@ def draw_missing(
     the same pictures. Files appear whole, and the one that completes a batch last.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    missing = [batch for batch in drawing.batches() if not all(image_file(folder, i).is_file() for i in batch)]
-    mine = missing[fabric.global_rank :: fabric.world_size]
+    # Shared out before looking for files: ranks look at different times, and must not disagree on whose a batch is.
+    shared = drawing.batches()[fabric.global_rank :: fabric.world_size]
+    mine = [batch for batch in shared if not all(image_file(folder, i).is_file() for i in batch)]
     bar = progress.add_task(contender.label, total=len(drawing.prompts))
-    progress.advance(bar, len(drawing.prompts) - sum(map(len, missing)))
+    progress.advance(bar, (sum(map(len, shared)) - sum(map(len, mine))) * fabric.world_size)
     seeds = drawing.seeds
     with merged_adapters(model, contender.adapters):
         for batch in mine:

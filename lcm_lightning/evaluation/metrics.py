@@ -101,14 +101,14 @@ def kernel_distance(generated: np.ndarray, real: np.ndarray) -> Estimate:
     n, m = len(x), len(y)
     if min(n, m) < 2:
         raise UserError(f"KID of {n} and {m} images: expected at least 2 of each; raise evaluation.num_images")
-    rows_x, rows_y = _off_diagonal_row_sums(x), _off_diagonal_row_sums(y)
-    cross = _polynomial_kernel(x, y)
-    within_x, within_y = rows_x.sum(), rows_y.sum()
-    value = within_x / (n * (n - 1)) + within_y / (m * (m - 1)) - 2 * cross.mean()
+    rows_x, rows_y = _kernel_row_sums(x, x) - _diagonal(x), _kernel_row_sums(y, y) - _diagonal(y)
+    cross_x, cross_y = _kernel_row_sums(x, y), _kernel_row_sums(y, x)
+    within_x, within_y, cross = rows_x.sum(), rows_y.sum(), cross_x.sum()
+    value = within_x / (n * (n - 1)) + within_y / (m * (m - 1)) - 2 * cross / (n * m)
     if min(n, m) < 3:
         return Estimate(float(value), math.nan, math.nan, n)
-    without_x = (within_x - 2 * rows_x) / ((n - 1) * (n - 2)) - 2 * (cross.sum() - cross.sum(axis=1)) / ((n - 1) * m)
-    without_y = (within_y - 2 * rows_y) / ((m - 1) * (m - 2)) - 2 * (cross.sum() - cross.sum(axis=0)) / (n * (m - 1))
+    without_x = (within_x - 2 * rows_x) / ((n - 1) * (n - 2)) - 2 * (cross - cross_x) / ((n - 1) * m)
+    without_y = (within_y - 2 * rows_y) / ((m - 1) * (m - 2)) - 2 * (cross - cross_y) / (n * (m - 1))
     variance = (n - 1) * without_x.var() + (m - 1) * without_y.var()
     return _normal_interval(float(value), math.sqrt(variance), n)
 
@@ -117,9 +117,15 @@ def _polynomial_kernel(x: np.ndarray, y: np.ndarray) -> np.ndarray:
     return (x @ y.T / x.shape[1] + 1) ** 3
 
 
-def _off_diagonal_row_sums(x: np.ndarray) -> np.ndarray:
-    kernel = _polynomial_kernel(x, x)
-    return kernel.sum(axis=1) - np.diag(kernel)
+def _kernel_row_sums(x: np.ndarray, y: np.ndarray, rows: int = 1024) -> np.ndarray:
+    """Row sums of the kernel matrix, some rows at a time: the whole matrix of 30,000 images would take 7 GB."""
+    return np.concatenate(
+        [_polynomial_kernel(x[start : start + rows], y).sum(axis=1) for start in range(0, len(x), rows)]
+    )
+
+
+def _diagonal(x: np.ndarray) -> np.ndarray:
+    return ((x * x).sum(axis=1) / x.shape[1] + 1) ** 3
 
 
 def clip_score(images: np.ndarray, texts: np.ndarray) -> Estimate:

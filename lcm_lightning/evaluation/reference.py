@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from itertools import islice
@@ -119,6 +120,6 @@ def _write_reference(
         )
     tensors = {name: torch.cat(parts) for name, parts in found.items()} | {"shown": torch.stack(shown)}
     file.parent.mkdir(parents=True, exist_ok=True)
-    temporary = file.with_name(f".{file.name}")
+    temporary = file.with_name(f".{os.getpid()}-{file.name}")
     save_file(tensors, temporary, metadata={"captions": json.dumps(captions)})
     temporary.replace(file)

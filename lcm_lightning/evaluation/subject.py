@@ -12,8 +12,8 @@ import torch
 from omegaconf import DictConfig
 
 from lcm_lightning.errors import UserError
-from lcm_lightning.models.adapters import load_lora, locate_lora
-from lcm_lightning.models.runs import load_run
+from lcm_lightning.models.adapters import load_lora, locate_lora, set_active_adapters
+from lcm_lightning.models.runs import MANIFEST, load_run, read_manifest
 from lcm_lightning.models.stable_diffusion import StableDiffusion
 from lcm_lightning.training import instantiate_group
 
@@ -77,18 +77,31 @@ def subject_of_run(run: str, dtype: torch.dtype, **model_overrides: Any) -> Subj
     return Subject(loaded.model.eval(), loaded.adapters, weights_identity(loaded.model), loaded.config.data)
 
 
-def subject_of_model(model: StableDiffusion, lora: str | None, lora_role: str) -> Subject:
-    """A model, with the LoRA at `lora` (run folder, file or hub id) as the adapter `lora_role` where one is given.
+def subject_of_model(model: StableDiffusion, lora: str | None, lora_role: str | None) -> Subject:
+    """A model, with the LoRA at `lora` (run folder, file or hub id) where one is given.
+
+    A run folder knows what its LoRAs are; of anything else `lora_role` says it.
 
     Raises:
         UserError: the LoRA cannot be found or does not fit.
     """
     if lora is None:
         return Subject(model.eval(), (), weights_identity(model), None)
-    if lora_role not in ROLES:
-        raise UserError(f"lora_role={lora_role}: expected {' or '.join(ROLES)}")
-    load_lora(model, locate_lora(lora), lora_role)
-    return Subject(model.eval(), (lora_role,), weights_identity(model), None)
+    run = Path(lora).expanduser()
+    if (run / "lora" / MANIFEST).is_file():
+        files = [(adapter.name, run / "lora" / adapter.file) for adapter in read_manifest(run)]
+    elif lora_role in ROLES:
+        files = [(lora_role, locate_lora(lora))]
+    else:
+        raise UserError(
+            f"lora_role={lora_role}: say what lora={lora} is: lora_role=lcm for an LCM-LoRA, which is drawn in few "
+            "steps without guidance, or lora_role=finetuned for any other"
+        )
+    for name, file in files:
+        load_lora(model, file, name)
+    names = tuple(name for name, _ in files)
+    set_active_adapters(model, names)
+    return Subject(model.eval(), names, weights_identity(model), None)
 
 
 def weights_identity(model: StableDiffusion) -> str:

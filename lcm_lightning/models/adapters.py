@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 from huggingface_hub import HfApi, hf_hub_download
-from huggingface_hub.errors import HfHubHTTPError
+from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError
 from peft import LoraConfig, get_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save
+from safetensors.torch import save
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
@@ -170,10 +170,11 @@ def locate_lora(source: str | Path) -> Path:
 
 def _download_lora(hub_id: str) -> Path:
     try:
+        with suppress(EntryNotFoundError):
+            return Path(hf_hub_download(hub_id, LORA_FILE))  # from the cache where the hub cannot be reached
         files = [name for name in HfApi().list_repo_files(hub_id) if name.endswith(".safetensors")]
-        chosen = [LORA_FILE] if LORA_FILE in files else files
-        if len(chosen) == 1:
-            return Path(hf_hub_download(hub_id, chosen[0]))
+        if len(files) == 1:
+            return Path(hf_hub_download(hub_id, files[0]))
     except (OSError, ValueError, HfHubHTTPError) as error:
         raise UserError(
             f"lora={hub_id}: no such folder here, and the hub cannot be asked for it ({first_line(error)}). Give a "
@@ -193,11 +194,20 @@ def load_lora(model: StableDiffusion, source: str | Path, name: str) -> None:
     """
     path = locate_lora(source)
     try:
-        state_dict, alphas = StableDiffusionPipeline.lora_state_dict(load_file(path), unet_config=model.unet.config)
-        StableDiffusionPipeline.load_lora_into_unet(state_dict, alphas, model.unet, adapter_name=name)
+        state_dict, alphas, metadata = StableDiffusionPipeline.lora_state_dict(
+            str(path.parent),
+            weight_name=path.name,
+            unet_config=model.unet.config,
+            local_files_only=True,
+            return_lora_metadata=True,
+        )
+        _refuse_more_than_lora(state_dict, source)
+        StableDiffusionPipeline.load_lora_into_unet(
+            state_dict, alphas, model.unet, adapter_name=name, metadata=metadata
+        )
         if any(key.startswith("text_encoder.") for key in state_dict):
             StableDiffusionPipeline.load_lora_into_text_encoder(
-                state_dict, alphas, model.text_encoder, adapter_name=name
+                state_dict, alphas, model.text_encoder, adapter_name=name, metadata=metadata
             )
     except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
         message = str(error)
@@ -211,6 +221,13 @@ def load_lora(model: StableDiffusion, source: str | Path, name: str) -> None:
         raise UserError(f"lora={source}: no key fits {model.name_or_path}; it was made for another kind of model")
     for parameter in parameters:
         parameter.requires_grad_(False)
+
+
+def _refuse_more_than_lora(state_dict: dict[str, Tensor], source: str | Path) -> None:
+    """Raise a `UserError` for a DoRA, whose magnitudes no sum of weights can hold."""
+    for key in state_dict:
+        if "lora_magnitude_vector" in key or "dora_scale" in key:
+            raise UserError(f"lora={source}: is a DoRA (it has {key}); only LoRA is supported")
 
 
 @contextmanager
@@ -227,14 +244,15 @@ def merged_adapters(module: nn.Module, names: Sequence[str]) -> Iterator[None]:
             weight = layer.get_base_layer().weight
             updates = [layer.get_delta_weight(name).float() for name in names if name in layer.lora_A]
             if updates:
-                originals.append((weight, weight.data))
+                # Kept off a GPU, whose memory is measured.
+                originals.append((weight, weight.data.cpu() if weight.is_cuda else weight.data))
                 merged = weight.data.float() + sum(updates)
                 weight.data = torch.empty_like(weight.data).copy_(merged)  # keeps type and memory format
         try:
             yield
         finally:
             for weight, original in originals:
-                weight.data = original
+                weight.data = original.to(weight.device)
 
 
 @torch.no_grad()

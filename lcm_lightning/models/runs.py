@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from hydra.errors import InstantiationException
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
-from lcm_lightning.errors import UserError
+from lcm_lightning.errors import UserError, innermost
 from lcm_lightning.models.adapters import LORA_FILE, load_lora, set_active_adapters
 from lcm_lightning.models.stable_diffusion import StableDiffusion
 
@@ -75,7 +76,13 @@ def load_run(run: Path, *, dtype: torch.dtype = torch.float32, **model_overrides
     """
     config = read_config(run)
     adapters = read_manifest(run)
-    model = instantiate(config.model, **{"dtype": dtype, **model_overrides})
+    try:
+        model = instantiate(config.model, **{"dtype": dtype, **model_overrides})
+    except InstantiationException as error:
+        cause = innermost(error)
+        if isinstance(cause, UserError):
+            raise UserError(f"run={run}: {cause}; model=sd15 model.path=... gives another copy of its model") from error
+        raise
     for adapter in adapters:
         load_lora(model, run / "lora" / adapter.file, adapter.name)
     names = tuple(adapter.name for adapter in adapters)

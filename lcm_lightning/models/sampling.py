@@ -15,6 +15,9 @@ from lcm_lightning.errors import UserError
 from lcm_lightning.models.stable_diffusion import StableDiffusion
 
 Sampler: TypeAlias = Literal["ddim", "dpmpp", "lcm"]
+# What every Stable Diffusion pipeline means, and a config of another scheduler's class may leave out.
+STABLE_DIFFUSION = {"steps_offset": 1, "set_alpha_to_one": False}
+LCM_STEPS = 50  # diffusers' LCMScheduler picks its steps from so many
 SAMPLERS = {"ddim": DDIMScheduler, "dpmpp": DPMSolverMultistepScheduler, "lcm": LCMScheduler}
 
 
@@ -45,7 +48,11 @@ def make_scheduler(sampler: Sampler, scheduler_config: Mapping[str, Any]) -> Sch
     if sampler not in SAMPLERS:
         raise UserError(f"sampler={sampler}: expected one of {', '.join(SAMPLERS)}")
     spacing = {"timestep_spacing": "trailing"} if scheduler_config.get("rescale_betas_zero_snr") else {}
-    return SAMPLERS[sampler].from_config({**scheduler_config, **spacing})
+    wanted = inspect.signature(SAMPLERS[sampler].__init__).parameters
+    known = {key: value for key, value in STABLE_DIFFUSION.items() if key in wanted}
+    # Latents are not confined to [-1, 1], whatever a config says that was not written for them.
+    unclipped = {"clip_sample": False} if "clip_sample" in wanted else {}
+    return SAMPLERS[sampler].from_config({**known, **scheduler_config, **spacing, **unclipped})
 
 
 def network_evaluations(steps: int, guidance_scale: float) -> int:
@@ -79,6 +86,8 @@ def sample(
     """
     if steps < 1:
         raise UserError(f"steps={steps}: expected at least 1")
+    if sampler == "lcm" and steps > LCM_STEPS:
+        raise UserError(f"steps={steps}: multistep consistency sampling takes at most {LCM_STEPS}; 1 to 8 are usual")
     if len(prompts) != len(seeds):
         raise ValueError(f"{len(prompts)} prompts but {len(seeds)} seeds")
     model.check_resolution(resolution)
