@@ -111,8 +111,8 @@ def test_kid_is_zero_on_average_between_halves():
 def test_clip_score_is_the_mean_cosine_times_100():
     images, texts = features(6, seed=1), features(6, seed=2)
     cosines = torch.nn.functional.cosine_similarity(torch.tensor(images), torch.tensor(texts))
-    assert clip_score(images, texts).value == pytest.approx(float((100 * cosines).clamp(min=0).mean()))
-    assert clip_score(images, 3 * images).value == pytest.approx(100)
+    assert clip_score(images, texts, np.arange(6)).value == pytest.approx(float((100 * cosines).clamp(min=0).mean()))
+    assert clip_score(images, 3 * images, np.arange(6)).value == pytest.approx(100)
 
 
 @pytest.mark.slow
@@ -125,12 +125,28 @@ def test_intervals_cover_what_they_promise():
     expected_kid = np.mean([kernel_distance(*gaussians(d, n, shift, 10_000 + i)).value for i in range(1000)])
     for trial in range(300):
         x, y = gaussians(d, n, shift, trial)
-        fid = bootstrap_interval(frechet_distance, x, y, samples=60, seed=trial)
-        kid, mean = kernel_distance(x, y), mean_estimate(x[:, 0])
+        fid = bootstrap_interval(frechet_distance, x, y, np.arange(n), samples=60, seed=trial)
+        kid, mean = kernel_distance(x, y), mean_estimate(x[:, 0], np.arange(n))
         covered["fid"] += fid.low <= expected_fid <= fid.high
         covered["kid"] += kid.low <= expected_kid <= kid.high
         covered["mean"] += mean.low <= shift <= mean.high
     assert all(0.90 <= count / 300 <= 0.99 for count in covered.values()), covered
+
+
+def test_images_of_one_photo_count_as_one_draw():
+    values, photos = np.random.default_rng(0).normal(size=20), np.arange(20)
+    once = mean_estimate(values, photos)
+    thrice = mean_estimate(np.repeat(values, 3), np.repeat(photos, 3))
+    assert (once.value, once.low, once.high) == pytest.approx((thrice.value, thrice.low, thrice.high))
+    assert once.high - once.value == pytest.approx(1.959964 * values.std(ddof=1) / math.sqrt(20))
+
+
+def test_a_photo_is_drawn_with_the_images_of_its_captions():
+    """Where every image equals its photo, every draw is at no distance, whatever the number of captions."""
+    real = features(30, d=4)
+    photos = np.repeat(np.arange(30), [1, 2, 3] * 10)
+    found = bootstrap_interval(lambda x, y: abs(x[:, 0].max() - y[:, 0].max()), real[photos], real, photos, samples=20)
+    assert (found.low, found.value, found.high) == (0, 0, 0)
 
 
 def gaussians(d, n, shift, seed):

@@ -107,6 +107,9 @@ def _measure(
 ) -> list[dict[str, Any]]:
     texts = torch.cat([clip.text_features([drawing.prompts[i] for i in batch]) for batch in drawing.batches()]).numpy()
     real = reference.features[extractor.name]
+    photos = np.repeat(
+        np.arange(len(real)), [len(captions[: protocol.captions_per_image]) for captions in reference.captions]
+    )
     bar = progress.add_task("measuring", total=len(contenders) * len(drawing.prompts))
     entries = []
     for contender, folder in zip(contenders, folders, strict=True):
@@ -119,7 +122,7 @@ def _measure(
         features = {name: np.concatenate(parts) for name, parts in found.items()}
         generated = features[extractor.name]
         fid = bootstrap_interval(
-            frechet_distance, generated, real, samples=protocol.bootstrap_samples, seed=protocol.seed
+            frechet_distance, generated, real, photos, samples=protocol.bootstrap_samples, seed=protocol.seed
         )
         entries.append(
             {
@@ -133,7 +136,7 @@ def _measure(
                 "n_images": len(drawing.prompts),
                 "fid": asdict(fid),
                 "kid": asdict(kernel_distance(generated, real)),
-                "clip_score": asdict(clip_score(features[clip.name], texts)) | {"clip": clip.name},
+                "clip_score": asdict(clip_score(features[clip.name], texts, photos)) | {"clip": clip.name},
                 "images": str(folder.relative_to(folder.parent.parent)),
             }
         )
@@ -180,9 +183,7 @@ def _warnings(
             "amounts for different models; KID is not."
         )
     if n > n_real:
-        found.append(
-            "Several captions of a photo are drawn; intervals take their images for independent and may be too narrow."
-        )
+        found.append("KID's intervals take all captions of a photo for independent, and may be too narrow.")
     if real.split == "train":
         found.append("Prompts and real images are from the training split: nothing here shows generalisation.")
     if _shares_text_tower(model, clip):

@@ -62,29 +62,31 @@ def bootstrap_interval(
     statistic: Callable[[np.ndarray, np.ndarray], float],
     generated: np.ndarray,
     real: np.ndarray,
+    photos: np.ndarray,
     *,
     samples: int,
     seed: int = 0,
 ) -> Estimate:
     """`statistic` of two sets of features with a normal bootstrap interval (Efron and Tibshirani 1993, ch. 12).
 
-    Both sets are drawn anew with replacement `samples` times; the interval is the value +- 1.96 standard deviations of
-    the draws. Their quantiles would not do: a draw repeats images, which moves a Fréchet distance upward. The interval
-    is about the statistic's mean at these numbers of images, not about its limit for many.
+    Photos are drawn anew with replacement `samples` times, each with the images drawn from its captions: what chance
+    picked together is picked together again. The interval is the value +- 1.96 standard deviations of the draws. Their
+    quantiles would not do: a draw repeats images, which moves a Fréchet distance upward. The interval is about the
+    statistic's mean at these numbers of images, not about its limit for many.
 
     Args:
+        photos: the photo each generated image belongs to, [N] places in `real`, ascending.
         samples: number of draws, at least 2 for an interval.
     """
     value = statistic(generated, real)
     if samples < 2:
         return Estimate(value, math.nan, math.nan, len(generated))
     rng = np.random.default_rng(seed)
-    draws = [
-        statistic(
-            generated[rng.integers(len(generated), size=len(generated))], real[rng.integers(len(real), size=len(real))]
-        )
-        for _ in range(samples)
-    ]
+    groups = np.split(np.arange(len(generated)), np.searchsorted(photos, np.arange(1, len(real))))
+    draws = []
+    for _ in range(samples):
+        drawn = rng.integers(len(real), size=len(real))
+        draws.append(statistic(generated[np.concatenate([groups[photo] for photo in drawn])], real[drawn]))
     return _normal_interval(value, float(np.std(draws, ddof=1)), len(generated), floor=0.0)
 
 
@@ -92,7 +94,8 @@ def kernel_distance(generated: np.ndarray, real: np.ndarray) -> Estimate:
     """Kernel Inception distance: unbiased squared MMD under ``k(x, y) = (x.y / D + 1)^3``.
 
     Bińkowski et al. 2018 (arXiv 1801.01401), eq. 4, on all pairs rather than on subsets. Its standard error is the
-    jackknife's over both sets, which for a U-statistic follows from the row sums of the kernel matrices.
+    jackknife's over both sets, which for a U-statistic follows from the row sums of the kernel matrices. It takes all
+    images for independent.
 
     Raises:
         UserError: fewer than two vectors in a set.
@@ -128,13 +131,13 @@ def _diagonal(x: np.ndarray) -> np.ndarray:
     return ((x * x).sum(axis=1) / x.shape[1] + 1) ** 3
 
 
-def clip_score(images: np.ndarray, texts: np.ndarray) -> Estimate:
+def clip_score(images: np.ndarray, texts: np.ndarray, photos: np.ndarray) -> Estimate:
     """Mean over pairs of ``100 max(cos(image, text), 0)`` (Hessel et al. 2021, arXiv 2104.08718, with w = 100).
 
-    `images` and `texts` [N, D] are CLIP's projected features of an image and of its own caption. The interval is that
-    of a mean of N independent figures.
+    `images` and `texts` [N, D] are CLIP's projected features of an image and of its own caption, `photos` [N] the photo
+    each belongs to.
     """
-    return mean_estimate(clip_scores(images, texts))
+    return mean_estimate(clip_scores(images, texts), photos)
 
 
 def clip_scores(images: np.ndarray, texts: np.ndarray) -> np.ndarray:
@@ -143,10 +146,16 @@ def clip_scores(images: np.ndarray, texts: np.ndarray) -> np.ndarray:
     return 100 * np.maximum((images * texts).sum(axis=1), 0)
 
 
-def mean_estimate(values: np.ndarray) -> Estimate:
-    """The mean of independent `values` [N] with its normal 95 % interval."""
-    error = values.std(ddof=1) / math.sqrt(len(values)) if len(values) > 1 else math.nan
-    return _normal_interval(float(values.mean()), float(error), len(values))
+def mean_estimate(values: np.ndarray, groups: np.ndarray) -> Estimate:
+    """The mean of `values` [N] with a normal 95 % interval that takes only different `groups` [N] for independent.
+
+    The cluster-robust standard error of a mean (Liang and Zeger 1986): from the sums of the deviations in each group.
+    """
+    _, group = np.unique(groups, return_inverse=True)
+    sums = np.bincount(group, weights=values - values.mean())
+    number = len(sums)
+    error = math.sqrt(number / (number - 1) * (sums**2).sum()) / len(values) if number > 1 else math.nan
+    return _normal_interval(float(values.mean()), error, len(values))
 
 
 def _normal_interval(value: float, standard_error: float, n: int, floor: float = -math.inf) -> Estimate:
