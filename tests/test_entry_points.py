@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 
 import train
 from lcm_lightning.models.runs import load_run, read_manifest
-from lcm_lightning.training import TOP_LEVEL_KEYS
+from lcm_lightning.training import TRAIN_KEYS
 
 ROOT = Path(train.__file__).parent
 SMALL = (
@@ -328,6 +328,6 @@ def test_every_option_of_every_group_composes(group: str, option: str):
         cfg = compose("train", overrides=[f"{group}={option}", "name=name", "run_dir=here"])
     OmegaConf.resolve(cfg)
     # Pretraining builds its own networks.
-    assert set(TOP_LEVEL_KEYS) - {"model"} <= set(cfg) <= set(TOP_LEVEL_KEYS)
+    assert set(TRAIN_KEYS) - {"model"} <= set(cfg) <= set(TRAIN_KEYS)
     for name in ("method", "data", "trainer"):
         get_class(cfg[name]._target_)
