@@ -1,13 +1,18 @@
-"""`python -m lcm_lightning.generate run=outputs/... prompt="a dog on a beach"`: images from a run or any LoRA."""
+"""`python -m lcm_lightning.generate run=outputs/... prompt="a dog on a beach"`: images from a run or any LoRA.
+
+`'prompt=[cat,dog]'` draws several prompts into one sheet.
+"""
 
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import hydra
-import torch
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
+from PIL import Image
+from torch import Tensor
 
 from lcm_lightning.errors import UserError, report_user_errors
 from lcm_lightning.evaluation.contenders import STUDENT
@@ -29,22 +34,44 @@ GENERATE_KEYS = (
     "prompt",
     "negative_prompt",
     "num_images",
+    "sampler",
     "steps",
     "guidance_scale",
 )
 GENERATE_KEYS += ("resolution", "seed", "batch_size", "accelerator", "dtype", "output")
 
 
-def write_images(images: torch.Tensor, folder: Path, stem: str, seed: int) -> list[Path]:
-    """Write images [N, 3, H, W] as `<stem>-<seed>.png`, and all of them side by side as `<stem>.png`, each whole."""
+def file_stems(prompts: Iterable[str]) -> dict[str, str]:
+    """A file name made of the start of each prompt, numbered where two would be the same."""
+    stems: dict[str, str] = {}
+    for prompt in dict.fromkeys(prompts):
+        stem = re.sub(r"[^0-9a-z]+", "-", prompt.lower()).strip("-")[:60] or "image"
+        stems[prompt] = f"{stem}-{len(stems) + 1}" if stem in stems.values() else stem
+    return stems
+
+
+def write_pictures(pictures: Mapping[str, Image.Image], folder: Path) -> None:
+    """Write PNG files by name, each whole."""
     folder.mkdir(parents=True, exist_ok=True)
-    pictures = {f"{stem}-{seed + i}.png": to_pil(image) for i, image in enumerate(images)}
-    if len(images) > 1:
-        pictures[f"{stem}.png"] = contact_sheet(images)
     for name, picture in pictures.items():
         picture.save(folder / f".{name}", format="PNG")
         (folder / f".{name}").replace(folder / name)
-    return [folder / name for name in pictures]
+
+
+def pictures_by_name(images: Tensor, prompts: Sequence[str], seeds: Sequence[int]) -> dict[str, Image.Image]:
+    """`<prompt>-<seed>.png` of each of the images [N, 3, H, W], and all of them on one sheet, last.
+
+    The sheet is called after the prompt, or `prompts.png` where there are several, whose names stand on it then.
+    """
+    stems = file_stems(prompts)
+    pictures = {
+        f"{stems[prompt]}-{seed}.png": to_pil(image) for image, prompt, seed in zip(images, prompts, seeds, strict=True)
+    }
+    if len(stems) > 1:
+        pictures["prompts.png"] = contact_sheet(images, columns=8, captions=prompts)
+    elif len(images) > 1:
+        pictures[f"{stems[prompts[0]]}.png"] = contact_sheet(images)
+    return pictures
 
 
 @hydra.main(config_path="../conf", config_name="generate", version_base="1.3")
@@ -59,28 +86,34 @@ def main(cfg: DictConfig) -> None:
     subject = load_subject(cfg)
     model = subject.model.to(device)
     distilled = STUDENT in subject.adapters
-    default_steps, default_guidance = (4, 1.0) if distilled else (50, 7.5)
+    default_sampler, default_steps, default_guidance = ("lcm", 4, 1.0) if distilled else ("ddim", 50, 7.5)
     steps = default_steps if cfg.steps is None else cfg.steps
     guidance_scale = default_guidance if cfg.guidance_scale is None else cfg.guidance_scale
     if cfg.negative_prompt and guidance_scale <= 1:
         raise UserError(f"negative_prompt={cfg.negative_prompt}: acts with guidance_scale above 1 only")
+    wanted = list(cfg.prompt) if OmegaConf.is_list(cfg.prompt) else [cfg.prompt]
+    if not wanted:
+        raise UserError("prompt=[]: expected at least one prompt, such as prompt=cat or 'prompt=[cat,dog]'")
+    prompts = [str(prompt) for prompt in wanted for _ in range(cfg.num_images)]
+    seeds = list(range(cfg.seed, cfg.seed + cfg.num_images)) * len(wanted)
     with image_progress() as progress, merged_adapters(model, subject.adapters):
-        bar = progress.add_task("drawing", total=cfg.num_images)
+        bar = progress.add_task("drawing", total=len(prompts))
         images = sample(
             model,
-            [cfg.prompt] * cfg.num_images,
-            seeds=range(cfg.seed, cfg.seed + cfg.num_images),
+            prompts,
+            seeds=seeds,
             steps=steps,
             guidance_scale=guidance_scale,
-            sampler="lcm" if distilled else "ddim",
+            sampler=default_sampler if cfg.sampler is None else cfg.sampler,
             resolution=model.default_resolution if cfg.resolution is None else cfg.resolution,
             negative_prompt=cfg.negative_prompt,
             batch_size=cfg.batch_size,
             on_batch=lambda number: progress.advance(bar, number),
         )
-    stem = re.sub(r"[^0-9a-z]+", "-", str(cfg.prompt).lower()).strip("-")[:60] or "image"
-    for path in write_images(images, Path(cfg.output), stem, cfg.seed):
-        print(path)
+    pictures = pictures_by_name(images, prompts, seeds)
+    write_pictures(pictures, Path(cfg.output))
+    for name in pictures:
+        print(Path(cfg.output) / name)
 
 
 if __name__ == "__main__":

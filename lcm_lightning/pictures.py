@@ -11,6 +11,7 @@ from torch import Tensor
 GAP = 8
 HEADING = 30
 CAPTION = 200
+LINE = 24
 SMALLEST_CELL = 128
 
 
@@ -19,16 +20,19 @@ def to_pil(image: Tensor) -> Image.Image:
     return Image.fromarray((image * 255).round().byte().permute(1, 2, 0).contiguous().cpu().numpy())
 
 
-def contact_sheet(images: Tensor, columns: int = 4) -> Image.Image:
-    """Images [N, 3, H, W] in [0, 1] in rows of `columns`, enlarged as in `labelled_grid`."""
+def contact_sheet(images: Tensor, columns: int = 4, captions: Sequence[str] = ()) -> Image.Image:
+    """Images [N, 3, H, W] in [0, 1] in rows of `columns`, enlarged as in `labelled_grid`, each over its caption."""
     side = images.shape[-1] * max(1, SMALLEST_CELL // images.shape[-1])
     columns = min(columns, len(images))
     rows = -(-len(images) // columns)
-    sheet = Image.new("RGB", (columns * (side + GAP) + GAP, rows * (side + GAP) + GAP), "white")
+    height = side + (LINE if captions else GAP)
+    sheet = Image.new("RGB", (columns * (side + GAP) + GAP, rows * height + GAP), "white")
+    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(12)
     for number, image in enumerate(images):
-        row, column = divmod(number, columns)
-        picture = to_pil(image).resize((side, side), Image.Resampling.NEAREST)
-        sheet.paste(picture, (GAP + column * (side + GAP), GAP + row * (side + GAP)))
+        left, top = GAP + number % columns * (side + GAP), GAP + number // columns * height
+        sheet.paste(to_pil(image).resize((side, side), Image.Resampling.NEAREST), (left, top))
+        if captions:
+            draw.text((left, top + side), textwrap.shorten(captions[number], side // 6, placeholder="…"), "black", font)
     return sheet
 
 

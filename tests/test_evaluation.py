@@ -182,6 +182,15 @@ def test_generate_draws_numbered_images_and_a_sheet(tmp_path: Path, lora_file: P
     assert Image.open(tmp_path / "drawn" / "red-heart-7.png").size == (64, 64)
 
 
+@pytest.mark.slow
+def test_generate_draws_several_prompts_into_one_sheet(tmp_path: Path):
+    command = ("model=tiny", "prompt=[cat,Cat]", "num_images=1", "steps=1", "sampler=dpmpp", "output=drawn")
+    finished = python("-m", "lcm_lightning.generate", *command, cwd=tmp_path)
+    assert finished.returncode == 0, finished.stderr
+    names = sorted(path.name for path in (tmp_path / "drawn").iterdir())
+    assert names == ["cat-0.png", "cat-2-0.png", "prompts.png"]
+
+
 @pytest.mark.parametrize(
     ("program", "overrides", "said"),
     [
@@ -197,6 +206,8 @@ def test_generate_draws_numbered_images_and_a_sheet(tmp_path: Path, lora_file: P
         ("evaluate", ("model=tiny", "data=twemoji", "evaluation=quick", "evaluation.clip=./none"), "clip=./none"),
         ("generate", ("model=tiny",), "prompt: has no value"),
         ("generate", ("prompt=x",), "give run=outputs/"),
+        ("generate", ("model=tiny", "prompt=[]"), "prompt=[]: expected at least one prompt"),
+        ("generate", ("model=tiny", "prompt=x", "sampler=euler"), "sampler=euler: expected one of ddim, dpmpp, lcm"),
         ("generate", ("model=tiny", "prompt=x", "steps=0"), "steps=0: expected at least 1"),
         ("generate", ("model=tiny", "prompt=x", "negative_prompt=y", "guidance_scale=1"), "negative_prompt=y: acts"),
         ("generate", ("model=tiny", "prompt=x", "accelerator=gpu"), "accelerator=gpu"),
