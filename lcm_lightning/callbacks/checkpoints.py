@@ -157,7 +157,7 @@ class Checkpoints(Checkpoint):
     # ---- how to save -----------------------------------------------------------------------------------------------
 
     def _save(self, trainer: L.Trainer) -> None:
-        trainer.save_checkpoint(self.folder / PENDING)
+        trainer.save_checkpoint(self.folder / PENDING, weights_only=False)
         self.saved_step, self.saved_at, self.owed = trainer.global_step, time.monotonic(), False
 
     def _publish(self, trainer: L.Trainer) -> None:
