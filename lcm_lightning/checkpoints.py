@@ -95,7 +95,7 @@ def global_step(path: Path) -> int:
         return torch.load(path, map_location="cpu", weights_only=True, mmap=True)["global_step"]
     except Exception as error:  # zip, pickle and type errors of a damaged file
         raise UserError(
-            f"resume={path}: not a usable checkpoint ({first_line(error)}); resume from the run folder, which takes "
+            f"resume={path} is no checkpoint, or cut off ({first_line(error)}); resume from the run folder, which takes "
             "the one before"
         ) from error
 
@@ -134,10 +134,9 @@ def find_checkpoint(resume: str | None, run_dir: Path) -> Path | None:
     files = checkpoint_files(path)
     usable = newest_usable(files)
     if usable is None and (files or resume != AUTO):
-        found = f"none of its {len(files)} checkpoints can be read" if files else "no .ckpt file and no run folder"
-        raise UserError(
-            f"resume={resume}: {found} with {FOLDER}/*.ckpt; start anew without resume=, in another hydra.run.dir"
-        )
+        found = f"neither a .ckpt file nor a run folder with {FOLDER}/*.ckpt; give one, or resume=auto"
+        broken = f"none of its {len(files)} checkpoints can be read; start anew without resume=, in another folder"
+        raise UserError(f"resume={resume}: {broken if files else found}")
     return usable
 
 

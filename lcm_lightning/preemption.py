@@ -46,7 +46,7 @@ class StopSignals:
 
     def exception(self) -> Preempted:
         """What to raise; a rank that was not signalled itself follows those that were."""
-        number = self.received or signal.SIGTERM
+        number = self.received or self.requeue_signal or signal.SIGTERM
         return Preempted(number, requeue=number == self.requeue_signal)
 
     def _remember(self, number: int, frame: FrameType | None) -> None:

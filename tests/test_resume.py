@@ -255,7 +255,7 @@ def test_without_any_usable_checkpoint_it_says_so(tmp_path: Path):
     for resume in ("auto", str(tmp_path)):
         with pytest.raises(UserError, match=f"resume={resume}: none of its 1 checkpoints can be read"):
             find_checkpoint(resume, tmp_path)
-    with pytest.raises(UserError, match="not a usable checkpoint"):
+    with pytest.raises(UserError, match="is no checkpoint, or cut off"):
         find_checkpoint(str(tmp_path / "checkpoints" / "last.ckpt"), tmp_path)
 
 

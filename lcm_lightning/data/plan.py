@@ -88,7 +88,10 @@ def epoch_order(counts: Sequence[int], *, seed: int, epoch: int, shuffle_buffer:
     shards = np.random.default_rng(stable_hash("shards", seed, epoch)).permutation(len(counts))
     laid_out = np.concatenate([np.arange(starts[shard], starts[shard + 1]) for shard in shards])
     keys = np.random.default_rng(stable_hash("samples", seed, epoch)).random(len(laid_out))
-    return laid_out[np.lexsort((keys, np.arange(len(laid_out)) // shuffle_buffer))]
+    window = max(1, min(shuffle_buffer, len(laid_out)))
+    filled = np.append(keys, np.ones(-len(keys) % window)).reshape(-1, window)  # 1 sorts behind every key
+    places = np.argsort(filled, axis=1, kind="stable") + window * np.arange(len(filled))[:, None]
+    return laid_out[places.reshape(-1)[: len(laid_out)]]
 
 
 def plan_stream(

@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -80,14 +81,16 @@ class Augmentation:
         return Example(normalise(image), caption, key, seed)
 
 
-def read_planned(shards: Sequence[Shard], plan: StreamPlan) -> Iterator[dict[str, Any] | Fault]:
+def read_planned(
+    shards: Sequence[Shard], plan: StreamPlan, open_shard: Callable[[Path], ShardReader]
+) -> Iterator[dict[str, Any] | Fault]:
     """Stage 1: the raw samples of the plan, one by one; a fault in the place of each that its shard fails to give."""
     readers: dict[int, ShardReader] = {}
     for shard, number in zip(plan.shards.tolist(), plan.numbers.tolist(), strict=True):
         path = shards[shard].path
         try:
             if shard not in readers:
-                readers[shard] = ShardReader(path)
+                readers[shard] = open_shard(path)
             yield readers[shard].read(number) | {"__shard__": str(path)}
         except Exception as error:  # tarfile and zlib raise many types on damaged archives
             yield Fault(str(path), "", f"damaged shard: {error}")
@@ -145,6 +148,8 @@ class ShardStream(IterableDataset):
     keep the copy of the dataset they were started with, and would otherwise repeat their first epoch for ever.
     """
 
+    open_shard = ShardReader
+
     def __init__(
         self,
         shards: Sequence[Shard],
@@ -188,7 +193,7 @@ class ShardStream(IterableDataset):
         )
         resolution = self.augment.resolution
         return [
-            partial(read_planned, self.shards, plan),
+            partial(read_planned, self.shards, plan, self.open_shard),
             partial(decode, augment=self.augment, seed=self.seed, epoch=epoch),
             partial(batch, planned=plan.batches, batch_size=self.batch_size, resolution=resolution),
         ]
