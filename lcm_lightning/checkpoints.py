@@ -95,7 +95,7 @@ def global_step(path: Path) -> int:
         return torch.load(path, map_location="cpu", weights_only=True, mmap=True)["global_step"]
     except Exception as error:  # zip, pickle and type errors of a damaged file
         raise UserError(
-            f"resume={path} is no checkpoint, or cut off ({first_line(error)}); resume from the run folder, which takes "
+            f"resume={path} is no checkpoint, or cut off ({first_line(error)}); give the run folder, which takes "
             "the one before"
         ) from error
 
