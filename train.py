@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import hydra
 import lightning as L
-from lightning.pytorch.loggers import CSVLogger, Logger
+from lightning.pytorch.loggers import Logger
 from omegaconf import DictConfig, OmegaConf
 
+from lcm_lightning.callbacks.loggers import MetricsFile
+from lcm_lightning.checkpoints import find_checkpoint, global_step, write_atomic
 from lcm_lightning.errors import report_user_errors
+from lcm_lightning.preemption import Preempted, requeue_slurm_job
 from lcm_lightning.resolvers import register_resolvers
 from lcm_lightning.training import (
     TRAIN_KEYS,
     build_module,
-    find_checkpoint,
     instantiate_each,
     instantiate_group,
     next_commands,
@@ -33,18 +36,26 @@ def main(cfg: DictConfig) -> float | None:
     resolve(cfg, TRAIN_KEYS)
     run_dir = Path(cfg.run_dir)
     L.seed_everything(cfg.seed, workers=True, verbose=False)
-    checkpoint = find_checkpoint(cfg.resume)
+    checkpoint = find_checkpoint(cfg.resume, run_dir)
     data = instantiate_group(cfg, "data")
     data.prepare_data()
-    loggers: list[Logger] = [CSVLogger(run_dir, name="", version=""), *instantiate_each(cfg, "logger")]
+    goes_on = checkpoint is not None and checkpoint.resolve().is_relative_to(run_dir.resolve())
+    metrics = MetricsFile(run_dir, global_step(checkpoint) if goes_on else 0)
+    loggers: list[Logger] = [metrics, *instantiate_each(cfg, "logger")]
     trainer = instantiate_group(cfg, "trainer", logger=loggers, callbacks=instantiate_each(cfg, "callbacks"))
     module = build_module(cfg, trainer.precision)
     if trainer.is_global_zero:
-        OmegaConf.save(cfg, run_dir / "config.yaml")
+        write_atomic(run_dir / "config.yaml", OmegaConf.to_yaml(cfg).encode())
         for logger in loggers[1:]:
             logger.log_hyperparams(OmegaConf.to_container(cfg))
-    trainer.fit(module, datamodule=data, ckpt_path=checkpoint, weights_only=True)
-    trainer.save_checkpoint(run_dir / "checkpoints" / "last.ckpt", weights_only=False)
+    try:
+        trainer.fit(module, datamodule=data, ckpt_path=checkpoint, weights_only=True)
+    except Preempted as stop:
+        if trainer.is_global_zero:
+            print(f"\n{stop} after step {trainer.global_step}; resume=auto goes on: {run_dir}", file=sys.stderr)
+            if stop.requeue:
+                requeue_slurm_job()
+        sys.exit(128 + stop.number)
     if trainer.is_global_zero:
         model = cfg.get("model")
         print(next_commands(run_dir, model.path if model is not None else ""))

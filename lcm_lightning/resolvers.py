@@ -6,6 +6,8 @@ from pathlib import Path
 
 from omegaconf import OmegaConf
 
+from lcm_lightning.checkpoints import auto_run_folder
+
 
 def fused_adamw(precision: str) -> bool:
     """Whether AdamW's fused kernel can be used: Lightning refuses to clip gradients with it under autocast."""
@@ -34,6 +36,8 @@ def package_file(name: str) -> str:
 
 def register_resolvers() -> None:
     """Make the resolvers known to OmegaConf; may be called again."""
+    # Found once: the folder must not change while the run fills it.
+    OmegaConf.register_new_resolver("auto_run_folder", auto_run_folder, replace=True, use_cache=True)
     OmegaConf.register_new_resolver("evaluation_folder", evaluation_folder, replace=True)
     OmegaConf.register_new_resolver("fused_adamw", fused_adamw, replace=True)
     OmegaConf.register_new_resolver("generated_folder", generated_folder, replace=True)

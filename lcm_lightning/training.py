@@ -150,21 +150,6 @@ def make_fabric(accelerator: str, devices: int) -> Fabric:
         ) from error
 
 
-def find_checkpoint(resume: str | None) -> Path | None:
-    """The checkpoint file of `resume`: a run folder or a .ckpt file.
-
-    Raises:
-        UserError: there is none.
-    """
-    if resume is None:
-        return None
-    path = Path(resume).expanduser()
-    for candidate in (path, path / "checkpoints" / "last.ckpt"):
-        if candidate.is_file():
-            return candidate
-    raise UserError(f"resume={resume}: neither a .ckpt file nor a run folder with checkpoints/last.ckpt")
-
-
 def next_commands(run_dir: Path, model_path: str) -> str:
     """What to do with a finished run of the model at `model_path`."""
     protocol = " evaluation=quick" if Path(model_path).is_relative_to(package_file("assets")) else ""

@@ -2,15 +2,84 @@
 
 from __future__ import annotations
 
+import csv
 import inspect
 import netrc
 import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
 from urllib.parse import urlparse
 
 import wandb
-from lightning.pytorch.loggers import WandbLogger
+from lightning.fabric.loggers.logger import rank_zero_experiment
+from lightning.pytorch.loggers import CSVLogger, WandbLogger
+from lightning.pytorch.loggers.csv_logs import ExperimentWriter
+from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 from lcm_lightning.errors import UserError
+
+
+class MetricsFile(CSVLogger):
+    """`metrics.csv` in a run's folder, which goes on where a resumed run does.
+
+    Args:
+        folder: the run's.
+        first_step: the step a resumed run starts from: rows of earlier steps stay, later ones will be made again.
+    """
+
+    def __init__(self, folder: Path, first_step: int = 0) -> None:
+        super().__init__(folder, name="", version="")
+        self.first_step = first_step
+
+    @property
+    @rank_zero_experiment
+    def experiment(self) -> ExperimentWriter:
+        """Lightning's writer, on a file that is kept."""
+        if self._experiment is None:
+            self._experiment = ContinuedWriter(self.log_dir, self.first_step)
+        return self._experiment
+
+
+class ContinuedWriter(ExperimentWriter):
+    """Adds to the rows below `first_step`. The file is replaced at once, never emptied and written again."""
+
+    def __init__(self, log_dir: str, first_step: int) -> None:
+        super().__init__(log_dir)
+        path = Path(self.metrics_file_path)
+        header, rows = read_csv(path)
+        kept = [row for row in rows if (row.get("step") or "").isdigit() and int(row["step"]) < first_step]
+        if kept:
+            self.metrics_keys = list(header)
+            write_csv(path, header, kept)
+        else:
+            path.unlink(missing_ok=True)
+
+    def _check_log_dir_exists(self) -> None:
+        """Nothing to check: Lightning's would delete the file."""
+
+    def _rewrite_with_new_header(self, fieldnames: list[str]) -> None:
+        path = Path(self.metrics_file_path)
+        write_csv(path, fieldnames, read_csv(path)[1])
+
+
+def read_csv(path: Path) -> tuple[Sequence[str], list[dict[str, str]]]:
+    """Header and rows of a file; both empty where there is none."""
+    if not path.is_file():
+        return [], []
+    with path.open(newline="") as file:
+        reader = csv.DictReader(file)
+        return reader.fieldnames or [], list(reader)
+
+
+def write_csv(path: Path, header: Sequence[str], rows: Sequence[dict[str, Any]]) -> None:
+    """Write header and rows under a temporary name, then rename."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    with temporary.open("w", newline="") as file:
+        writer = csv.DictWriter(file, header)
+        writer.writeheader()
+        writer.writerows(rows)
+    temporary.replace(path)
 
 
 def has_wandb_key() -> bool:
@@ -24,10 +93,22 @@ def has_wandb_key() -> bool:
         return False
 
 
+def wandb_run_id(run_dir: Path) -> str:
+    """The W&B run of a run folder: chosen once, found again by a run that goes on there."""
+    path = run_dir / "wandb" / "run_id"
+    if not path.is_file():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_name(".run_id.tmp")
+        temporary.write_text(wandb.util.generate_id())
+        temporary.replace(path)
+    return path.read_text()
+
+
 def wandb_logger(*, project: str, save_dir: str, name: str, **settings: object) -> WandbLogger:
     """A W&B logger that is online with an API key and offline without, unless `WANDB_MODE` says otherwise.
 
-    An offline run is sent later with ``wandb sync <run folder>/wandb/offline-run-*``. `settings` go to `wandb.init`.
+    A run that goes on in its folder goes on in its W&B run. An offline run is sent later with
+    ``wandb sync <run folder>/wandb/offline-run-*``. `settings` go to `wandb.init`.
 
     Raises:
         UserError: for a setting it does not know. W&B would notice on first use, in the middle of Lightning's set-up.
@@ -42,4 +123,6 @@ def wandb_logger(*, project: str, save_dir: str, name: str, **settings: object) 
     if wandb.run is not None:
         wandb.finish()  # the jobs of a sweep share a process; each gets a run of its own
     offline = "WANDB_MODE" not in os.environ and not has_wandb_key()
+    if not {"id", "version"} & settings.keys() and rank_zero_only.rank == 0:
+        settings |= {"id": wandb_run_id(Path(save_dir)), "resume": "allow"}
     return WandbLogger(project=project, save_dir=save_dir, name=name, offline=offline, **settings)

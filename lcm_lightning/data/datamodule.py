@@ -21,7 +21,7 @@ from lcm_lightning.data.shards import (
     iterate_shards,
     open_split,
 )
-from lcm_lightning.data.stream import Augmentation, ShardLoader, ShardStream, rank_and_world_size
+from lcm_lightning.data.stream import Augmentation, ShardLoader, ShardStream
 from lcm_lightning.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -75,7 +75,7 @@ class CaptionedImages(LightningDataModule):
     """Captioned images streamed from shards.
 
     Every epoch visits every training sample exactly once over all ranks, in an order and with an augmentation that
-    depend on (seed, epoch) and the sample, not on the number of workers. Batches are dictionaries:
+    depend on (seed, epoch) and the sample, not on the number of workers or ranks. Batches are dictionaries:
 
         pixel_values  float32 [B, 3, R, R] in [-1, 1]
         captions      list of B str, "" where caption dropout struck
@@ -111,7 +111,7 @@ class CaptionedImages(LightningDataModule):
             seed: run seed of the shuffling and of every sample's random numbers.
             num_workers: loading processes per rank; None for one per core, at most 4.
             prefetch_factor: batches each worker keeps ready.
-            shuffle_buffer: samples in each worker's shuffle buffer (held as encoded bytes); at least 1.
+            shuffle_buffer: samples in a window of the epoch inside which their order is random; at least 1.
             flip_probability: probability of a mirror image in training.
             caption_dropout: probability of an empty caption in training.
             val_limit: validate on the first so many samples; None for all, 0 for no validation.
@@ -195,15 +195,6 @@ class CaptionedImages(LightningDataModule):
 
     def train_dataloader(self) -> ShardLoader:
         """Shuffled and augmented batches."""
-        _, world_size = rank_and_world_size()
-        if len(self.train_shards) < world_size:
-            log.warning(
-                "data %s: %d shards for %d ranks, so several ranks read the same file; "
-                "prepare again with a smaller prepare.samples_per_shard",
-                self.name,
-                len(self.train_shards),
-                world_size,
-            )
         augment = Augmentation(self.resolution, True, self.flip_probability, self.caption_dropout)
         return self.loader(self.train_shards, augment, shuffle_buffer=self.shuffle_buffer)
 

@@ -1,17 +1,17 @@
 """Which process reads which sample when: the plan of one epoch, on integers only.
 
-Nothing here opens a file. The plan is a pure function of the shards' sample counts and of (seed, epoch, rank, worker),
-so it can be tested exhaustively, and an epoch can be taken up again at any batch without replaying it.
+Nothing here opens a file. The order of an epoch is a function of the shards' sample counts and of (seed, epoch) alone.
+Ranks and workers only take turns in it, so "so many samples of it are consumed" is the whole state of an epoch: it can
+be taken up at any sample, with other numbers of ranks, workers and samples a batch, without replaying anything.
 
-How an epoch is cut, for N samples, W ranks and batches of B:
+How an epoch of N samples is shared out among W ranks with batches of B, from position `start` on:
 
-1. the shards are put into the epoch's order; their samples, one after the other, are positions 0 .. N-1;
-2. positions are cut into W contiguous ranges that differ by at most one sample, one range per rank. Cutting by sample
-   and not by shard is what makes every rank run the same number of steps whatever the shards' sizes;
-3. a rank runs S = ceil(N / (W B)) batches. All but the last are full, which leaves the remainder to the last step;
-4. the `DataLoader` takes batches from its workers in turn, so batch s comes from worker s mod num_workers. Each worker
-   gets the contiguous part of the rank's range that fills its batches;
-5. inside its part a worker shuffles with a bounded buffer. The order is simulated here on integers.
+1. the shards are put into the epoch's order; their samples, laid end to end, are shuffled in windows. That is the
+   epoch's order, positions 0 .. N-1;
+2. step s takes the next W B positions, of which rank r gets the r-th part: one process with batches of W B sees the
+   same steps. Every rank runs ceil((N - start) / (W B)) steps whatever the shards' sizes;
+3. the last step shares what is left evenly: parts differ by at most one sample, and the batch is filled up;
+4. the `DataLoader` takes batches from its workers in turn, so batch s comes from worker s mod num_workers.
 """
 
 from __future__ import annotations
@@ -24,22 +24,9 @@ import numpy as np
 
 
 @dataclass(frozen=True)
-class Segment:
-    """Samples `start` (included) to `stop` (excluded) of shard number `shard`."""
-
-    shard: int
-    start: int
-    stop: int
-
-    def __len__(self) -> int:
-        return self.stop - self.start
-
-
-@dataclass(frozen=True)
 class PlannedBatch:
-    """Batch number `index` of a rank's epoch: `valid` samples, each with `weight`; the rest is padding of weight 0."""
+    """A batch of one rank: `valid` samples, each with `weight`; the rest is padding of weight 0."""
 
-    index: int
     valid: int
     weight: float
 
@@ -49,14 +36,13 @@ class StreamPlan:
     """What one worker of one rank reads and emits in an epoch.
 
     Attributes:
-        segments: shard ranges in reading order; the samples in them are stream positions 0, 1, 2, ...
-        order: int64 [n], the stream positions to emit, in order of emission. A position that is absent was emitted
-            before `start_batch` and is only read past.
+        shards: int64 [n], shard numbers of the samples, in order of emission.
+        numbers: int64 [n], their numbers in those shards.
         batches: the batches to emit, in order; their `valid` add up to n.
     """
 
-    segments: tuple[Segment, ...]
-    order: np.ndarray
+    shards: np.ndarray
+    numbers: np.ndarray
     batches: tuple[PlannedBatch, ...]
 
 
@@ -67,17 +53,16 @@ def stable_hash(*parts: object) -> int:
 
 
 def steps_per_epoch(samples: int, world_size: int, batch_size: int) -> int:
-    """Batches every rank yields in one epoch: ceil(samples / (world_size * batch_size))."""
+    """Batches every rank yields for so many samples: ceil(samples / (world_size * batch_size))."""
     return -(-samples // (world_size * batch_size))
 
 
-def valid_weight(samples: int, world_size: int, batch_size: int, step: int) -> float:
-    """Weight of the valid samples of a global step: (world_size * batch_size) / (valid samples in it).
+def valid_weight(samples: int, world_size: int, batch_size: int) -> float:
+    """Weight of each sample of a step that holds `samples` of them: (world_size * batch_size) / samples.
 
     With it, the mean over ranks of the mean over a padded batch of weight * loss is the mean over the valid samples.
     """
-    global_batch = world_size * batch_size
-    return global_batch / min(global_batch, samples - step * global_batch)
+    return world_size * batch_size / samples
 
 
 def even_range(total: int, parts: int, index: int) -> tuple[int, int]:
@@ -87,60 +72,26 @@ def even_range(total: int, parts: int, index: int) -> tuple[int, int]:
     return start, start + base + (index < longer)
 
 
-def shard_order(shards: int, seed: int, epoch: int) -> np.ndarray:
-    """Permutation of the shard numbers for an epoch; the same on every rank. Shape int64 [shards]."""
-    return np.random.default_rng(stable_hash("shards", seed, epoch)).permutation(shards)
+def epoch_order(counts: Sequence[int], *, seed: int, epoch: int, shuffle_buffer: int) -> np.ndarray:
+    """The samples in the order of an epoch. Int64 [N]; a sample's number counts through the shards, laid end to end.
 
+    Shards are permuted; then samples are permuted inside consecutive windows of `shuffle_buffer`. A window that holds
+    all N makes a uniform permutation; a smaller one keeps what is read at a time within a few shards.
 
-def buffered_order(length: int, buffer: int, rng: np.random.Generator) -> np.ndarray:
-    """Order in which a shuffle buffer of `buffer` samples emits a stream of `length` samples. Shape int64 [length].
-
-    A uniform permutation when the buffer holds the whole stream; otherwise position p is emitted no earlier than
-    place p - buffer + 1, so a reader holds at most `buffer` samples.
+    Args:
+        counts: samples in each shard.
+        shuffle_buffer: samples in a window; 0 keeps the order of the shards and of the samples in them.
     """
-    if buffer <= 1:
-        return np.arange(length)
-    uniform = rng.random(length)
-    held: list[int] = []
-    emitted: list[int] = []
-
-    def emit_one() -> None:
-        choice = int(uniform[len(emitted)] * len(held))
-        held[choice], held[-1] = held[-1], held[choice]
-        emitted.append(held.pop())
-
-    for position in range(length):
-        held.append(position)
-        if len(held) >= buffer:
-            emit_one()
-    while held:
-        emit_one()
-    return np.array(emitted, dtype=np.int64)
-
-
-def cut(counts: Sequence[int], shards: Sequence[int], start: int, stop: int) -> tuple[Segment, ...]:
-    """The shard ranges that hold positions `start` to `stop` of the samples of `shards`, laid end to end."""
-    segments = []
-    offset = 0
-    for shard in shards:
-        first, last = max(start - offset, 0), min(stop - offset, counts[shard])
-        if first < last:
-            segments.append(Segment(int(shard), first, last))
-        offset += counts[shard]
-    return tuple(segments)
-
-
-def rank_batches(samples: int, batch_size: int, rank: int, world_size: int) -> list[PlannedBatch]:
-    """The batches of one rank's epoch: full ones, then one with what remains of its range (possibly nothing)."""
-    start, stop = even_range(samples, world_size, rank)
-    return [
-        PlannedBatch(
-            step,
-            min(batch_size, stop - start - step * batch_size),
-            valid_weight(samples, world_size, batch_size, step),
-        )
-        for step in range(steps_per_epoch(samples, world_size, batch_size))
-    ]
+    starts = np.cumsum([0, *counts])
+    if not shuffle_buffer:
+        return np.arange(starts[-1])
+    shards = np.random.default_rng(stable_hash("shards", seed, epoch)).permutation(len(counts))
+    laid_out = np.concatenate([np.arange(starts[shard], starts[shard + 1]) for shard in shards])
+    keys = np.random.default_rng(stable_hash("samples", seed, epoch)).random(len(laid_out))
+    window = max(1, min(shuffle_buffer, len(laid_out)))
+    filled = np.append(keys, np.ones(-len(keys) % window)).reshape(-1, window)  # 1 sorts behind every key
+    places = np.argsort(filled, axis=1, kind="stable") + window * np.arange(len(filled))[:, None]
+    return laid_out[places.reshape(-1)[: len(laid_out)]]
 
 
 def plan_stream(
@@ -154,30 +105,34 @@ def plan_stream(
     worker: int = 0,
     num_workers: int = 1,
     shuffle_buffer: int = 0,
-    start_batch: int = 0,
+    start: int = 0,
 ) -> StreamPlan:
     """Plan the stream of one `DataLoader` worker.
 
     Args:
         counts: samples in each shard.
-        shuffle_buffer: samples in the shuffle buffer; 0 keeps the order of the shards and of the samples in them.
+        shuffle_buffer: see `epoch_order`.
         worker: number of the `DataLoader` worker, 0 to num_workers - 1 (the main process is worker 0 of 1).
-        start_batch: batches of this rank's epoch already consumed; the stream goes on with the batches after them.
+        start: samples of the epoch that are consumed, over all ranks; the stream goes on with those after them.
     """
     samples = sum(counts)
-    shards = shard_order(len(counts), seed, epoch) if shuffle_buffer else np.arange(len(counts))
-    # The loader asks worker 0 first, also when the epoch is taken up in its middle.
-    lane = (worker + start_batch) % num_workers
-    batches = rank_batches(samples, batch_size, rank, world_size)
-    lanes = [sum(batch.valid for batch in batches[other::num_workers]) for other in range(num_workers)]
-    start = even_range(samples, world_size, rank)[0] + sum(lanes[:lane])
-    rng = np.random.default_rng(stable_hash("buffer", seed, epoch, rank, lane))
-    order = buffered_order(lanes[lane], shuffle_buffer, rng)
-    todo = [batch for batch in batches[lane::num_workers] if batch.index >= start_batch]
-    order = order[lanes[lane] - sum(batch.valid for batch in todo) :]
-    first = int(order.min()) if len(order) else lanes[lane]
-    segments = cut(counts, shards, start + first, start + lanes[lane])
-    return StreamPlan(segments, order - first, tuple(todo))
+    order = epoch_order(counts, seed=seed, epoch=epoch, shuffle_buffer=shuffle_buffer)
+    parts, batches = [], []
+    for first in range(start + worker * world_size * batch_size, samples, num_workers * world_size * batch_size):
+        step = order[first : first + world_size * batch_size]
+        begin, end = even_range(len(step), world_size, rank)
+        parts.append(step[begin:end])
+        batches.append(PlannedBatch(end - begin, valid_weight(len(step), world_size, batch_size)))
+    chosen = np.concatenate([*parts, np.zeros(0, dtype=np.int64)])
+    shards = np.searchsorted(np.cumsum(counts), chosen, side="right")
+    return StreamPlan(shards, chosen - np.cumsum([0, *counts])[shards], tuple(batches))
+
+
+def rank_samples(samples: int, world_size: int, batch_size: int, rank: int) -> int:
+    """Samples one rank sees in an epoch of `samples`."""
+    full_steps, rest = divmod(samples, world_size * batch_size)
+    begin, end = even_range(rest, world_size, rank)
+    return full_steps * batch_size + end - begin
 
 
 def limit_counts(counts: Sequence[int], limit: int | None) -> list[int]:

@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,16 +17,17 @@ from PIL import Image
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from lcm_lightning.data.images import ImageFault, crop_square, decode_image, normalise, resize_shorter_side
+from lcm_lightning.data.offsets import ShardReader
 from lcm_lightning.data.plan import (
     PlannedBatch,
-    Segment,
+    StreamPlan,
     limit_counts,
     plan_stream,
-    rank_batches,
+    rank_samples,
     stable_hash,
     steps_per_epoch,
 )
-from lcm_lightning.data.shards import Shard, image_bytes, read_samples, sample_captions
+from lcm_lightning.data.shards import Shard, fingerprint, image_bytes, sample_captions
 from lcm_lightning.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -79,53 +81,23 @@ class Augmentation:
         return Example(normalise(image), caption, key, seed)
 
 
-def read_segments(
-    shards: Sequence[Shard], segments: Iterable[Segment], wanted: frozenset[int]
-) -> Iterator[tuple[int, dict[str, Any] | Fault]]:
-    """Stage 1: (position, raw sample) for every wanted position of the segments, in reading order.
-
-    Yields a fault for each sample that a damaged shard no longer gives, so that the count stays exact.
-    """
-    offset = 0
-    for segment in segments:
-        shard = shards[segment.shard]
-        positions = range(offset, offset + len(segment))
-        offset += len(segment)
-        samples = raw_samples(shard, segment)
-        yield from (
-            (position, sample) for position, sample in zip(positions, samples, strict=True) if position in wanted
-        )
-
-
-def raw_samples(shard: Shard, segment: Segment) -> Iterator[dict[str, Any] | Fault]:
-    """Exactly `len(segment)` raw samples, or faults in the place of those the shard fails to give."""
-    given = 0
-    reason = "the shard holds fewer samples than were counted"
-    try:
-        for sample in read_samples(shard.path, segment.start):
-            yield sample | {"__shard__": str(shard.path)}
-            given += 1
-            if given == len(segment):
-                return
-    except Exception as error:  # tarfile and zlib raise many types on damaged archives
-        reason = f"damaged shard: {error}"
-    for _ in range(len(segment) - given):
-        yield Fault(str(shard.path), "", reason)
-
-
-def emit_in_order(samples: Iterable[tuple[int, Any]], order: np.ndarray) -> Iterator[Any]:
-    """Stage 2: the samples in the planned order, holding those that were read before their turn."""
-    source = iter(samples)
-    held: dict[int, Any] = {}
-    for position in order.tolist():
-        while position not in held:
-            read, sample = next(source)
-            held[read] = sample
-        yield held.pop(position)
+def read_planned(
+    shards: Sequence[Shard], plan: StreamPlan, open_shard: Callable[[Path], ShardReader]
+) -> Iterator[dict[str, Any] | Fault]:
+    """Stage 1: the raw samples of the plan, one by one; a fault in the place of each that its shard fails to give."""
+    readers: dict[int, ShardReader] = {}
+    for shard, number in zip(plan.shards.tolist(), plan.numbers.tolist(), strict=True):
+        path = shards[shard].path
+        try:
+            if shard not in readers:
+                readers[shard] = open_shard(path)
+            yield readers[shard].read(number) | {"__shard__": str(path)}
+        except Exception as error:  # tarfile and zlib raise many types on damaged archives
+            yield Fault(str(path), "", f"damaged shard: {error}")
 
 
 def decode(samples: Iterable[dict[str, Any] | Fault], augment: Augmentation, seed: int, epoch: int) -> Iterator[Any]:
-    """Stage 3: raw samples to examples; a sample that cannot be decoded becomes a fault."""
+    """Stage 2: raw samples to examples; a sample that cannot be decoded becomes a fault."""
     for sample in samples:
         if isinstance(sample, Fault):
             yield sample
@@ -143,7 +115,7 @@ def decode(samples: Iterable[dict[str, Any] | Fault], augment: Augmentation, see
 def batch(
     examples: Iterable[Example | Fault], planned: Iterable[PlannedBatch], batch_size: int, resolution: int
 ) -> Iterator[dict[str, Any]]:
-    """Stage 4: the planned batches, each of exactly `batch_size` samples."""
+    """Stage 3: the planned batches, each of exactly `batch_size` samples."""
     source = iter(examples)
     for plan in planned:
         taken = [next(source) for _ in range(plan.valid)]
@@ -172,9 +144,11 @@ def collate(valid: Sequence[Example], weight: float, batch_size: int, resolution
 class ShardStream(IterableDataset):
     """The batches of one `DataLoader` worker, as planned by `lcm_lightning.data.plan`.
 
-    Where the stream starts - (epoch, start_batch, rank, world_size) - lives in shared memory: persistent workers keep
-    the copy of the dataset they were started with, and would otherwise repeat their first epoch for ever.
+    Where the stream starts - (epoch, samples consumed, rank, world_size) - lives in shared memory: persistent workers
+    keep the copy of the dataset they were started with, and would otherwise repeat their first epoch for ever.
     """
+
+    open_shard = ShardReader
 
     def __init__(
         self,
@@ -203,7 +177,7 @@ class ShardStream(IterableDataset):
 
     def stages(self) -> list[Callable[..., Iterator[Any]]]:
         """The pipeline of this worker for the epoch in `start`, stage by stage."""
-        epoch, start_batch, rank, world_size = self.start.tolist()
+        epoch, start, rank, world_size = self.start.tolist()
         worker = get_worker_info()
         plan = plan_stream(
             self.counts,
@@ -215,12 +189,11 @@ class ShardStream(IterableDataset):
             worker=worker.id if worker else 0,
             num_workers=worker.num_workers if worker else 1,
             shuffle_buffer=self.shuffle_buffer,
-            start_batch=start_batch,
+            start=start,
         )
         resolution = self.augment.resolution
         return [
-            partial(read_segments, self.shards, plan.segments, frozenset(plan.order.tolist())),
-            partial(emit_in_order, order=plan.order),
+            partial(read_planned, self.shards, plan, self.open_shard),
             partial(decode, augment=self.augment, seed=self.seed, epoch=epoch),
             partial(batch, planned=plan.batches, batch_size=self.batch_size, resolution=resolution),
         ]
@@ -244,10 +217,11 @@ class ShardLoader:
     dataset cannot have a sampler of ours, so this class holds the `DataLoader` and is the sampler itself; being no
     `DataLoader`, it is also safe from having a `DistributedSampler` put into it.
 
-    With `state_dict` Lightning's checkpoints hold the place in the epoch; a resumed run goes on with the next batch.
+    With `state_dict` Lightning's checkpoints hold the place in the epoch: the number of its samples that are consumed.
+    A resumed run goes on with the next one, also with other numbers of ranks, workers and samples a batch.
 
     Attributes:
-        start_batch: batches of the next epoch to leave out, without decoding them; 0 again afterwards.
+        start: samples of the next epoch to leave out, without reading them; 0 again afterwards.
         batch_sampler: None, as in a `DataLoader` that does not batch; Lightning asks for it.
     """
 
@@ -259,11 +233,11 @@ class ShardLoader:
         """See `CaptionedImages` for the arguments."""
         self.stream = stream
         self.max_bad_fraction = max_bad_fraction
-        self.start_batch = 0
+        self.start = 0
+        self.consumed = 0
         self.epoch = 0
         self.epoch_offset = 0
         self.loaded_epoch: int | None = None
-        self.consumed = 0
         self.loader = DataLoader(
             stream,
             batch_size=None,
@@ -309,45 +283,40 @@ class ShardLoader:
     def __iter__(self) -> Iterator[dict[str, Any]]:
         # A generator on purpose: Lightning calls iter() first, then set_epoch() or load_state_dict(), then next().
         rank, world_size = rank_and_world_size()
-        self.stream.start.copy_(torch.tensor([self.epoch, self.start_batch, rank, world_size]))
-        self.consumed, self.start_batch, self.loaded_epoch = self.start_batch, 0, None
-        faults = FaultCount(self.rank_samples(rank, world_size), self.max_bad_fraction)
+        self.stream.start.copy_(torch.tensor([self.epoch, self.start, rank, world_size]))
+        self.consumed, self.start, self.loaded_epoch = self.start, 0, None
+        of_rank = rank_samples(self.stream.samples, world_size, self.batch_size, rank)
+        faults = FaultCount(of_rank, self.max_bad_fraction)
         for content in self.loader:
             faults.add(content.pop("faults"))
-            self.consumed += 1
+            self.consumed = min(self.consumed + world_size * self.batch_size, self.stream.samples)
             yield content
 
-    def plan_settings(self) -> dict[str, int]:
-        """All that decides which samples a batch holds, beside the epoch and the rank."""
+    def order_settings(self) -> dict[str, int | str]:
+        """All that decides the order of an epoch's samples, beside the epoch."""
         return {
             "samples": self.stream.samples,
-            "world_size": rank_and_world_size()[1],
-            "data.batch_size": self.stream.batch_size,
-            "data.num_workers": self.loader.num_workers,
+            "shards": fingerprint(self.stream.shards)[:12],
             "data.shuffle_buffer": self.stream.shuffle_buffer,
             "data.seed": self.stream.seed,
         }
 
     def state_dict(self) -> dict[str, Any]:
-        """The epoch, its batches consumed so far, and the settings under which these numbers mean something."""
-        return {"epoch": self.epoch, "consumed": self.consumed, "settings": self.plan_settings()}
+        """The epoch, its samples consumed so far over all ranks, and the settings under which these mean something."""
+        return {"epoch": self.epoch, "consumed": self.consumed, "settings": self.order_settings()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on after the consumed batches. Raises `UserError` in mid-epoch when the settings are others now."""
-        epoch, consumed, settings = state["epoch"], state["consumed"], self.plan_settings()
-        if consumed == len(self):
-            epoch, consumed = epoch + 1, 0
+        """Go on after the consumed samples. Raises `UserError` in mid-epoch when the order is another one now."""
+        epoch, consumed, settings = state["epoch"], state["consumed"], self.order_settings()
         changed = {key: value for key, value in settings.items() if state["settings"].get(key) != value}
+        if consumed == state["settings"]["samples"]:
+            epoch, consumed = epoch + 1, 0
         if consumed and changed:
             wanted = " ".join(f"{key}={state['settings'].get(key)}" for key in changed)
             now = " ".join(f"{key}={value}" for key, value in changed.items())
             raise UserError(f"resume: the run stopped in mid-epoch with {wanted}, now {now}; resume with the former")
-        self.loaded_epoch, self.start_batch = epoch, consumed
-
-    def rank_samples(self, rank: int, world_size: int) -> int:
-        """Samples this rank sees in an epoch."""
-        batches = rank_batches(self.stream.samples, self.stream.batch_size, rank, world_size)
-        return sum(batch.valid for batch in batches)
+        self.epoch = self.loaded_epoch = epoch
+        self.start = self.consumed = consumed
 
 
 class FaultCount:

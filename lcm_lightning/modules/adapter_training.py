@@ -25,6 +25,11 @@ from lcm_lightning.modules.randomness import SampleRandomness
 OptimizerFactory = Callable[[Iterable[nn.Parameter]], Optimizer]
 
 
+def propagate_faults(loss: Tensor) -> Tensor:
+    """`loss` as it is; but if it is not finite, one whose every gradient is NaN, so that all ranks learn of it."""
+    return loss * torch.where(torch.isfinite(loss.detach()), 1.0, torch.nan)
+
+
 class AdapterTraining(L.LightningModule, ABC):
     """Train the adapter `adapter_name` of a frozen Stable Diffusion model.
 
@@ -80,7 +85,8 @@ class AdapterTraining(L.LightningModule, ABC):
 
     def training_step(self, batch: dict[str, Any], batch_index: int) -> Tensor:
         """Weighted mean loss of a batch."""
-        loss = (batch["weight"] * self._batch_losses(batch)).mean()
+        torch.manual_seed(int(batch["seed"][0]))  # of LoRA dropout, which a resumed run must draw alike
+        loss = propagate_faults((batch["weight"] * self._batch_losses(batch)).mean())
         self.log("train/loss", loss, prog_bar=True, batch_size=len(batch["captions"]))
         return loss
 
@@ -100,7 +106,8 @@ class AdapterTraining(L.LightningModule, ABC):
         """Log the norm of the adapter's gradient, before clipping."""
         if (self.trainer.global_step + 1) % self.trainer.log_every_n_steps == 0:
             gradients = [p.grad for p in self.adapter_parameters() if p.grad is not None]
-            self.log("train/grad_norm", nn.utils.get_total_norm(gradients))
+            if gradients:  # else the step is left out
+                self.log("train/grad_norm", nn.utils.get_total_norm(gradients))
 
     def adapter_parameters(self) -> list[nn.Parameter]:
         """The trainable parameters."""

@@ -1,0 +1,227 @@
+"""When checkpoints are written, which are kept, and how a run goes on from one."""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+from lightning.pytorch.callbacks import Checkpoint
+
+from lcm_lightning.checkpoints import publish_link, replace
+from lcm_lightning.data.plan import steps_per_epoch
+from lcm_lightning.errors import UserError
+from lcm_lightning.preemption import StopSignals
+
+log = logging.getLogger(__name__)
+
+PENDING = ".pending.ckpt"
+LAST, BEST = "last.ckpt", "best.ckpt"
+
+
+class Checkpoints(Checkpoint):
+    """Save after validations, at intervals, when a signal asks for it, and at the end of a run.
+
+    A checkpoint is taken between two optimizer steps and appears in `folder` (as `step_<n>.ckpt` and `last.ckpt`) once
+    the loggers have the step's figures on disk: a run that goes on from it repeats or lacks none. The checkpoint of
+    the last step appears when all else of the run is written.
+
+    Args:
+        folder: where checkpoints go.
+        every_n_steps: optimizer steps between checkpoints; None for none but those of time and validation.
+        every_n_minutes: minutes between checkpoints; None for no limit.
+        keep_last: the newest so many are kept.
+        best_by: a validation metric; the checkpoint where it was lowest is `best.ckpt`. None keeps no best one.
+    """
+
+    def __init__(
+        self,
+        folder: str,
+        *,
+        every_n_steps: int | None = None,
+        every_n_minutes: float | None = None,
+        keep_last: int = 2,
+        best_by: str | None = None,
+    ) -> None:
+        for name, value in (("every_n_steps", every_n_steps), ("every_n_minutes", every_n_minutes)):
+            if value is not None and value <= 0:
+                raise UserError(f"callbacks.checkpoint.{name}={value}: expected a positive number, or null for none")
+        if keep_last < 1:
+            raise UserError(f"callbacks.checkpoint.keep_last={keep_last}: expected at least 1; 2 survives a broken one")
+        self.folder = Path(folder)
+        self.every_n_steps = every_n_steps
+        self.every_n_minutes = every_n_minutes
+        self.keep_last = keep_last
+        self.best_by = best_by
+        self.best_value = math.inf
+        self.signals = StopSignals()
+        self.step = 0  # optimizer steps seen
+        self.saved_step = 0
+        self.saved_at = 0.0  # seconds
+        self.owed = False  # a validation fell between two batches of one step
+        self.stopping = False
+        self.best = False  # the checkpoint about to appear is the best one
+
+    # ---- what of it is state ---------------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """The best value so far."""
+        return {"best_value": self.best_value}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on from `state_dict`."""
+        self.best_value = state_dict["best_value"]
+
+    def on_load_checkpoint(self, trainer: L.Trainer, module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Make Lightning's counters those of this run's batches, which may be larger or smaller than the former."""
+        self.saved_step = checkpoint["global_step"]
+        loops = checkpoint["loops"]["fit_loop"]
+        for loader in loops["state_dict"].get("combined_loader", []):
+            count_batches(loops, loader, trainer.world_size, trainer.datamodule.batch_size)  # type: ignore[attr-defined]
+        count_steps(loops, checkpoint["global_step"], trainer.val_check_interval if trainer.enable_validation else None)
+
+    # ---- when to save ----------------------------------------------------------------------------------------------
+
+    def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        """Listen to signals; put checkpoints of steps this run has yet to make out of the way."""
+        self.step, self.saved_at = trainer.global_step, time.monotonic()
+        self.signals.listen(trainer)
+        if trainer.is_global_zero:
+            (self.folder / PENDING).unlink(missing_ok=True)
+            for path in step_files(self.folder):
+                if step_of(path) > trainer.global_step:
+                    log.warning("%s is of a later step than this run goes on from: renamed *.discarded", path)
+                    path.replace(path.with_suffix(".ckpt.discarded"))
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, module: L.LightningModule, outputs: Any, batch: Any, batch_index: int
+    ) -> None:
+        """Save after an optimizer step if it is time, or if any rank was asked to stop."""
+        stepped, self.step = trainer.global_step != self.step, trainer.global_step
+        if not stepped or self._is_last_step(trainer):
+            return
+        self.stopping = trainer.strategy.reduce_boolean_decision(self.signals.received is not None, all=False)
+        if self.stopping or (self._is_due(trainer) and not validates_now(trainer)):
+            self._save(trainer)
+
+    def on_train_batch_start(self, trainer: L.Trainer, module: L.LightningModule, batch: Any, batch_index: int) -> None:
+        """The figures of the step before are logged: let its checkpoint appear."""
+        self._publish(trainer)
+        if self.stopping:
+            raise self.signals.exception()
+
+    def on_validation_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        """Save, unless the validation fell in the middle of an accumulated step: then after it."""
+        if trainer.sanity_checking:
+            return
+        self.best = self._is_best(trainer)
+        if self._is_last_step(trainer):
+            return
+        if trainer.fit_loop._should_accumulate():
+            self.owed, self.best = True, False
+            return
+        self._save(trainer)
+        self._publish(trainer)
+
+    def on_fit_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        """Save the finished run."""
+        if trainer.global_step != self.saved_step:
+            self._save(trainer)
+            self._publish(trainer)
+
+    def _is_last_step(self, trainer: L.Trainer) -> bool:
+        return trainer.should_stop or trainer.global_step == trainer.max_steps
+
+    def _is_due(self, trainer: L.Trainer) -> bool:
+        if self.owed or (self.every_n_steps and trainer.global_step % self.every_n_steps == 0):
+            return True
+        if self.every_n_minutes is None:
+            return False
+        late = time.monotonic() - self.saved_at >= 60 * self.every_n_minutes
+        return trainer.strategy.broadcast(late)  # the clock of the first rank
+
+    def _is_best(self, trainer: L.Trainer) -> bool:
+        if self.best_by is None:
+            return False
+        if self.best_by not in trainer.callback_metrics:
+            found = ", ".join(sorted(trainer.callback_metrics))
+            raise UserError(f"callbacks.checkpoint.best_by={self.best_by}: no such metric; logged are {found}, or null")
+        value = trainer.callback_metrics[self.best_by].item()
+        better = value < self.best_value
+        self.best_value = min(value, self.best_value) if math.isfinite(value) else self.best_value
+        return better
+
+    # ---- how to save -----------------------------------------------------------------------------------------------
+
+    def _save(self, trainer: L.Trainer) -> None:
+        trainer.save_checkpoint(self.folder / PENDING, weights_only=False)
+        self.saved_step, self.saved_at, self.owed = trainer.global_step, time.monotonic(), False
+
+    def _publish(self, trainer: L.Trainer) -> None:
+        pending = self.folder / PENDING
+        if trainer.is_global_zero and pending.is_file():
+            for logger in trainer.loggers:
+                logger.save()
+            path = self.folder / f"step_{self.saved_step:06d}.ckpt"
+            replace(pending, path)
+            for name in (LAST, BEST) if self.best else (LAST,):
+                publish_link(path, self.folder / name)
+            for old in step_files(self.folder)[: -self.keep_last]:
+                old.unlink()
+        self.best = False
+
+
+def step_files(folder: Path) -> list[Path]:
+    """The numbered checkpoints in `folder`, oldest first."""
+    return sorted(folder.glob("step_*.ckpt"), key=step_of)
+
+
+def step_of(path: Path) -> int:
+    """The step in a checkpoint's name."""
+    return int(path.stem.removeprefix("step_"))
+
+
+def validates_now(trainer: L.Trainer) -> bool:
+    """Whether Lightning validates between this batch and the next, after which a checkpoint is written anyway."""
+    loop = trainer.fit_loop
+    return loop.epoch_loop._should_check_val_fx(loop._data_fetcher)  # type: ignore[arg-type]
+
+
+def count_batches(loops: dict[str, Any], loader: dict[str, Any], world_size: int, batch_size: int) -> None:
+    """Count the epoch's batches as ones of `world_size` times `batch_size`, by those that are left, and the epochs.
+
+    Lightning ends an epoch by the number of its batches, and another number of ranks makes other batches of the
+    samples that are left. An epoch that the end of a run cut short it counts as a whole one.
+
+    Args:
+        loops: state of Lightning's fit loop, changed in place.
+        loader: state of `lcm_lightning.data.stream.ShardLoader`.
+    """
+    samples = loader["settings"]["samples"]
+    left = steps_per_epoch(samples - loader["consumed"], world_size, batch_size)
+    counters = loops["epoch_loop.batch_progress"]["current"]
+    shift = steps_per_epoch(samples, world_size, batch_size) - left - counters["processed"]
+    for name in counters:
+        counters[name] += shift
+    if 0 < loader["consumed"] < samples:
+        for counters in loops["epoch_progress"].values():
+            counters |= {name: loader["epoch"] + (name in ("ready", "started")) for name in counters}
+
+
+def count_steps(loops: dict[str, Any], global_step: int, val_check_interval: int | float | None) -> None:
+    """Let the loggers' count of steps go on from `global_step`.
+
+    Lightning saves in the middle of counting, and counts one more when it restarts from a training batch's end or
+    leaves out a validation that has been made. It assumes that the interval of validations has not changed.
+
+    Args:
+        loops: state of Lightning's fit loop, changed in place.
+        val_check_interval: batches between validations; None without validation.
+    """
+    batches = loops["epoch_loop.batch_progress"]["total"]
+    in_batch_end = batches["completed"] < batches["processed"]
+    leaves_out = isinstance(val_check_interval, int) and batches["ready"] % val_check_interval == 0
+    loops["epoch_loop.state_dict"]["_batches_that_stepped"] = global_step - (in_batch_end or leaves_out)

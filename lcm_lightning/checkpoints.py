@@ -1,0 +1,164 @@
+"""Checkpoint files: written whole or not at all, and the newest usable one of a run found again."""
+
+from __future__ import annotations
+
+import io
+import logging
+import os
+from collections.abc import Iterable
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch.plugins.io import TorchCheckpointIO
+from omegaconf import OmegaConf
+
+from lcm_lightning.errors import UserError, first_line
+
+log = logging.getLogger(__name__)
+
+FOLDER = "checkpoints"
+AUTO = "auto"
+
+
+class AtomicCheckpointIO(TorchCheckpointIO):
+    """Writes under a temporary name, syncs and renames; never unpickles.
+
+    A checkpoint that cannot be written (a full disk, a lost mount) is a warning: training and the checkpoints before
+    it matter more. Whoever needs to know looks for the file.
+    """
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: object = None) -> None:
+        """Write `checkpoint` to `path`, whole or not at all."""
+        content = io.BytesIO()
+        torch.save(checkpoint, content)
+        try:
+            write_atomic(Path(path), content.getbuffer())
+        except OSError as error:
+            log.warning("checkpoint %s not written (%s); those before it are kept", path, error)
+
+    def load_checkpoint(
+        self, path: str | Path, map_location: Any = lambda storage, location: storage, weights_only: bool | None = True
+    ) -> dict[str, Any]:
+        """Tensors and plain containers of the file at `path`."""
+        return super().load_checkpoint(path, map_location, weights_only=True)
+
+
+def write_atomic(path: Path, content: bytes | memoryview) -> None:
+    """Write a file that survives a crash of program or machine whole, or does not appear.
+
+    Raises:
+        OSError: it cannot be written; nothing is left behind.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        with temporary.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        replace(temporary, path)
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def replace(source: Path, target: Path) -> None:
+    """Rename within a folder, for good: also after a crash of the machine."""
+    source.replace(target)
+    folder = os.open(target.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
+
+
+def publish_link(source: Path, target: Path) -> None:
+    """Give a file a second name, in place of what had it before; a copy on disks without hard links."""
+    temporary = target.with_name(f".{target.name}.tmp")
+    temporary.unlink(missing_ok=True)
+    try:
+        temporary.hardlink_to(source)
+    except OSError:
+        write_atomic(temporary, source.read_bytes())
+    replace(temporary, target)
+
+
+def global_step(path: Path) -> int:
+    """The optimizer step of a checkpoint file.
+
+    Raises:
+        UserError: it is cut off, or no checkpoint of a training run.
+    """
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)["global_step"]
+    except Exception as error:  # zip, pickle and type errors of a damaged file
+        raise UserError(
+            f"resume={path} is no checkpoint, or cut off ({first_line(error)}); give the run folder, which takes "
+            "the one before"
+        ) from error
+
+
+def newest_usable(files: Iterable[Path]) -> Path | None:
+    """The checkpoint of the highest step; those that cannot be read are passed over with a warning."""
+    steps: dict[Path, int] = {}
+    for path in files:
+        try:
+            steps[path] = global_step(path)
+        except UserError as error:
+            log.warning("passed over: %s", error)
+    return max(steps, key=lambda path: (steps[path], path.name), default=None)
+
+
+def checkpoint_files(run_dir: Path) -> list[Path]:
+    """The finished checkpoint files of a run."""
+    return sorted(path for path in (run_dir / FOLDER).glob("*.ckpt") if not path.name.startswith("."))
+
+
+def find_checkpoint(resume: str | None, run_dir: Path) -> Path | None:
+    """The checkpoint file that `resume` stands for.
+
+    Args:
+        resume: a run folder, a .ckpt file, "auto" for what is in `run_dir` (None if that is nothing), or None.
+
+    Raises:
+        UserError: there is no such run or file, or no usable checkpoint in it.
+    """
+    if resume is None:
+        return None
+    path = run_dir if resume == AUTO else Path(resume).expanduser()
+    if path.is_file():
+        global_step(path)
+        return path
+    files = checkpoint_files(path)
+    usable = newest_usable(files)
+    if usable is None and (files or resume != AUTO):
+        found = f"neither a .ckpt file nor a run folder with {FOLDER}/*.ckpt; give one, or resume=auto"
+        broken = f"none of its {len(files)} checkpoints can be read; start anew without resume=, in another folder"
+        raise UserError(f"resume={resume}: {broken if files else found}")
+    return usable
+
+
+def auto_run_folder(resume: str | None, experiment: str, overrides: list[str]) -> str:
+    """Folder of a run: a new one named by date and time, or with resume=auto the newest one of the same command.
+
+    Commands are the same if their overrides are, whatever their order and `resume=`. A run that left no checkpoint has
+    nothing to go on with.
+    """
+    root = Path("outputs") / experiment
+    if resume == AUTO:
+        runs = [path for path in root.glob("*") if checkpoint_files(path) and same_command(path, overrides)]
+        if runs:
+            return str(max(runs, key=lambda path: (max(f.stat().st_mtime for f in checkpoint_files(path)), path.name)))
+    return str(root / datetime.now().strftime("%Y-%m-%d_%H-%M-%S"))
+
+
+def same_command(run_dir: Path, overrides: list[str]) -> bool:
+    """Whether a run was started with `overrides`, `resume=` aside."""
+    path = run_dir / ".hydra" / "overrides.yaml"
+    return path.is_file() and _without_resume(OmegaConf.load(path)) == _without_resume(overrides)
+
+
+def _without_resume(overrides: Iterable[str]) -> list[str]:
+    return sorted(override for override in overrides if not override.lstrip("+").startswith("resume="))

@@ -1,0 +1,337 @@
+"""A run that was stopped and goes on ends as the run that never was."""
+
+from __future__ import annotations
+
+import csv
+import resource
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import pytest
+import torch
+from torch import Tensor, nn
+
+from lcm_lightning.callbacks.checkpoints import Checkpoints
+from lcm_lightning.callbacks.final_validation import FinalValidation
+from lcm_lightning.callbacks.loggers import MetricsFile
+from lcm_lightning.checkpoints import AtomicCheckpointIO, auto_run_folder, find_checkpoint, global_step
+from lcm_lightning.data.datamodule import CaptionedImages
+from lcm_lightning.errors import UserError
+
+
+class Killed(Exception):
+    """Stands for SIGKILL: nothing that hears of it saves anything."""
+
+
+class Small(L.LightningModule):
+    """Trains on all that a batch holds, and writes down which batches it saw."""
+
+    def __init__(self, kill_at: int | None = None) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.layer = nn.Linear(4, 4)
+        self.kill_at = kill_at  # batches
+        self.seen: list[tuple[int, list[str]]] = []
+
+    def training_step(self, batch: dict[str, Any], batch_index: int) -> Tensor:
+        if len(self.seen) == self.kill_at:
+            raise Killed
+        valid = [key for key, weight in zip(batch["keys"], batch["weight"], strict=True) if weight > 0]
+        self.seen.append((self.trainer.global_step, valid))
+        pixels = batch["pixel_values"].mean(dim=(2, 3))
+        seeds = (batch["seed"] % 1000)[:, None] / 1000
+        loss = (self.layer(torch.cat([pixels, seeds], dim=1)).square().mean(dim=1) * batch["weight"]).mean()
+        self.log("train/loss", loss)
+        return loss
+
+    def validation_step(self, batch: dict[str, Any], batch_index: int) -> None:
+        self.log("val/loss", self.layer.weight.square().sum(), batch_size=1)
+
+    def configure_optimizers(self) -> dict[str, Any]:
+        optimizer = torch.optim.AdamW(self.parameters(), lr=0.01)
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 / (1 + step))
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+
+def data(shards: Path, **options: Any) -> CaptionedImages:
+    defaults = {"resolution": 32, "batch_size": 4, "num_workers": 0, "val_limit": 4, "shuffle_buffer": 8}
+    return CaptionedImages("photos", str(shards), **(defaults | options))
+
+
+def train(
+    folder: Path,
+    shards: Path,
+    *,
+    max_steps: int = 11,
+    kill_at: int | None = None,
+    accumulate: int = 1,
+    val_every: int = 4,
+    every_n_steps: int | None = 1,
+    batch_size: int = 4,
+    num_workers: int = 0,
+    **options: Any,
+) -> Small:
+    """Go on with the run in `folder`, or start it."""
+    checkpoint = find_checkpoint("auto", folder)
+    module = Small(kill_at)
+    trainer = L.Trainer(
+        accelerator="cpu",
+        max_steps=max_steps,
+        max_epochs=-1,
+        accumulate_grad_batches=accumulate,
+        val_check_interval=val_every * accumulate,
+        check_val_every_n_epoch=None,
+        num_sanity_val_steps=0,
+        log_every_n_steps=1,
+        logger=MetricsFile(folder, global_step(checkpoint) if checkpoint else 0),
+        callbacks=[
+            FinalValidation(),
+            Checkpoints(str(folder / "checkpoints"), every_n_steps=every_n_steps, **options),
+        ],
+        plugins=[AtomicCheckpointIO()],
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        default_root_dir=folder,
+    )
+    try:
+        datamodule = data(shards, batch_size=batch_size, num_workers=num_workers)
+        trainer.fit(module, datamodule=datamodule, ckpt_path=checkpoint, weights_only=True)
+    except Killed:
+        pass
+    return module
+
+
+def rows(folder: Path) -> list[dict[str, str]]:
+    with (folder / "metrics.csv").open() as file:
+        return list(csv.DictReader(file))
+
+
+def state(folder: Path) -> dict[str, Any]:
+    return torch.load(folder / "checkpoints" / "last.ckpt", weights_only=True)
+
+
+def assert_same_end(first: Path, second: Path) -> None:
+    """The same bits in weights, optimizer and schedule, the same rows of figures, the same place in the data."""
+    one, two = state(first), state(second)
+    assert one["global_step"] == two["global_step"]
+    assert one["state_dict"].keys() == two["state_dict"].keys()
+    assert all(torch.equal(one["state_dict"][key], two["state_dict"][key]) for key in one["state_dict"])
+    assert str(one["optimizer_states"]) == str(two["optimizer_states"])
+    assert one["lr_schedulers"] == two["lr_schedulers"]
+    loaders = [s["loops"]["fit_loop"]["state_dict"]["combined_loader"] for s in (one, two)]
+    assert loaders[0] == loaders[1]
+    assert rows(first) == rows(second)
+
+
+@pytest.fixture(scope="module")
+def whole_runs(tmp_path_factory: pytest.TempPathFactory, flickr_shards: Path):
+    """Runs that were never stopped, each made once."""
+    made: dict[tuple, tuple[Path, Small]] = {}
+
+    def whole(**options: Any) -> tuple[Path, Small]:
+        key = tuple(sorted(options.items()))
+        if key not in made:
+            folder = tmp_path_factory.mktemp("whole")
+            made[key] = (folder, train(folder, flickr_shards, **options))
+        return made[key]
+
+    return whole
+
+
+# 24 samples: 6 batches of 4 an epoch, or 5 of 5, the last of which is short.
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"every_n_steps": 3},
+        {"every_n_steps": None},  # after validations only
+        {"val_every": 3},  # at the ends of epochs too
+        {"val_every": 1},
+        {"batch_size": 5, "accumulate": 2},  # epochs end, and validations fall, within an accumulated step
+        {"batch_size": 24},  # an epoch a step
+        {"batch_size": 4, "accumulate": 3, "max_steps": 7},
+    ],
+    ids=str,
+)
+def test_killed_at_any_batch_a_run_ends_as_if_it_was_not(
+    tmp_path: Path, flickr_shards: Path, whole_runs, options: dict[str, Any]
+):
+    folder, whole = whole_runs(**options)
+    batches = len(whole.seen)
+    for kill_at in sorted({0, 1, 4, 6, 7, batches - 1} & set(range(batches))):
+        stopped = tmp_path / str(kill_at)
+        first = train(stopped, flickr_shards, kill_at=kill_at, **options)
+        second = train(stopped, flickr_shards, **options)
+        assert_same_end(folder, stopped)
+        assert second.seen == whole.seen[batches - len(second.seen) :]
+        assert len(first.seen) == kill_at
+        if (
+            options.get("every_n_steps", 1) == 1
+        ):  # the step that was running, and the one whose figures were not out yet
+            assert len(first.seen) + len(second.seen) <= batches + 2 * options.get("accumulate", 1)
+
+
+def test_killed_again_and_again_it_gets_there(tmp_path: Path, flickr_shards: Path, whole_runs):
+    folder, _ = whole_runs(every_n_steps=2)
+    kills = 0
+    while not find_checkpoint("auto", tmp_path) or global_step(find_checkpoint("auto", tmp_path)) < 11:
+        kills += len(train(tmp_path, flickr_shards, every_n_steps=2, kill_at=3).seen) == 3
+    assert kills >= 4
+    assert_same_end(folder, tmp_path)
+
+
+@pytest.mark.parametrize("batch_size", [2, 3, 8])
+@pytest.mark.parametrize("kill_at", [3, 8])
+def test_other_batches_and_workers_go_on_with_the_samples_that_are_left(
+    tmp_path: Path, flickr_shards: Path, batch_size: int, kill_at: int
+):
+    """As another number of ranks does: 24 samples an epoch, each once, over 3 epochs."""
+    seen = train(tmp_path, flickr_shards, kill_at=kill_at).seen
+    left = 3 * 24 - 4 * len(seen)
+    done = global_step(find_checkpoint("auto", tmp_path))
+    assert done == kill_at
+    more = train(tmp_path, flickr_shards, max_steps=done + -(-left // batch_size), batch_size=batch_size, num_workers=1)
+    keys = [key for _, batch in seen + more.seen for key in batch]
+    for epoch in range(3):
+        assert len(set(keys[24 * epoch : 24 * (epoch + 1)])) == 24
+    assert [int(row["step"]) for row in rows(tmp_path) if row["train/loss"]] == list(range(done + len(more.seen)))
+
+
+def test_a_longer_run_goes_on_from_the_end_of_a_shorter_one(tmp_path: Path, flickr_shards: Path, whole_runs):
+    folder, _ = whole_runs()
+    train(tmp_path, flickr_shards, max_steps=8)  # ends on a validation
+    train(tmp_path, flickr_shards, max_steps=11)
+    assert_same_end(folder, tmp_path)
+
+
+def test_a_finished_run_has_nothing_to_do_and_changes_nothing(tmp_path: Path, flickr_shards: Path):
+    train(tmp_path, flickr_shards)
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.ckpt")}
+    assert train(tmp_path, flickr_shards).seen == []
+    assert before == {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.ckpt")}
+    assert len(rows(tmp_path)) > 11
+
+
+# ---- files ---------------------------------------------------------------------------------------------------------
+
+
+def test_the_newest_and_the_best_are_kept(tmp_path: Path, flickr_shards: Path):
+    train(tmp_path, flickr_shards, keep_last=3, best_by="val/loss")
+    folder = tmp_path / "checkpoints"
+    steps = ["step_000009.ckpt", "step_000010.ckpt", "step_000011.ckpt"]
+    assert sorted(path.name for path in folder.iterdir()) == ["best.ckpt", "last.ckpt", *steps]
+    assert global_step(folder / "last.ckpt") == 11
+    values = {int(row["step"]) + 1: float(row["val/loss"]) for row in rows(tmp_path) if row["val/loss"]}
+    assert global_step(folder / "best.ckpt") == min(values, key=values.__getitem__)
+
+
+def test_a_checkpoint_holds_tensors_and_plain_containers_of_what_is_trained_only(tmp_path: Path, flickr_shards: Path):
+    train(tmp_path, flickr_shards)
+    content = state(tmp_path)  # weights_only
+    assert set(content["state_dict"]) == {"layer.weight", "layer.bias"}
+
+
+@pytest.mark.parametrize("damage", ["cut off", "empty", "noise"])
+def test_a_damaged_newest_checkpoint_falls_back_on_the_one_before(
+    tmp_path: Path, flickr_shards: Path, whole_runs, caplog: pytest.LogCaptureFixture, damage: str
+):
+    folder, _ = whole_runs()
+    train(tmp_path, flickr_shards, kill_at=7)
+    newest = tmp_path / "checkpoints" / "step_000007.ckpt"
+    content = newest.read_bytes()
+    damaged = {"cut off": content[: len(content) // 2], "empty": b"", "noise": bytes(range(256)) * 40}[damage]
+    newest.write_bytes(damaged)  # last.ckpt is the same file
+    assert global_step(find_checkpoint("auto", tmp_path)) == 6
+    assert f"passed over: resume={newest}" in caplog.text
+    train(tmp_path, flickr_shards)
+    assert_same_end(folder, tmp_path)
+
+
+def test_without_any_usable_checkpoint_it_says_so(tmp_path: Path):
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "checkpoints" / "last.ckpt").write_bytes(b"")
+    for resume in ("auto", str(tmp_path)):
+        with pytest.raises(UserError, match=f"resume={resume}: none of its 1 checkpoints can be read"):
+            find_checkpoint(resume, tmp_path)
+    with pytest.raises(UserError, match="is no checkpoint, or cut off"):
+        find_checkpoint(str(tmp_path / "checkpoints" / "last.ckpt"), tmp_path)
+
+
+def test_pickles_are_not_loaded(tmp_path: Path):
+    class Evil:
+        def __reduce__(self):
+            return (Path.touch, (tmp_path / "executed",))
+
+    (tmp_path / "checkpoints").mkdir()
+    torch.save({"global_step": 3, "evil": Evil()}, tmp_path / "checkpoints" / "last.ckpt")
+    with pytest.raises(UserError):
+        find_checkpoint("auto", tmp_path)
+    assert not (tmp_path / "executed").exists()
+
+
+def test_a_full_disk_costs_the_checkpoint_and_not_the_run(
+    tmp_path: Path, flickr_shards: Path, whole_runs, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+):
+    """No file may grow beyond 4 kB once step 5 is reached: less than a checkpoint, more than the figures."""
+    folder, _ = whole_runs()
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    written = AtomicCheckpointIO.save_checkpoint
+
+    def save(self: AtomicCheckpointIO, checkpoint: dict[str, Any], *args: Any, **kwargs: Any) -> None:
+        limit = 4096 if checkpoint["global_step"] > 5 else soft
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
+        try:
+            written(self, checkpoint, *args, **kwargs)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+    monkeypatch.setattr(AtomicCheckpointIO, "save_checkpoint", save)
+    train(tmp_path, flickr_shards)
+    names = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
+    assert names == ["last.ckpt", "step_000004.ckpt", "step_000005.ckpt"]
+    assert "not written" in caplog.text and "File too large" in caplog.text
+    monkeypatch.undo()
+    train(tmp_path, flickr_shards)
+    assert_same_end(folder, tmp_path)
+
+
+def test_checkpoints_go_by_the_clock_too(tmp_path: Path, flickr_shards: Path, monkeypatch: pytest.MonkeyPatch):
+    clock = iter(range(0, 100_000, 40))
+    monkeypatch.setattr("lcm_lightning.callbacks.checkpoints.time.monotonic", lambda: next(clock))
+    train(tmp_path, flickr_shards, every_n_steps=None, every_n_minutes=2, kill_at=10, val_every=100, keep_last=9)
+    steps = [int(path.stem[5:]) for path in sorted((tmp_path / "checkpoints").glob("step_*"))]
+    assert steps == [3, 6, 9]
+
+
+@pytest.mark.parametrize(
+    ("key", "value"), [("every_n_steps", 0), ("every_n_minutes", -1), ("keep_last", 0), ("best_by", "val/nonesuch")]
+)
+def test_settings_that_make_no_sense_are_refused(tmp_path: Path, flickr_shards: Path, key: str, value: object):
+    with pytest.raises(UserError, match=rf"callbacks\.checkpoint\.{key}={value}: "):
+        train(tmp_path, flickr_shards, max_steps=4, **{key: value})
+
+
+# ---- resume=auto ---------------------------------------------------------------------------------------------------
+
+
+def test_auto_finds_the_newest_run_of_the_same_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)
+
+    def run(name: str, overrides: list[str], checkpoint: bool = True) -> str:
+        folder = Path("outputs/lcm") / name
+        for part in (".hydra", "checkpoints"):
+            (folder / part).mkdir(parents=True)
+        (folder / ".hydra" / "overrides.yaml").write_text("".join(f"- {override}\n" for override in overrides))
+        if checkpoint:
+            (folder / "checkpoints" / "last.ckpt").write_text("")
+        return str(folder)
+
+    run("1", ["experiment=lcm", "seed=1"])
+    wanted = run("2", ["seed=1", "experiment=lcm"])
+    run("3", ["experiment=lcm", "seed=2"])
+    run("4", ["experiment=lcm", "seed=1"], checkpoint=False)
+    assert auto_run_folder("auto", "lcm", ["experiment=lcm", "seed=1", "resume=auto"]) == wanted
+    for resume, overrides in (("auto", ["experiment=lcm", "seed=3"]), (None, ["experiment=lcm", "seed=1"])):
+        assert not Path(auto_run_folder(resume, "lcm", overrides)).exists()
