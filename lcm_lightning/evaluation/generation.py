@@ -49,10 +49,11 @@ class Drawing:
         return [range(start, min(start + self.batch_size, total)) for start in range(0, total, self.batch_size)]
 
 
-def image_folder(root: Path, contender: Contender, drawing: Drawing, model_identity: str) -> Path:
+def image_folder(root: Path, contender: Contender, drawing: Drawing, weights_identity: str) -> Path:
     """Where a contender's images lie: the name ends in a digest of everything their pixels depend on."""
-    content = json.dumps([model_identity, asdict(contender), asdict(drawing)], sort_keys=True, default=list)
-    return root / f"{contender.slug}-{hashlib.sha256(content.encode()).hexdigest()[:12]}"
+    sampler = [contender.sampler, contender.steps, contender.guidance_scale]
+    content = json.dumps([weights_identity, sampler, asdict(drawing)], sort_keys=True, default=list)
+    return root / f"{contender.sampler}_{contender.steps}-{hashlib.sha256(content.encode()).hexdigest()[:12]}"
 
 
 def image_file(folder: Path, index: int) -> Path:
