@@ -50,6 +50,13 @@ class Contender:
         return f"{title}, {steps}" if self.sampler == "lcm" else f"{title}, {SOLVERS[self.sampler]} {steps}"
 
     @property
+    def series(self) -> str:
+        """What it shares with contenders that differ in steps only; the undistilled one is its teacher, hurried."""
+        role: Role = ("finetuned" if self.adapters else "base") if self.role == "undistilled" else self.role
+        title = " ".join(filter(None, (TITLES[role], self.model)))
+        return title if self.sampler == "lcm" else f"{title}, {SOLVERS[self.sampler]}"
+
+    @property
     def slug(self) -> str:
         """For file names and for naming it in results."""
         return slug(self.name, self.sampler, self.steps)
@@ -94,9 +101,7 @@ class Lineup:
             )
         for sampler, numbers in self.rivals.items():
             if sampler not in SAMPLERS or sampler == "lcm":
-                raise UserError(
-                    f"evaluation.lineup.rivals.{sampler}: no teacher's solver; there are ddim and dpmpp"
-                )
+                raise UserError(f"evaluation.lineup.rivals.{sampler}: no teacher's solver; there are ddim and dpmpp")
             if any(steps < 1 for steps in numbers):
                 raise UserError(f"evaluation.lineup.rivals.{sampler}={list(numbers)}: expected numbers from 1")
 

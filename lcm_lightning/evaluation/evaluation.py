@@ -18,17 +18,19 @@ from lcm_lightning.data.shards import open_split
 from lcm_lightning.errors import UserError
 from lcm_lightning.evaluation.contenders import TITLES, Contender
 from lcm_lightning.evaluation.features import Clip, FeatureExtractor, make_extractor
+from lcm_lightning.evaluation.figures import Grid
 from lcm_lightning.evaluation.generation import Drawing, draw_missing, image_folder, read_images
 from lcm_lightning.evaluation.latency import machine_info, matrix_peak, measure_latency, package_versions
 from lcm_lightning.evaluation.metrics import bootstrap_interval, clip_score, frechet_distance, kernel_distance
 from lcm_lightning.evaluation.protocol import Protocol
 from lcm_lightning.evaluation.reference import RealImages, Reference, read_reference
-from lcm_lightning.evaluation.report import Grid, write_report
+from lcm_lightning.evaluation.report import write_report
 from lcm_lightning.evaluation.subject import Subject, SubjectSource
 from lcm_lightning.models.stable_diffusion import StableDiffusion
 from lcm_lightning.progress import image_progress
 
 ROLES = tuple(TITLES)
+COLUMNS = 8  # of a grid beside the real images
 
 
 def evaluate_models(
@@ -78,6 +80,7 @@ def evaluate_models(
         costs = time_everything(sources, entrants, desk, protocol, drawing, peak, progress)
     for entry, entrant, cost in zip(entries, entrants, costs, strict=True):
         entry |= {"slug": entrant.contender.slug, "teacher": entrant.contender.teacher, **cost}
+        entry |= {"series": entrant.contender.series}
         entry |= {"source": entrant.source.name, "trained_on": entrant.source.data and entrant.source.data.name}
     dimension = reference.features[extractor.name].shape[1]
     dtype = str(desk.model.dtype).removeprefix("torch.")
@@ -94,7 +97,7 @@ def evaluate_models(
         "versions": package_versions(),
         "models": entries,
     }
-    write_report(folder, metrics, _grid(contenders, folders, drawing, reference, protocol), config)
+    write_report(folder, metrics, _grids(entrants, drawing, reference, protocol), config)
     return metrics
 
 
@@ -270,22 +273,29 @@ def _measure(
     return entries
 
 
-def _grid(
-    contenders: Sequence[Contender],
-    folders: Sequence[Path],
-    drawing: Drawing,
-    reference: Reference,
-    protocol: Protocol,
-) -> Grid:
-    """The first prompt of each of the first photos: the photo, then every contender's image."""
+def _grids(entrants: Sequence[Entrant], drawing: Drawing, reference: Reference, protocol: Protocol) -> list[Grid]:
+    """The first prompt of each of the first photos: the photo, then every contender's image, fast solvers apart."""
     rows = min(protocol.shown, len(reference.shown))
     firsts = np.cumsum([0] + [len(captions[: protocol.captions_per_image]) for captions in reference.captions])[:rows]
-    columns = [reference.shown[:rows].float() / 255]
-    for folder in folders:
-        images = torch.cat([read_images(folder, range(index, index + 1)) for index in firsts.tolist()])
-        columns.append(images.float() / 255)
-    captions = [f"{drawing.prompts[i]}\nseed {drawing.seed + i}" for i in firsts.tolist()]
-    return Grid(columns, ["real", *(contender.label for contender in contenders)], captions)
+    real = reference.shown[:rows].float() / 255
+    titles = {False: "Models", True: "The teacher by fast solvers"}
+    grids = []
+    for rivals, title in titles.items():
+        shown = [entrant for entrant in entrants if is_rival(entrant.contender, protocol) == rivals]
+        for start in range(0, len(shown), COLUMNS):
+            chunk = shown[start : start + COLUMNS]
+            images = [torch.cat([read_images(e.folder, range(i, i + 1)) for i in firsts.tolist()]) for e in chunk]
+            headings = ["real", *(entrant.contender.label for entrant in chunk)]
+            columns = [real, *(column.float() / 255 for column in images)]
+            captions, seeds = ([of[i] for i in firsts.tolist()] for of in (drawing.prompts, drawing.seeds))
+            grids.append(Grid(title, columns, headings, captions, seeds))
+    return grids
+
+
+def is_rival(contender: Contender, protocol: Protocol) -> bool:
+    """Whether it is a teacher in a hurry, of the lineup's `rivals`."""
+    full = ("ddim", protocol.lineup.teacher_steps)
+    return contender.role in ("base", "finetuned") and (contender.sampler, contender.steps) != full
 
 
 def _warnings(
