@@ -24,7 +24,7 @@ from lcm_lightning.evaluation.latency import machine_info, matrix_peak, measure_
 from lcm_lightning.evaluation.metrics import bootstrap_interval, clip_score, frechet_distance, kernel_distance
 from lcm_lightning.evaluation.protocol import Protocol
 from lcm_lightning.evaluation.reference import RealImages, Reference, read_reference
-from lcm_lightning.evaluation.report import write_report
+from lcm_lightning.evaluation.report import SCHEMA_VERSION, write_report
 from lcm_lightning.evaluation.subject import Subject, SubjectSource
 from lcm_lightning.models.stable_diffusion import StableDiffusion
 from lcm_lightning.progress import image_progress
@@ -85,6 +85,7 @@ def evaluate_models(
     dimension = reference.features[extractor.name].shape[1]
     dtype = str(desk.model.dtype).removeprefix("torch.")
     metrics = {
+        "schema": SCHEMA_VERSION,
         "protocol": protocol.name,
         "dataset": f"{real.name}/{real.split}",
         "features": extractor.name,
@@ -158,9 +159,9 @@ def draw_everything(
     fabric: Fabric,
     progress: Progress,
 ) -> list[Entrant]:
-    """Draw what is missing, model after model; contenders of the same weights and sampler are one."""
+    """Draw what is missing, model after model; contenders of the same role, weights and sampler are one."""
     found: dict[str, Entrant] = {}
-    digests: dict[tuple[str, str], str] = {}
+    keys: dict[tuple[str, str], str] = {}
     for source in sources:
         subject = desk.fetch(source)
         subject.model.check_resolution(drawing.resolution)
@@ -168,19 +169,20 @@ def draw_everything(
         for contender in protocol.lineup.contenders(subject.adapters):
             identity = " ".join(identities[name] for name in ("", *contender.adapters))
             folder = image_folder(root, contender, drawing, identity)
-            digests[source.name, contender.slug] = folder.name
-            if folder.name not in found:
-                found[folder.name] = Entrant(contender, source, identity, folder)
+            key = f"{contender.role} {folder.name}"
+            keys[source.name, contender.slug] = key
+            if key not in found:
+                found[key] = Entrant(contender, source, identity, folder)
                 draw_missing(subject.model, contender, drawing, folder, fabric, progress)
-    return distinguish(found, digests)
+    return distinguish(found, keys)
 
 
-def distinguish(found: Mapping[str, Entrant], digests: Mapping[tuple[str, str], str]) -> list[Entrant]:
+def distinguish(found: Mapping[str, Entrant], keys: Mapping[tuple[str, str], str]) -> list[Entrant]:
     """The entrants with names of their own: where a name stands for several weights, that of the source is added.
 
     Args:
-        found: by the name of their folder.
-        digests: the folder's name by name of the source and the contender's slug in it.
+        found: by a key of their own.
+        keys: that key by name of the source and the contender's slug in it.
     """
     owners: dict[str, dict[str, str]] = {}
     for entrant in found.values():
@@ -192,7 +194,7 @@ def distinguish(found: Mapping[str, Entrant], digests: Mapping[tuple[str, str], 
         return contender if len(sharing) == 1 else replace(contender, name=f"{contender.name}-{owner}", model=owner)
 
     def with_teacher(entrant: Entrant) -> Entrant:
-        teacher = found[digests[entrant.source.name, entrant.contender.teacher]]
+        teacher = found[keys[entrant.source.name, entrant.contender.teacher]]
         return replace(entrant, contender=replace(named(entrant), teacher=named(teacher).slug))
 
     return sorted(map(with_teacher, found.values()), key=lambda entrant: ROLES.index(entrant.contender.role))

@@ -22,7 +22,7 @@ from lcm_lightning.evaluation.figures import Grid, as_bytes, frontier
 from lcm_lightning.pictures import to_pil
 
 TEMPLATES = Path(__file__).parent / "templates"
-SCHEMA = Path(__file__).parent / "metrics.schema.json"
+SCHEMA_VERSION = 1  # of metrics.schema.json
 LARGEST_THUMBNAIL = 256  # px
 
 

@@ -146,18 +146,66 @@ def cost_table(models: Sequence[Mapping[str, Any]]) -> Table:
 
 
 def comparison_table(metrics: Mapping[str, Any]) -> Table | None:
-    """One row a pair: paired differences with their intervals, first minus second; None without any."""
+    """One row a pair worth reading, first minus second, paired; None where no differences were measured."""
     comparisons = metrics.get("comparisons") or ()
-    models = {model["slug"]: model for model in metrics["models"]}
-    columns = [metric for metric in METRICS if any(c["metric"] == metric.key for c in comparisons)]
-    pairs = dict.fromkeys((c["a"], c["b"]) for c in comparisons)
     found = {(c["a"], c["b"], c["metric"]): c["difference"] for c in comparisons}
+    found |= {(c["b"], c["a"], c["metric"]): _turned(c["difference"]) for c in comparisons}
+    columns = [metric for metric in METRICS if any(key == metric.key for _, _, key in found)]
     rows = []
-    for a, b in pairs:
-        cells = [_difference_cell(found.get((a, b, metric.key)), metric) for metric in columns]
-        rows.append(Row(models[a]["role"], f"{models[a]['label']} − {models[b]['label']}", tuple(cells)))
+    for a, b in telling_pairs(metrics["models"]):
+        cells = [_difference_cell(found.get((a["slug"], b["slug"], metric.key)), metric) for metric in columns]
+        rows.append(Row(a["role"], f"{a['label']} − {b['label']}", tuple(cells)))
     headings = [("", ""), *((metric.title, f"{metric.better} is better") for metric in columns)]
-    return Table(tuple(headings), tuple(rows)) if rows else None
+    return Table(tuple(headings), tuple(rows)) if rows and columns else None
+
+
+def telling_pairs(models: Sequence[Mapping[str, Any]]) -> list[tuple[Mapping[str, Any], Mapping[str, Any]]]:
+    """Of all pairs those a reader asks for; metrics.json has the others.
+
+    Fine-tuned against base; hurried and distilled ones against their teacher; a student against each fast solver's
+    contender of the nearest time; the same role of different models with as many steps.
+    """
+    by_slug = {model["slug"]: model for model in models}
+    pairs = []
+    for place, model in enumerate(models):
+        teacher = by_slug.get(model["teacher"], model)
+        if model["role"] == "base" and teacher["role"] == "finetuned" and model["steps"] == teacher["steps"]:
+            pairs.append((teacher, model))
+        if model["role"] in ("undistilled", "student"):
+            pairs.append((model, teacher))
+        if model["role"] == "student":
+            pairs += [(model, rival) for rival in _nearest_rivals(model, models)]
+        kind = [model[key] for key in ("role", "sampler", "steps")]
+        pairs += [
+            (model, other) for other in models[:place] if [other[k] for k in ("role", "sampler", "steps")] == kind
+        ]
+    return pairs
+
+
+def _kind(model: Mapping[str, Any]) -> tuple[str, str, int]:
+    return model["role"], model["sampler"], model["steps"]
+
+
+def _nearest_rivals(student: Mapping[str, Any], models: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """For each solver the student's teacher in a hurry that takes most nearly the student's time."""
+    rivals: dict[str, list[Mapping[str, Any]]] = {}
+    for model in models:
+        same_teacher = model["teacher"] == student["teacher"] and model["slug"] != model["teacher"]
+        if same_teacher and student["teacher"].startswith(model["role"]):
+            rivals.setdefault(model["sampler"], []).append(model)
+
+    def distance(model: Mapping[str, Any]) -> float:
+        seconds = (timed["seconds_per_image"]["median"] for timed in (model, student))
+        return abs(math.log(next(seconds)) - math.log(next(seconds)))
+
+    return [min(found, key=distance) for found in rivals.values()]
+
+
+def _turned(difference: Mapping[str, Any]) -> dict[str, Any]:
+    """The difference the other way round."""
+    signs = {"value": "value", "low": "high", "high": "low"}
+    turned = {key: -difference[of] if is_known(difference, of) else None for key, of in signs.items()}
+    return {**difference, **turned}
 
 
 def _difference_cell(difference: Any, metric: Metric) -> Cell:
