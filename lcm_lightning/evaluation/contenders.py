@@ -22,6 +22,7 @@ class Contender:
         role: what it stands for in the comparison.
         adapters: that act, by name; empty for the base model.
         sampler, steps, guidance_scale: see `lcm_lightning.models.sampling.sample`.
+        teacher: slug of the contender it is measured against: the teacher at full length, itself for that one.
     """
 
     name: str
@@ -30,6 +31,7 @@ class Contender:
     sampler: Sampler
     steps: int
     guidance_scale: float
+    teacher: str = ""
 
     @property
     def label(self) -> str:
@@ -76,13 +78,15 @@ class Lineup:
     def contenders(self, adapters: Sequence[str]) -> list[Contender]:
         """The comparison that a model with these adapters calls for; all but the distilled one make up the teacher."""
         teacher = tuple(name for name in adapters if name != STUDENT)
-        guided = ("ddim", self.teacher_steps, self.guidance_scale)
+        reference = f"{'finetuned' if teacher else 'base'}_{self.teacher_steps}"
+        guided = ("ddim", self.teacher_steps, self.guidance_scale, reference)
         lineup = [Contender("base", "base", (), *guided)]
         if teacher:
             lineup.append(Contender("finetuned", "finetuned", teacher, *guided))
         if STUDENT in adapters:
-            hurried = ("ddim", self.undistilled_steps, self.guidance_scale)
+            hurried = ("ddim", self.undistilled_steps, self.guidance_scale, reference)
             lineup.append(Contender("undistilled", "undistilled", teacher, *hurried))
             student = (*teacher, STUDENT)
-            lineup += [Contender("lcm_lora", "student", student, "lcm", steps, 1.0) for steps in self.student_steps]
+            distilled = [("lcm", steps, 1.0, reference) for steps in self.student_steps]
+            lineup += [Contender("lcm_lora", "student", student, *how) for how in distilled]
         return lineup

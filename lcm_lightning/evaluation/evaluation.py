@@ -10,13 +10,12 @@ from typing import Any
 import numpy as np
 import torch
 from lightning.fabric import Fabric
-from rich.progress import Progress
 
 from lcm_lightning.evaluation.contenders import Contender
 from lcm_lightning.evaluation.features import Clip, FeatureExtractor, make_extractor
 from lcm_lightning.evaluation.generation import Drawing, draw_missing, image_folder, read_images
 from lcm_lightning.evaluation.latency import machine_info, measure_latency, package_versions
-from lcm_lightning.evaluation.metrics import bootstrap_interval, clip_score, frechet_distance, kernel_distance
+from lcm_lightning.evaluation.measurement import measure
 from lcm_lightning.evaluation.protocol import Protocol
 from lcm_lightning.evaluation.reference import RealImages, Reference, read_reference
 from lcm_lightning.evaluation.report import Grid, write_report
@@ -65,7 +64,7 @@ def evaluate_model(
             draw_missing(model, contender, drawing, images, fabric, progress)
         if not first:
             return {}
-        entries = _measure(contenders, folders, drawing, reference, extractor, clip, protocol, progress)
+        measured = measure(contenders, folders, drawing, reference, extractor, clip, protocol, progress)
         clip.to("cpu")  # what is measured is the model's time and memory, not the judges'
         extractor.to("cpu")
         timing = measure_latency(
@@ -76,7 +75,7 @@ def evaluate_model(
             repeats=protocol.latency_repeats,
             batch_size=protocol.latency_batch_size,
         )
-    for entry, latency in zip(entries, timing, strict=True):
+    for entry, latency in zip(measured.models, timing, strict=True):
         seconds = {key: value for key, value in asdict(latency).items() if key != "peak_memory_mb"}
         entry |= {"seconds_per_image": seconds, "peak_memory_mb": latency.peak_memory_mb}
     dimension = reference.features[extractor.name].shape[1]
@@ -89,58 +88,11 @@ def evaluate_model(
         "warnings": _warnings(model, clip, extractor, dimension, len(prompts), len(reference.captions), real),
         "machine": machine_info(fabric.device) | {"dtype": str(model.dtype).removeprefix("torch.")},
         "versions": package_versions(),
-        "models": entries,
+        "models": measured.models,
+        "comparisons": measured.comparisons,
     }
     write_report(folder, metrics, _grid(contenders, folders, drawing, reference, protocol), config)
     return metrics
-
-
-def _measure(
-    contenders: Sequence[Contender],
-    folders: Sequence[Path],
-    drawing: Drawing,
-    reference: Reference,
-    extractor: FeatureExtractor,
-    clip: Clip,
-    protocol: Protocol,
-    progress: Progress,
-) -> list[dict[str, Any]]:
-    texts = torch.cat([clip.text_features([drawing.prompts[i] for i in batch]) for batch in drawing.batches()]).numpy()
-    real = reference.features[extractor.name]
-    photos = np.repeat(
-        np.arange(len(real)), [len(captions[: protocol.captions_per_image]) for captions in reference.captions]
-    )
-    bar = progress.add_task("measuring", total=len(contenders) * len(drawing.prompts))
-    entries = []
-    for contender, folder in zip(contenders, folders, strict=True):
-        found: dict[str, list[np.ndarray]] = {extractor.name: [], clip.name: []}
-        for batch in drawing.batches():
-            images = read_images(folder, batch)
-            for network in {extractor.name: extractor, clip.name: clip}.values():
-                found[network.name].append(network(images).numpy())
-            progress.advance(bar, len(batch))
-        features = {name: np.concatenate(parts) for name, parts in found.items()}
-        generated = features[extractor.name]
-        fid = bootstrap_interval(
-            frechet_distance, generated, real, photos, samples=protocol.bootstrap_samples, seed=protocol.seed
-        )
-        entries.append(
-            {
-                "name": contender.name,
-                "role": contender.role,
-                "label": contender.label,
-                "sampler": contender.sampler,
-                "steps": contender.steps,
-                "guidance_scale": contender.guidance_scale,
-                "network_evaluations": contender.network_evaluations,
-                "n_images": len(drawing.prompts),
-                "fid": asdict(fid),
-                "kid": asdict(kernel_distance(generated, real)),
-                "clip_score": asdict(clip_score(features[clip.name], texts, photos)) | {"clip": clip.name},
-                "images": str(folder.relative_to(folder.parent.parent)),
-            }
-        )
-    return entries
 
 
 def _grid(
@@ -182,8 +134,6 @@ def _warnings(
             f"FID from N={n} images and {n_real} real ones on {dimension} features is biased upward, by different "
             "amounts for different models; KID is not."
         )
-    if n > n_real:
-        found.append("KID's intervals take all captions of a photo for independent, and may be too narrow.")
     if real.split == "train":
         found.append("Prompts and real images are from the training split: nothing here shows generalisation.")
     if _shares_text_tower(model, clip):

@@ -71,6 +71,7 @@ def sample(
     sampler: Sampler,
     resolution: int,
     negative_prompt: str = "",
+    on_latents: Callable[[Tensor], None] | None = None,
     batch_size: int | None = None,
     on_batch: Callable[[int], None] | None = None,
 ) -> Tensor:
@@ -81,6 +82,7 @@ def sample(
 
     Args:
         guidance_scale: diffusers' form, ``uncond + g (cond - uncond)``; at most 1 means no guidance and one pass.
+        on_latents: called with the final latents [B, C, h, w] of each batch, float32 on the model's device.
         batch_size: images at a time; all at once if None.
         on_batch: called with the number of images finished in each batch, for progress bars.
     """
@@ -106,6 +108,8 @@ def sample(
         images.append(model.decode_latents(latents).cpu())
         if on_batch is not None:
             on_batch(len(chunk))
+        if on_latents is not None:
+            on_latents(latents)
     return torch.cat(images) if images else torch.empty(0, 3, resolution, resolution)
 
 
