@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from lcm_lightning.evaluation.features import Clip, FeatureExtractor, make_extra
 from lcm_lightning.evaluation.figures import Grid
 from lcm_lightning.evaluation.generation import Drawing, draw_missing, image_folder, read_images
 from lcm_lightning.evaluation.latency import machine_info, matrix_peak, measure_latency, package_versions
-from lcm_lightning.evaluation.metrics import bootstrap_interval, clip_score, frechet_distance, kernel_distance
+from lcm_lightning.evaluation.measurement import measure
 from lcm_lightning.evaluation.protocol import Protocol
 from lcm_lightning.evaluation.reference import RealImages, Reference, read_reference
 from lcm_lightning.evaluation.report import SCHEMA_VERSION, write_report
@@ -72,15 +72,14 @@ def evaluate_models(
             return {}
         contenders = [entrant.contender for entrant in entrants]
         folders = [entrant.folder for entrant in entrants]
-        entries = _measure(contenders, folders, drawing, reference, extractor, clip, protocol, progress)
+        measured = measure(contenders, folders, drawing, reference, extractor, clip, protocol, progress)
         flattered = _shares_text_tower(desk.model, clip)
         clip.to("cpu")  # what is measured is the model's time and memory, not the judges'
         extractor.to("cpu")
         peak = matrix_peak(fabric.device, desk.model.dtype)
         costs = time_everything(sources, entrants, desk, protocol, drawing, peak, progress)
-    for entry, entrant, cost in zip(entries, entrants, costs, strict=True):
-        entry |= {"slug": entrant.contender.slug, "teacher": entrant.contender.teacher, **cost}
-        entry |= {"series": entrant.contender.series}
+    for entry, entrant, cost in zip(measured.models, entrants, costs, strict=True):
+        entry |= {"series": entrant.contender.series, "teacher": entrant.contender.teacher, **cost}
         entry |= {"source": entrant.source.name, "trained_on": entrant.source.data and entrant.source.data.name}
     dimension = reference.features[extractor.name].shape[1]
     dtype = str(desk.model.dtype).removeprefix("torch.")
@@ -96,7 +95,8 @@ def evaluate_models(
         "warnings": _warnings(flattered, clip, extractor, dimension, len(prompts), len(reference.captions), real),
         "machine": machine_info(fabric.device) | {"dtype": dtype, "matrix_peak_flops": peak},
         "versions": package_versions(),
-        "models": entries,
+        "models": measured.models,
+        "comparisons": measured.comparisons,
     }
     write_report(folder, metrics, _grids(entrants, drawing, reference, protocol), config)
     return metrics
@@ -227,54 +227,6 @@ def time_everything(
     return [costs[entrant.contender.slug] for entrant in entrants]
 
 
-def _measure(
-    contenders: Sequence[Contender],
-    folders: Sequence[Path],
-    drawing: Drawing,
-    reference: Reference,
-    extractor: FeatureExtractor,
-    clip: Clip,
-    protocol: Protocol,
-    progress: Progress,
-) -> list[dict[str, Any]]:
-    texts = torch.cat([clip.text_features([drawing.prompts[i] for i in batch]) for batch in drawing.batches()]).numpy()
-    real = reference.features[extractor.name]
-    photos = np.repeat(
-        np.arange(len(real)), [len(captions[: protocol.captions_per_image]) for captions in reference.captions]
-    )
-    bar = progress.add_task("measuring", total=len(contenders) * len(drawing.prompts))
-    entries = []
-    for contender, folder in zip(contenders, folders, strict=True):
-        found: dict[str, list[np.ndarray]] = {extractor.name: [], clip.name: []}
-        for batch in drawing.batches():
-            images = read_images(folder, batch)
-            for network in {extractor.name: extractor, clip.name: clip}.values():
-                found[network.name].append(network(images).numpy())
-            progress.advance(bar, len(batch))
-        features = {name: np.concatenate(parts) for name, parts in found.items()}
-        generated = features[extractor.name]
-        fid = bootstrap_interval(
-            frechet_distance, generated, real, photos, samples=protocol.bootstrap_samples, seed=protocol.seed
-        )
-        entries.append(
-            {
-                "name": contender.name,
-                "role": contender.role,
-                "label": contender.label,
-                "sampler": contender.sampler,
-                "steps": contender.steps,
-                "guidance_scale": contender.guidance_scale,
-                "network_evaluations": contender.network_evaluations,
-                "n_images": len(drawing.prompts),
-                "fid": asdict(fid),
-                "kid": asdict(kernel_distance(generated, real)),
-                "clip_score": asdict(clip_score(features[clip.name], texts, photos)) | {"clip": clip.name},
-                "images": str(folder.relative_to(folder.parent.parent)),
-            }
-        )
-    return entries
-
-
 def _grids(entrants: Sequence[Entrant], drawing: Drawing, reference: Reference, protocol: Protocol) -> list[Grid]:
     """The first prompt of each of the first photos: the photo, then every contender's image, fast solvers apart."""
     rows = min(protocol.shown, len(reference.shown))
@@ -321,8 +273,6 @@ def _warnings(
             f"FID from N={n} images and {n_real} real ones on {dimension} features is biased upward, by different "
             "amounts for different models; KID is not."
         )
-    if n > n_real:
-        found.append("KID's intervals take all captions of a photo for independent, and may be too narrow.")
     if real.split == "train":
         found.append("Prompts and real images are from the training split: nothing here shows generalisation.")
     if flattered:

@@ -71,7 +71,7 @@ class InceptionFeatures:
             raise UserError(
                 f"evaluation.features=inception: its weights cannot be had ({first_line(error)}). Download "
                 f"{INCEPTION_FILE} from torch-fidelity's releases (v0.2.0) elsewhere and set "
-                "evaluation.inception_weights=PATH, or set evaluation.features=clip"
+                "evaluation.inception_weights=PATH, or set evaluation.features=clip_patches"
             ) from error
         self.network = network.eval()
         self.to(device)
@@ -136,18 +136,29 @@ class Clip:
         self.device = torch.device(device)
         self.model.to(self.device)
 
-    @torch.no_grad()
     def __call__(self, images: Tensor) -> Tensor:
         """Projected image features [B, D] of length sqrt(D); see `FeatureExtractor`.
 
         CLIP knows directions only. With this length numbers are about 1, which KID's kernel is made for.
         """
+        return self.image_outputs(images)[0]
+
+    @torch.no_grad()
+    def image_outputs(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """What one pass of the image tower gives: projected features [B, D], and the last layer's patches [B, P, W].
+
+        Both are float32, on the CPU; `images` are uint8 [B, 3, H, W].
+        """
+        outputs = self.model.get_image_features(self._pixels(images))
+        projected = outputs.pooler_output.float().cpu()
+        patches = outputs.last_hidden_state[:, 1:].float().cpu()
+        return F.normalize(projected, dim=1) * math.sqrt(projected.shape[1]), patches
+
+    def _pixels(self, images: Tensor) -> Tensor:
         pixels = images.float() / 255
         if pixels.shape[-1] != self.size:
             pixels = F.interpolate(pixels, (self.size, self.size), mode="bicubic", antialias=True).clamp(0, 1)
-        pixels = (pixels - self.mean) / self.std
-        features = self.model.get_image_features(pixels.to(self.device)).pooler_output.float().cpu()
-        return F.normalize(features, dim=1) * math.sqrt(features.shape[1])
+        return ((pixels - self.mean) / self.std).to(self.device)
 
     @torch.no_grad()
     def text_features(self, captions: Sequence[str]) -> Tensor:
@@ -162,14 +173,40 @@ class Clip:
         return self.model.get_text_features(tokens.input_ids.to(self.device)).pooler_output.float().cpu()
 
 
+class ClipPatches:
+    """The mean over the patch tokens, without CLS, of the last layer of a CLIP's image tower, before projection.
+
+    The counterpart of Inception's features, which are the average of its last map. The projected embedding is trained
+    to agree with a caption, hence to ignore how a thing is drawn; the patches still know it.
+    """
+
+    def __init__(self, clip: Clip) -> None:
+        self.clip = clip
+        self.name = clip.name.replace("clip:", "clip-patches:", 1)
+
+    def to(self, device: torch.device | str) -> None:
+        """Move the CLIP, both towers."""
+        self.clip.to(device)
+
+    def __call__(self, images: Tensor) -> Tensor:
+        """Features [B, width of the tower]; see `FeatureExtractor`."""
+        return self.clip.image_outputs(images)[1].mean(dim=1)
+
+
 def make_extractor(features: str, clip: Clip, inception_weights: str | None, device: torch.device) -> FeatureExtractor:
-    """The extractor of FID and KID: "inception", "clip", or "auto": Inception where it can be had, CLIP otherwise.
+    """The extractor of FID and KID.
+
+    Args:
+        features: "inception", "clip_patches", "clip" (projected), or "auto": Inception where it can be had, patches of
+            CLIP otherwise.
 
     Raises:
         UserError: another name, or Inception was asked for and cannot be had.
     """
     if features == "clip":
         return clip
+    if features == "clip_patches":
+        return ClipPatches(clip)
     if features == "inception":
         return InceptionFeatures(inception_weights, device)
     if features == "auto":
@@ -178,13 +215,16 @@ def make_extractor(features: str, clip: Clip, inception_weights: str | None, dev
         except UserError as error:
             if inception_weights is not None:
                 raise
-            log.warning("FID and KID on features of %s, which no published FID used: %s", clip.name, error)
-            return clip
-    raise UserError(f"evaluation.features={features}: expected inception, clip or auto")
+            patches = ClipPatches(clip)
+            log.warning("FID and KID on features of %s, which no published FID used: %s", patches.name, error)
+            return patches
+    raise UserError(f"evaluation.features={features}: expected inception, clip_patches, clip or auto")
 
 
 def weights_digest(extractor: FeatureExtractor) -> str:
     """Hex digest of an extractor's weights, which tells two networks of the same name apart."""
+    if isinstance(extractor, ClipPatches):
+        return weights_digest(extractor.clip)
     network = extractor.model if isinstance(extractor, Clip) else extractor.network  # type: ignore[attr-defined]
     digest = hashlib.sha256()
     for key, tensor in sorted(network.state_dict().items()):

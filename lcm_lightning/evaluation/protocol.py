@@ -18,7 +18,7 @@ class Protocol:
         split: of the data set that gives prompts and real images.
         num_images: real images; None for all of the split.
         captions_per_image: prompts from each; None for all its captions.
-        features: of FID and KID: "inception", "clip" or "auto".
+        features: of FID and KID: "inception", "clip_patches", "clip" or "auto".
         inception_weights: file with torch-fidelity's Inception weights; None for torch's download.
         clip: CLIP of the CLIP score: local folder or hub id.
         lineup: steps and guidance of each role.

@@ -87,7 +87,8 @@ def read_reference(
     Raises:
         UserError: no such data, or fewer than two photos.
     """
-    digest = hashlib.sha256(" ".join([real.digest(), *map(weights_digest, extractors)]).encode()).hexdigest()
+    named = [f"{extractor.name} {weights_digest(extractor)}" for extractor in extractors]
+    digest = hashlib.sha256(" ".join([real.digest(), *named]).encode()).hexdigest()
     file = cache_folder(real.cache_dir) / "references" / f"{digest}.safetensors"
     if not file.is_file():
         _write_reference(real, extractors, progress, batch_size, file)

@@ -219,16 +219,16 @@ def _difference_cell(difference: Any, metric: Metric) -> Cell:
 
 
 def teacher_table(models: Sequence[Mapping[str, Any]]) -> Table | None:
-    """One row a student: its distance to its own teacher on the same noise; None where it was not measured."""
-    students = [model for model in models if model.get("to_teacher")]
-    columns = measured(TO_TEACHER, [model["to_teacher"] for model in students])
+    """One row a contender: its distance to its own teacher on the same noise; None where it was not measured."""
+    others = [model for model in models if model.get("to_teacher")]
+    columns = measured(TO_TEACHER, [model["to_teacher"] for model in others])
     rows = [
         Row(
             model["role"],
             model["label"],
             tuple(estimate_cell(model["to_teacher"].get(metric.key), metric.factor) for metric in columns),
         )
-        for model in students
+        for model in others
     ]
     headings = [("", ""), *((metric.title, f"{metric.meaning}; {metric.better} is better") for metric in columns)]
     return Table(tuple(headings), tuple(rows)) if columns else None

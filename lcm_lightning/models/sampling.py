@@ -72,6 +72,7 @@ def sample(
     sampler: Sampler,
     resolution: int,
     negative_prompt: str = "",
+    on_latents: Callable[[Tensor], None] | None = None,
     batch_size: int | None = None,
     on_batch: Callable[[int], None] | None = None,
     on_stage: Callable[[Stage], None] | None = None,
@@ -83,6 +84,7 @@ def sample(
 
     Args:
         guidance_scale: diffusers' form, ``uncond + g (cond - uncond)``; at most 1 means no guidance and one pass.
+        on_latents: called with the final latents [B, C, h, w] of each batch, float32 on the model's device.
         batch_size: images at a time; all at once if None.
         on_batch: called with the number of images finished in each batch, for progress bars.
         on_stage: called with the name of each stage of a batch that ends, for clocks.
@@ -113,6 +115,8 @@ def sample(
         ended("vae_decoding")
         if on_batch is not None:
             on_batch(len(chunk))
+        if on_latents is not None:
+            on_latents(latents)
     return torch.cat(images) if images else torch.empty(0, 3, resolution, resolution)
 
 

@@ -1,0 +1,40 @@
+"""Feature extractors give what their papers and their names say."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import CLIPVisionModel
+
+from lcm_lightning.errors import UserError
+from lcm_lightning.evaluation.features import Clip, ClipPatches, make_extractor, weights_digest
+
+TINY_CLIP = Path(__file__).parent.parent / "lcm_lightning" / "assets" / "tiny_clip"
+
+
+@pytest.fixture(scope="module")
+def clip() -> Clip:
+    return Clip(str(TINY_CLIP))
+
+
+@pytest.fixture(scope="module")
+def images() -> torch.Tensor:
+    return torch.randint(0, 256, (3, 3, 64, 64), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+
+
+def test_patch_features_are_the_mean_of_the_image_towers_last_patches(clip: Clip, images: torch.Tensor):
+    tower = CLIPVisionModel.from_pretrained(TINY_CLIP).eval()
+    with torch.no_grad():
+        tokens = tower(pixel_values=(images / 255 - clip.mean) / clip.std).last_hidden_state
+    assert tokens.shape == (3, 1 + 8 * 8, 256)
+    found = ClipPatches(clip)(images)
+    torch.testing.assert_close(found, sum(tokens[:, i] for i in range(1, 65)) / 64, atol=1e-4, rtol=0)
+
+
+def test_results_name_the_features_they_were_measured_on(clip: Clip):
+    device = torch.device("cpu")
+    assert make_extractor("clip", clip, None, device).name == "clip:tiny_clip"
+    assert make_extractor("clip_patches", clip, None, device).name == "clip-patches:tiny_clip"
+    assert weights_digest(ClipPatches(clip)) == weights_digest(clip)
+    with pytest.raises(UserError, match=r"evaluation\.features=vgg: expected inception, clip_patches, clip or auto"):
+        make_extractor("vgg", clip, None, device)
