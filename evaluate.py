@@ -1,4 +1,4 @@
-"""Evaluate: ``python evaluate.py run=outputs/...`` or ``python evaluate.py model=sd15 lora=... data=flickr8k``."""
+"""Evaluate: ``python evaluate.py run=outputs/...``, ``model=sd15 lora=...``, or any of them in ``models=[...]``."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ from lightning.pytorch.loggers import Logger, WandbLogger
 from omegaconf import DictConfig, OmegaConf
 from rich import print as rich_print
 
-from lcm_lightning.errors import UserError, report_user_errors
-from lcm_lightning.evaluation.evaluation import evaluate_model
+from lcm_lightning.errors import report_user_errors
+from lcm_lightning.evaluation.evaluation import evaluate_models
 from lcm_lightning.evaluation.reference import RealImages
 from lcm_lightning.evaluation.report import console_table
-from lcm_lightning.evaluation.subject import load_subject
+from lcm_lightning.evaluation.subject import evaluation_data, find_subjects
 from lcm_lightning.resolvers import register_resolvers
 from lcm_lightning.training import instantiate_each, instantiate_group, make_fabric, quiet_known_warnings, resolve
 
 register_resolvers()
 
-EVALUATE_KEYS = ("run", "model", "lora", "lora_role", "data", "evaluation", "logger", "seed", "accelerator", "devices")
-EVALUATE_KEYS += ("dtype", "name", "run_dir")
+EVALUATE_KEYS = ("models", "run", "model", "lora", "lora_role", "data", "evaluation", "logger", "seed")
+EVALUATE_KEYS += ("accelerator", "devices", "dtype", "name", "run_dir")
 
 
 @hydra.main(version_base="1.3", config_path="conf", config_name="evaluate")
@@ -33,21 +33,16 @@ def main(cfg: DictConfig) -> None:
     protocol = instantiate_group(cfg, "evaluation")
     fabric = make_fabric(cfg.accelerator, cfg.devices)
     fabric.launch()
-    subject = load_subject(cfg)
-    subject.model.to(fabric.device)
-    data = cfg.get("data") or subject.data
-    if data is None:
-        raise UserError("data: a model without a run needs a data set, such as data=flickr8k")
-    resolution = data.resolution
-    subject.model.check_resolution(resolution)
+    sources = find_subjects(cfg)
+    data = evaluation_data(cfg, sources)
     loggers = instantiate_each(cfg, "logger") if fabric.is_global_zero else []
-    folder = Path(fabric.broadcast(cfg.run_dir))  # the time in its name differs between processes
-    metrics = evaluate_model(
-        subject.model,
-        subject.adapters,
-        identity=subject.identity,
+    folder = Path(fabric.broadcast(cfg.run_dir))
+    metrics = evaluate_models(
+        sources,
         protocol=protocol,
-        real=RealImages(data.name, data.source, protocol.split, protocol.num_images, resolution, data.get("cache_dir")),
+        real=RealImages(
+            data.name, data.source, protocol.split, protocol.num_images, data.resolution, data.get("cache_dir")
+        ),
         fabric=fabric,
         folder=folder,
         config=OmegaConf.to_yaml(cfg),

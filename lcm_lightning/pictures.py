@@ -10,6 +10,7 @@ from torch import Tensor
 
 GAP = 8
 HEADING = 30
+LINE = 18
 CAPTION = 200
 LINE = 24
 SMALLEST_CELL = 128
@@ -45,14 +46,16 @@ def labelled_grid(columns: Sequence[Tensor], headings: Sequence[str], captions: 
     cell = side * max(1, SMALLEST_CELL // side)
     font = ImageFont.load_default(14)
     width = CAPTION + len(columns) * (cell + GAP) + GAP
-    grid = Image.new("RGB", (width, HEADING + len(captions) * (cell + GAP)), "white")
+    wrapped = [textwrap.fill(heading, max(1, cell // 8)) for heading in headings]
+    top = HEADING + LINE * max((heading.count("\n") for heading in wrapped), default=0)
+    grid = Image.new("RGB", (width, top + len(captions) * (cell + GAP)), "white")
     draw = ImageDraw.Draw(grid)
-    for j, (images, heading) in enumerate(zip(columns, headings, strict=True)):
+    for j, (images, heading) in enumerate(zip(columns, wrapped, strict=True)):
         left = CAPTION + GAP + j * (cell + GAP)
-        draw.text((left + cell // 2, HEADING // 2), heading, "black", font, anchor="mm")
+        draw.multiline_text((left + cell // 2, top // 2), heading, "black", font, anchor="mm", align="center")
         for i, image in enumerate(images):
-            grid.paste(to_pil(image).resize((cell, cell), Image.Resampling.NEAREST), (left, HEADING + i * (cell + GAP)))
+            grid.paste(to_pil(image).resize((cell, cell), Image.Resampling.NEAREST), (left, top + i * (cell + GAP)))
     for i, caption in enumerate(captions):
-        wrapped = "\n".join(textwrap.wrap(caption, 26)[: max(1, cell // 18)])
-        draw.multiline_text((GAP, HEADING + i * (cell + GAP) + 4), wrapped, "black", font)
+        lines = "\n".join(textwrap.wrap(caption, 26)[: max(1, cell // 18)])
+        draw.multiline_text((GAP, top + i * (cell + GAP) + 4), lines, "black", font)
     return grid

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 
 from omegaconf import OmegaConf
@@ -19,9 +20,14 @@ def mul(a: int, b: int) -> int:
     return a * b
 
 
-def evaluation_folder(run: str | None, otherwise: str) -> str:
-    """Where an evaluation is written: into the folder of the run it is of, or else into `otherwise`."""
-    return otherwise if run is None else str(Path(run).expanduser() / "evaluation")
+def evaluation_folder(run: str | None, name: str, overrides: str) -> str:
+    """Where an evaluation is written: into the folder of the run it is of, or else `outputs/<name>/<digest>`.
+
+    The digest is of the command's `overrides`: the same command finds what it drew before it was stopped.
+    """
+    if run is not None:
+        return str(Path(run).expanduser() / "evaluation")
+    return f"outputs/{name}/{hashlib.sha256(overrides.encode()).hexdigest()[:8]}"
 
 
 def generated_folder(run: str | None) -> str:

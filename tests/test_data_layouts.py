@@ -130,6 +130,41 @@ def test_karpathys_file_alone_gives_captions_and_splits(tmp_path):
         load_bytes(records["val"].image)
 
 
+def coco_captions(names):
+    images = [{"id": 10 + number, "file_name": name} for number, name in enumerate(names)]
+    annotations = [
+        {
+            "id": 2 * image["id"] + number,
+            "image_id": image["id"],
+            "caption": f"Caption {number} of {image['file_name']}.",
+        }
+        for number in (1, 0)
+        for image in images
+    ]
+    return json.dumps({"images": images, "annotations": annotations})
+
+
+def test_coco_of_its_authors_takes_the_splits_whose_photos_are_there(tmp_path):
+    names = ["COCO_val2014_000000000042.jpg", "COCO_val2014_000000000073.jpg"]
+    photo(tmp_path / "val2014" / names[0])
+    photo(tmp_path / "val2014" / names[1])
+    (tmp_path / "annotations").mkdir()
+    (tmp_path / "annotations" / "captions_val2014.json").write_text(coco_captions(names))
+    (tmp_path / "annotations" / "captions_train2014.json").write_text(coco_captions(["COCO_train2014_1.jpg"]))
+    source = read_source(str(tmp_path), "coco")
+    records = by_key(source)
+    assert {record.split for record in records.values()} == {"val"} and len(records) == 2
+    record = records["COCO_val2014_000000000042"]
+    assert record.captions == (f"Caption 0 of {names[0]}.", f"Caption 1 of {names[0]}.")
+    assert load_bytes(record.image) == (tmp_path / "val2014" / names[0]).read_bytes()
+
+
+def test_a_damaged_coco_file_is_named(tmp_path):
+    (tmp_path / "captions_val2014.json").write_text('{"images": []}')
+    with pytest.raises(UserError, match=r"captions_val2014.json cannot be read \(no 'annotations'\)"):
+        read_source(str(tmp_path), "coco")
+
+
 def test_folder_with_a_text_file_beside_each_image(tmp_path):
     photo(tmp_path / "cats" / "my cat.v2.png")
     (tmp_path / "cats" / "my cat.v2.txt").write_text("A cat\n\nTwo cats\n")

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
+import jsonschema
 import pytest
 import torch
 from diffusers import EulerDiscreteScheduler, StableDiffusionPipeline
@@ -36,19 +39,26 @@ from lcm_lightning.models.stable_diffusion import StableDiffusion, load_stable_d
 
 ROOT = Path(__file__).parent.parent
 ASSETS = ROOT / "lcm_lightning" / "assets"
+SCHEMA = ROOT / "lcm_lightning" / "evaluation" / "metrics.schema.json"
 SMALL = (
     "data=twemoji",
     "evaluation=quick",
     "evaluation.num_images=6",
     "evaluation.batch_size=2",
     "evaluation.lineup.teacher_steps=3",
+    "evaluation.lineup.rivals={ddim:[2],dpmpp:[2]}",
     "evaluation.lineup.undistilled_steps=2",
     "evaluation.lineup.student_steps=[1,2]",
     "evaluation.latency_repeats=2",
+    "evaluation.latency_batch_sizes=[1,2]",
     "evaluation.bootstrap_samples=5",
     "evaluation.shown=3",
     "logger=none",
 )
+
+
+def environment(cwd: Path) -> dict[str, str]:
+    return {**os.environ, "OMP_NUM_THREADS": "1", "XDG_CACHE_HOME": str(cwd / "cache"), "PYTHONPATH": str(ROOT)}
 
 
 def python(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
@@ -59,7 +69,7 @@ def python(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
         text=True,
         timeout=240,
         stdin=subprocess.DEVNULL,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "XDG_CACHE_HOME": str(cwd / "cache"), "PYTHONPATH": str(ROOT)},
+        env=environment(cwd),
         check=False,
     )
 
@@ -76,70 +86,115 @@ def give_lora(model: StableDiffusion, name: str, seed: int) -> None:
         parameter.requires_grad_(False)
 
 
-@pytest.fixture(scope="module")
-def lora_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def write_lora(path: Path, seed: int) -> Path:
     """A LoRA of the embedded pipeline, random."""
     model = load_stable_diffusion(str(ASSETS / "tiny"))
-    give_lora(model, "lcm", seed=1)
-    path = tmp_path_factory.mktemp("lora") / "lora.safetensors"
+    give_lora(model, "lcm", seed)
     save_lora(lora_state_dict(model.unet, "lcm"), path)
     return path
 
 
 @pytest.fixture(scope="module")
-def evaluated(tmp_path_factory: pytest.TempPathFactory, lora_file: Path) -> Path:
+def lora_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_lora(tmp_path_factory.mktemp("lora") / "lora.safetensors", seed=1)
+
+
+@pytest.fixture(scope="module")
+def command(lora_file: Path) -> tuple[str, ...]:
+    return ("model=tiny", f"lora={lora_file}", "lora_role=lcm", *SMALL, "run_dir=done")
+
+
+@pytest.fixture(scope="module")
+def evaluated(tmp_path_factory: pytest.TempPathFactory, command: tuple[str, ...]) -> Path:
     """A finished evaluation of the embedded pipeline with a distilled LoRA."""
     folder = tmp_path_factory.mktemp("evaluated")
-    finished = evaluate(folder, "model=tiny", f"lora={lora_file}", "lora_role=lcm", *SMALL, "run_dir=done")
+    finished = evaluate(folder, *command)
     assert finished.returncode == 0, finished.stderr
     assert "report.html" in finished.stdout
     return folder / "done"
 
 
-def figures(folder: Path) -> list[dict]:
-    """metrics.json's models without what a clock or the memory says."""
-    models = json.loads((folder / "metrics.json").read_text())["models"]
-    return [{k: v for k, v in model.items() if k not in ("seconds_per_image", "peak_memory_mb")} for model in models]
+def read_metrics(folder: Path) -> dict:
+    return json.loads((folder / "metrics.json").read_text())
+
+
+def figures(folder: Path) -> dict:
+    """metrics.json without what a clock or the memory says."""
+    metrics = read_metrics(folder)
+    del metrics["machine"]
+    for model in metrics["models"]:
+        for key in ("seconds_per_image", "latency", "peak_memory_mb"):
+            del model[key]
+    return metrics
 
 
 @pytest.mark.slow
-def test_metrics_json_holds_every_role_with_its_figures(evaluated: Path):
-    metrics = json.loads((evaluated / "metrics.json").read_text())
-    assert metrics["protocol"] == "quick" and metrics["features"] == "clip:tiny_clip"
+def test_metrics_json_keeps_its_schema_and_holds_every_role(evaluated: Path):
+    metrics = read_metrics(evaluated)
+    jsonschema.validate(metrics, json.loads(SCHEMA.read_text()))
+    assert metrics["protocol"] == "quick" and metrics["features"].endswith(":tiny_clip")
     assert metrics["machine"]["cores"] and metrics["versions"]["torch"]
-    roles = [(model["role"], model["steps"], model["network_evaluations"]) for model in metrics["models"]]
-    assert roles == [("base", 3, 6), ("undistilled", 2, 4), ("student", 1, 1), ("student", 2, 2)]
-    for model in metrics["models"]:
-        assert model["n_images"] == 6
-        for key in ("fid", "kid", "clip_score"):
-            assert model[key]["low"] <= model[key]["value"] <= model[key]["high"] and model[key]["n"] == 6
-        seconds = model["seconds_per_image"]
-        assert 0 < seconds["low"] <= seconds["median"] <= seconds["high"] and seconds["batch_size"] == 1
-        assert model["peak_memory_mb"] > 100
+    found = [(model["slug"], model["role"], model["network_evaluations"]) for model in metrics["models"]]
+    assert found == [
+        ("base_ddim_3", "base", 6),
+        ("base_ddim_2", "base", 4),
+        ("base_dpmpp_2", "base", 4),
+        ("undistilled_ddim_2", "undistilled", 4),
+        ("lcm_lora_1", "student", 1),
+        ("lcm_lora_2", "student", 2),
+    ]
     said = " ".join(metrics["warnings"])
     assert all(words in said for words in ("N=6", "training split", "not on Inception's", "text tower"))
 
 
 @pytest.mark.slow
+def test_every_figure_has_an_interval_and_every_second_a_stage(evaluated: Path):
+    for model in read_metrics(evaluated)["models"]:
+        assert model["n_images"] == 6 and model["teacher"] == "base_ddim_3"
+        for key in ("fid", "kid", "clip_score"):
+            assert model[key]["low"] <= model[key]["value"] <= model[key]["high"] and model[key]["n"] == 6
+        assert [timed["batch_size"] for timed in model["latency"]] == [1, 2]
+        for timed in model["latency"]:
+            seconds = timed["seconds_per_image"]
+            assert 0 < seconds["low"] <= seconds["median"] <= seconds["high"]
+            stages = [timed[stage]["median"] for stage in ("text_encoding", "denoising", "vae_decoding")]
+            assert min(stages) > 0 and 0 < timed["fraction_of_peak"] < 2
+        assert model["seconds_per_image"].items() >= model["latency"][0]["seconds_per_image"].items()
+        assert model["peak_memory_mb"] > 100
+
+
+@pytest.mark.slow
+def test_samplers_with_the_same_steps_draw_the_same_prompts_differently(evaluated: Path):
+    """The hurried teacher and the DDIM rival of as many steps are the same pictures, drawn once."""
+    folders = {model["slug"]: evaluated / model["images"] for model in read_metrics(evaluated)["models"]}
+    assert folders["undistilled_ddim_2"] == folders["base_ddim_2"]
+    first = {slug: (folder / "000000.png").read_bytes() for slug, folder in folders.items()}
+    assert len(set(first.values())) == 5
+
+
+@pytest.mark.slow
 def test_the_report_is_one_file_with_its_pictures(evaluated: Path):
     html = (evaluated / "report.html").read_text()
-    assert html.count("data:image/png;base64,") == 2 and "http" not in html.split("<h2>Measured on")[0]
+    assert not re.findall(r"""(?:src|href)=["'](?!data:|#)""", html) and "<script" not in html
+    assert html.count('src="data:image/png;base64,') == 3 * (1 + 4) + 3 * (1 + 2)  # photos and contenders, rivals apart
     assert "LCM-LoRA, 2 steps" in html and "LCM-LoRA, 2 steps" in (evaluated / "report.md").read_text()
     grid = Image.open(evaluated / "grid.png")
     assert grid.width > 5 * 128 and grid.height > 3 * 128
+    assert (evaluated / "grid-2.png").is_file() and (evaluated / "frontier.png").is_file()
     assert not [path for path in evaluated.rglob(".*") if path.is_file() and path.name.startswith(".report")]
 
 
 @pytest.mark.slow
-def test_a_second_evaluation_draws_only_what_is_missing(evaluated: Path, tmp_path: Path, lora_file: Path):
+def test_a_second_evaluation_draws_only_what_is_missing(evaluated: Path, tmp_path: Path, command: tuple[str, ...]):
     again = tmp_path / "done"
     shutil.copytree(evaluated, again)
-    images = sorted((again / "images").glob("lcm_lora_2-*/*.png"))
+    student = next(model for model in read_metrics(evaluated)["models"] if model["slug"] == "lcm_lora_2")
+    images = sorted((again / student["images"]).glob("*.png"))
     assert len(images) == 6
     before = {path: path.read_bytes() for path in images}
     stamps = {path: path.stat().st_mtime_ns for path in again.glob("images/*/*.png")}
     images[3].unlink()
-    finished = evaluate(tmp_path, "model=tiny", f"lora={lora_file}", "lora_role=lcm", *SMALL, "run_dir=done")
+    finished = evaluate(tmp_path, *command)
     assert finished.returncode == 0, finished.stderr
     drawn = {path for path in again.glob("images/*/*.png") if path.stat().st_mtime_ns != stamps.get(path)}
     assert drawn == {images[2], images[3]}  # the batch of two that the lost image belongs to
@@ -148,20 +203,71 @@ def test_a_second_evaluation_draws_only_what_is_missing(evaluated: Path, tmp_pat
 
 
 @pytest.mark.slow
-@pytest.mark.multiprocess
-def test_two_processes_find_what_one_finds(evaluated: Path, tmp_path: Path, lora_file: Path):
-    command = (
-        "model=tiny",
-        f"lora={lora_file}",
-        "lora_role=lcm",
-        *SMALL,
-        "run_dir=two",
-        "devices=2",
-        "accelerator=cpu",
+def test_a_killed_evaluation_goes_on_and_draws_at_most_a_batch_again(
+    evaluated: Path, tmp_path: Path, command: tuple[str, ...]
+):
+    process = subprocess.Popen(
+        [sys.executable, str(ROOT / "evaluate.py"), *command],
+        cwd=tmp_path,
+        env=environment(tmp_path),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
     )
+    deadline = time.monotonic() + 240
+    while len(drawn := list((tmp_path / "done").glob("images/*/[0-9]*.png"))) < 7 and time.monotonic() < deadline:
+        assert process.poll() is None, "it was over before it could be killed"
+        time.sleep(0.005)
+    process.kill()
+    process.wait()
+    drawn = list((tmp_path / "done").glob("images/*/[0-9]*.png"))
+    assert 7 <= len(drawn) < 30 and not (tmp_path / "done" / "metrics.json").exists()
+    stamps = {path: path.stat().st_mtime_ns for path in drawn}
     finished = evaluate(tmp_path, *command)
     assert finished.returncode == 0, finished.stderr
-    assert figures(tmp_path / "two") == figures(evaluated)
+    assert sum(path.stat().st_mtime_ns != stamp for path, stamp in stamps.items()) <= 2  # a batch is two images
+    assert figures(tmp_path / "done") == figures(evaluated)
+
+
+@pytest.mark.slow
+@pytest.mark.multiprocess
+def test_two_processes_find_what_one_finds(evaluated: Path, tmp_path: Path, command: tuple[str, ...]):
+    finished = evaluate(tmp_path, *command, "devices=2", "accelerator=cpu")
+    assert finished.returncode == 0, finished.stderr
+    assert figures(tmp_path / "done") == figures(evaluated)
+
+
+@pytest.mark.slow
+@pytest.mark.multiprocess
+def test_several_models_are_compared_in_one_call_and_what_they_share_is_drawn_once(
+    evaluated: Path, tmp_path: Path, lora_file: Path
+):
+    other = write_lora(tmp_path / "other.safetensors", seed=2)
+    same = shutil.copy(lora_file, tmp_path / "copy.safetensors")
+    models = f"models=[tiny,lcm:{lora_file},lora:{other},lcm:{same}]"
+    small = [option for option in SMALL if "latency_repeats" not in option]
+    finished = evaluate(
+        tmp_path,
+        models,
+        "model=tiny",
+        "lora_role=lcm",
+        *small,
+        "evaluation.latency_repeats=1",
+        "devices=2",
+        "accelerator=cpu",
+        "run_dir=several",
+    )
+    assert finished.returncode == 0, finished.stderr
+    metrics = read_metrics(tmp_path / "several")
+    jsonschema.validate(metrics, json.loads(SCHEMA.read_text()))
+    by_slug = {model["slug"]: model for model in metrics["models"]}
+    assert len(by_slug) == len(metrics["models"]) == 8
+    assert list(by_slug)[-4:] == ["lcm_lora-lora_1", "lcm_lora-lora_2", "lcm_lora-other_1", "lcm_lora-other_2"]
+    assert by_slug["lcm_lora-other_2"]["label"] == "LCM-LoRA other, 2 steps"
+    assert len(list((tmp_path / "several" / "images").iterdir())) == 7
+    alone = {model["slug"]: model for model in read_metrics(evaluated)["models"]}
+    for here, there in (("base_ddim_3", "base_ddim_3"), ("lcm_lora-lora_2", "lcm_lora_2")):
+        assert by_slug[here]["fid"]["value"] == alone[there]["fid"]["value"]
+    assert by_slug["lcm_lora-other_2"]["fid"] != by_slug["lcm_lora-lora_2"]["fid"]
 
 
 @pytest.mark.slow
@@ -204,6 +310,8 @@ def test_generate_draws_several_prompts_into_one_sheet(tmp_path: Path):
         ("evaluate", ("model=tiny", "dtype=int8"), "dtype=int8: expected bfloat16"),
         ("evaluate", ("model=tiny", "data=twemoji", "evaluation=quick", "evaluation.features=vgg"), "features=vgg"),
         ("evaluate", ("model=tiny", "data=twemoji", "evaluation=quick", "evaluation.clip=./none"), "clip=./none"),
+        ("evaluate", ("models=[tinny]", "data=twemoji"), "models: no model is called tinny; expected the name of"),
+        ("evaluate", ("model=tiny", "data=twemoji", "evaluation=report"), "num_images=100: twemoji/test holds 90"),
         ("generate", ("model=tiny",), "prompt: has no value"),
         ("generate", ("prompt=x",), "give run=outputs/"),
         ("generate", ("model=tiny", "prompt=[]"), "prompt=[]: expected at least one prompt"),
@@ -274,8 +382,7 @@ def test_latents_are_never_clipped():
 
 def test_the_lineup_follows_the_adapters():
     def roles(*adapters: str) -> list[tuple[str, tuple[str, ...]]]:
-        found = [(c.role, c.adapters) for c in Lineup(student_steps=(4,)).contenders(adapters)]
-        return found
+        return [(c.role, c.adapters) for c in Lineup(student_steps=(4,)).contenders(adapters)]
 
     assert roles() == [("base", ())]
     assert roles("finetuned") == [("base", ()), ("finetuned", ("finetuned",))]
@@ -286,6 +393,16 @@ def test_the_lineup_follows_the_adapters():
         ("undistilled", ("finetuned",)),
         ("student", both),
     ]
+
+
+def test_rivals_are_the_teacher_by_fast_solvers_and_everyone_knows_the_teacher():
+    lineup = Lineup(teacher_steps=50, rivals={"ddim": [10, 50], "dpmpp": [10, 20]}, student_steps=(4,))
+    slugs = [contender.slug for contender in lineup.contenders(("finetuned", "lcm"))]
+    rivals = ["finetuned_ddim_10", "finetuned_dpmpp_10", "finetuned_dpmpp_20"]
+    assert slugs == ["base_ddim_50", "finetuned_ddim_50", *rivals, "undistilled_ddim_4", "lcm_lora_4"]
+    assert {contender.teacher for contender in lineup.contenders(("finetuned", "lcm"))} == {"finetuned_ddim_50"}
+    assert {contender.teacher for contender in lineup.contenders(("lcm",))} == {"base_ddim_50"}
+    assert lineup.contenders(())[1].label == "base, DDIM 10 steps"
 
 
 def test_clip_features_equal_transformers_own_processing():

@@ -1,28 +1,34 @@
 """Distances between feature sets equal independent computations, and their intervals mean what they say."""
 
+import itertools
 import math
 
 import numpy as np
 import pytest
 import scipy.linalg
 import torch
+from torch_fidelity.metric_fid import fid_statistics_to_metric
+from torch_fidelity.metric_kid import kernel_mmd
+from torch_fidelity.metric_prc import prc_features_to_metric
 from torchmetrics.image.fid import _compute_fid
 from torchmetrics.image.kid import poly_mmd
 
 from lcm_lightning.errors import UserError
-from lcm_lightning.evaluation.metrics import (
-    bootstrap_interval,
-    clip_score,
-    frechet_distance,
-    kernel_distance,
-    mean_estimate,
-)
+from lcm_lightning.evaluation.frechet import FrechetDistance, frechet_distance, frechet_infinity, trace_root
+from lcm_lightning.evaluation.kernel_distances import Cmmd, kid
+from lcm_lightning.evaluation.manifold import Manifold
+from lcm_lightning.evaluation.metrics import Resampling, clip_scores, difference, estimate, mean_draws
 
 
 def features(n, d=32, seed=0, shift=0.0):
     rng = np.random.default_rng(seed)
     mixing = np.random.default_rng(99).normal(size=(d, d)) / math.sqrt(d)
     return rng.normal(size=(n, d)) @ mixing + shift
+
+
+def paired(n, samples=0, seed=0):
+    """One image a photo."""
+    return Resampling.of(np.arange(n), n, samples, seed)
 
 
 def reference_fid(x, y):
@@ -33,16 +39,19 @@ def reference_fid(x, y):
 
 
 @pytest.mark.parametrize("n", [200, 40])
-def test_fid_equals_the_authors_formula_and_torchmetrics(n):
+def test_fid_equals_the_authors_formula_torchmetrics_and_torch_fidelity(n):
     x, y = features(n, seed=1, shift=0.3), features(300, seed=2)
     ours = frechet_distance(x, y)
     assert ours == pytest.approx(reference_fid(x, y), rel=1e-6)
     tx, ty = torch.tensor(x), torch.tensor(y)
     theirs = _compute_fid(tx.mean(0), torch.cov(tx.T), ty.mean(0), torch.cov(ty.T))
     assert ours == pytest.approx(float(theirs), rel=1e-3)
+    statistics = [{"mu": f.mean(0), "sigma": np.cov(f, rowvar=False)} for f in (x, y)]
+    theirs = fid_statistics_to_metric(*statistics, verbose=False)["frechet_inception_distance"]
+    assert ours == pytest.approx(float(theirs), rel=1e-3)
 
 
-@pytest.mark.parametrize("n, m", [(2, 2), (5, 300), (31, 33), (64, 3)])
+@pytest.mark.parametrize("n, m", [(2, 2), (3, 2), (3, 3), (5, 300), (31, 33), (64, 3)])
 def test_covariances_without_full_rank_give_a_number(n, m):
     x, y = features(n, d=64, seed=1), features(m, d=64, seed=2)
     value = frechet_distance(x, y)
@@ -54,10 +63,22 @@ def test_covariances_without_full_rank_give_a_number(n, m):
     assert value == pytest.approx(expected, rel=1e-3)
 
 
+def test_dead_features_of_many_images_give_a_number():
+    """More images than features, yet no Cholesky factor."""
+    x, y = features(300, d=16, seed=1), features(300, d=16, seed=2)
+    alive = frechet_distance(x, y)
+    padding = np.zeros((300, 5))
+    assert frechet_distance(np.hstack([x, padding]), np.hstack([y, padding])) == pytest.approx(alive, rel=1e-6)
+    singular = np.diag([1.0, 4.0, 0.0])
+    assert trace_root(np.eye(3), singular) == pytest.approx(3)
+
+
 def test_a_set_is_at_no_distance_from_itself():
     x = features(100)
     assert frechet_distance(x, x) == pytest.approx(0, abs=1e-9)
     assert frechet_distance(x, x[::-1]) == pytest.approx(0, abs=1e-9)
+    few = features(40, d=64)
+    assert frechet_distance(few, few) == pytest.approx(0, abs=1e-3)
 
 
 def test_constant_features_are_no_accident():
@@ -70,85 +91,218 @@ def test_too_few_images_are_named():
     with pytest.raises(UserError, match=r"num_images"):
         frechet_distance(features(1), features(10))
     with pytest.raises(UserError, match=r"num_images"):
-        kernel_distance(features(10), features(1))
+        paired(1)
 
 
-def test_kid_equals_torchmetrics_unbiased_mmd():
-    x, y = features(80, seed=1, shift=0.2), features(80, seed=2)
-    xs, ys = torch.tensor(x), torch.tensor(y)
+@pytest.mark.parametrize("d", [8, 64])
+def test_a_counted_image_is_an_image_repeated(d):
+    """FID of every bootstrap draw equals that of the images written out, on either way to compute it."""
+    x, y = features(60, d, seed=1, shift=0.2), features(30, d, seed=2)
+    resampling = Resampling.of(np.repeat(np.arange(30), 2), 30, 4)
+    found = FrechetDistance(x, y).draws(resampling.generated, resampling.real)
+    for value, wx, wy in zip(found, resampling.generated, resampling.real, strict=True):
+        written_out = np.repeat(x, wx.astype(int), axis=0), np.repeat(y, wy.astype(int), axis=0)
+        assert value == pytest.approx(reference_fid(*written_out), rel=1e-4)
 
-    def kernel(a, b):
-        return (a @ b.T / 32 + 1) ** 3
 
-    expected = float(poly_mmd_unbiased(kernel(xs, xs), kernel(xs, ys), kernel(ys, ys)))
-    assert kernel_distance(x, y).value == pytest.approx(expected, rel=1e-9)
-    assert float(poly_mmd(xs, ys, degree=3, gamma=None, coef=1.0)) == pytest.approx(expected, rel=1e-6)
-
-
-def poly_mmd_unbiased(k_xx, k_xy, k_yy):
+def mmd(kernel, x, y):
     """Gretton et al. 2012, eq. 3, with sets of unequal size, by loops over pairs."""
-    n, m = k_xy.shape
-    within_x = sum(k_xx[i, j] for i in range(n) for j in range(n) if i != j) / (n * (n - 1))
-    within_y = sum(k_yy[i, j] for i in range(m) for j in range(m) if i != j) / (m * (m - 1))
-    return within_x + within_y - 2 * k_xy.mean()
+    within_x = np.mean([kernel(a, b) for a, b in itertools.permutations(x, 2)])
+    within_y = np.mean([kernel(a, b) for a, b in itertools.permutations(y, 2)])
+    return within_x + within_y - 2 * np.mean([kernel(a, b) for a in x for b in y])
 
 
-def test_kid_of_unequal_sets_and_its_jackknife_equal_recomputation():
-    x, y = features(25, seed=1, shift=0.2), features(40, seed=2)
-    found = kernel_distance(x, y)
-    without_x = np.array([kernel_distance(np.delete(x, i, 0), y).value for i in range(25)])
-    without_y = np.array([kernel_distance(x, np.delete(y, i, 0)).value for i in range(40)])
-    error = math.sqrt(24 * without_x.var() + 39 * without_y.var())
-    assert found.high - found.value == pytest.approx(1.959964 * error, rel=1e-9)
-    assert found.value - found.low == pytest.approx(1.959964 * error, rel=1e-9)
+def cubic(a, b):
+    return (a @ b / len(a) + 1) ** 3
+
+
+def gaussian(a, b):
+    a, b = a / np.linalg.norm(a), b / np.linalg.norm(b)
+    return 1000 * math.exp(-((a - b) ** 2).sum() / (2 * 10**2))
+
+
+def test_kid_equals_its_definition_torchmetrics_and_torch_fidelity():
+    x, y = features(80, seed=1, shift=0.2), features(80, seed=2)
+    found = kid(y, paired(80)).draws(x)[0]
+    assert found == pytest.approx(mmd(cubic, x, y), rel=1e-9)
+    theirs = poly_mmd(torch.tensor(x), torch.tensor(y), degree=3, gamma=None, coef=1.0)
+    assert found == pytest.approx(float(theirs), rel=1e-6)
+    theirs = kernel_mmd(x, y, kid_kernel="poly")
+    assert found == pytest.approx(float(theirs), rel=1e-6)
+
+
+def test_cmmd_equals_its_definition_and_torch_fidelitys_gaussian_mmd():
+    x, y = features(40, seed=1, shift=0.2), features(40, seed=2)
+    found = Cmmd(y, paired(40)).draws(x)[0]
+    assert found == pytest.approx(mmd(gaussian, x, y), rel=1e-9)
+    unit_x, unit_y = (f / np.linalg.norm(f, axis=1, keepdims=True) for f in (x, y))
+    theirs = 1000 * kernel_mmd(unit_x, unit_y, kid_kernel="rbf", kid_kernel_rbf_sigma=10)
+    assert found == pytest.approx(float(theirs), rel=1e-9)
+
+
+def test_kid_and_cmmd_of_several_images_a_photo_equal_their_definitions():
+    x, y, photos = features(12, seed=1, shift=0.2), features(7, seed=2), np.array([0, 0, 1, 1, 1, 2, 3, 4, 5, 5, 6, 6])
+    resampling = Resampling.of(photos, 7, 0)
+    assert kid(y, resampling).draws(x)[0] == pytest.approx(mmd(cubic, x, y), rel=1e-9)
+    assert Cmmd(y, resampling).draws(x)[0] == pytest.approx(mmd(gaussian, x, y), rel=1e-6)
+
+
+def test_a_photo_drawn_twice_is_never_paired_with_itself():
+    """Kernel means of a draw, by loops over the photos drawn and their images."""
+    x, y, photos = features(8, seed=1, shift=0.2), features(4, seed=2), np.array([0, 0, 1, 1, 1, 2, 3, 3])
+    resampling = Resampling.of(photos, 4, 5)
+    found = kid(y, resampling).draws(x)
+    for value, counts in zip(found, resampling.real.astype(int), strict=True):
+        drawn = [(copy, photo) for photo in range(4) for copy in range(counts[photo])]
+        images = [(copy, photo, i) for copy, photo in drawn for i in np.flatnonzero(photos == photo)]
+        allowed = [(a, b) for a, b in itertools.permutations(images, 2) if a[1] != b[1] or (a[0] == b[0])]
+        real = [(a, b) for (_, a), (_, b) in itertools.permutations(drawn, 2) if a != b]
+        cross = [(i, p) for c, photo, i in images for copy, p in drawn if p != photo or copy == c]
+        expected = np.mean([cubic(x[a[2]], x[b[2]]) for a, b in allowed]) + np.mean(
+            [cubic(y[a], y[b]) for a, b in real]
+        )
+        assert value == pytest.approx(expected - 2 * np.mean([cubic(x[i], y[p]) for i, p in cross]), rel=1e-9)
 
 
 def test_kid_is_zero_on_average_between_halves():
-    values = [kernel_distance(features(50, seed=2 * i), features(50, seed=2 * i + 1)).value for i in range(200)]
+    values = [kid(features(50, seed=2 * i), paired(50)).draws(features(50, seed=2 * i + 1))[0] for i in range(200)]
     assert abs(np.mean(values)) < 3 * np.std(values) / math.sqrt(200)
+
+
+def test_neighbourhood_metrics_equal_their_definitions():
+    """Kynkäänniemi et al. 2019, eq. 1-2, and Naeem et al. 2020, eq. 3-4, by loops."""
+    x, y = features(40, d=3, seed=1, shift=0.7), features(25, d=3, seed=2)
+    found = Manifold(y, Resampling.of(np.sort(np.arange(40) % 25), 25, 0)).draws(x)
+
+    def radius(points, i, k):
+        return sorted(np.linalg.norm(points[i] - points[j]) for j in range(len(points)) if j != i)[k - 1]
+
+    inside = np.array([[np.linalg.norm(a - b) <= radius(y, j, 3) for j, b in enumerate(y)] for a in x])
+    reached = np.array([[np.linalg.norm(a - b) <= radius(x, i, 3) for i, a in enumerate(x)] for b in y])
+    wider = np.array([[np.linalg.norm(a - b) <= radius(y, j, 5) for j, b in enumerate(y)] for a in x])
+    expected = {"precision": inside.any(1).mean(), "recall": reached.any(1).mean()}
+    expected |= {"density": wider.sum() / (5 * 40), "coverage": wider.any(0).mean()}
+    assert {name: draws[0] for name, draws in found.items()} == pytest.approx(expected)
+    assert 0 < expected["recall"] < 1 and 0 < expected["coverage"] < 1
+
+
+def test_precision_and_recall_equal_torch_fidelitys():
+    x, y = features(60, d=4, seed=1, shift=0.7), features(60, d=4, seed=2)
+    found = Manifold(y, paired(60)).draws(x)
+    theirs = prc_features_to_metric(torch.tensor(x), torch.tensor(y), prc_neighborhood=3, verbose=False)
+    assert found["precision"][0] == pytest.approx(float(theirs["precision"]))
+    assert found["recall"][0] == pytest.approx(float(theirs["recall"]))
+
+
+def test_what_too_few_images_cannot_show_is_left_out():
+    x = features(4, d=3)
+    assert set(Manifold(x, paired(4)).draws(x)) == {"precision", "recall"}
+    assert Manifold(x[:3], paired(3)).draws(x[:3]) == {}
+    distance = FrechetDistance(features(60), features(60, seed=1))
+    assert frechet_infinity(distance, paired(60), np.ones(1)) is None
+
+
+@pytest.mark.parametrize("n", [2, 3])
+def test_a_handful_of_images_gives_numbers_or_says_that_it_cannot(n):
+    x, y = features(n, d=8, seed=1), features(n, d=8, seed=2)
+    resampling = paired(n, samples=50)
+    for draws in (
+        FrechetDistance(x, y).draws(resampling.generated, resampling.real),
+        kid(y, resampling).draws(x),
+        Cmmd(y, resampling).draws(x),
+    ):
+        found = estimate(draws, n)
+        assert isinstance(found.value, float) and math.isfinite(found.value)
+        assert math.isnan(found.low) or found.low <= found.value <= found.high
 
 
 def test_clip_score_is_the_mean_cosine_times_100():
     images, texts = features(6, seed=1), features(6, seed=2)
     cosines = torch.nn.functional.cosine_similarity(torch.tensor(images), torch.tensor(texts))
-    assert clip_score(images, texts, np.arange(6)).value == pytest.approx(float((100 * cosines).clamp(min=0).mean()))
-    assert clip_score(images, 3 * images, np.arange(6)).value == pytest.approx(100)
-
-
-@pytest.mark.slow
-def test_intervals_cover_what_they_promise():
-    """Nominal 95 %: of 300 experiments 90 to 99 % must cover, which chance misses once in 10,000 if 95 % is true."""
-    covered = {"mean": 0, "fid": 0, "kid": 0}
-    d, n, shift = 4, 400, 0.5
-    # The statistic's mean at these numbers of images, which is what the interval is about.
-    expected_fid = np.mean([frechet_distance(*gaussians(d, n, shift, 10_000 + i)) for i in range(2000)])
-    expected_kid = np.mean([kernel_distance(*gaussians(d, n, shift, 10_000 + i)).value for i in range(1000)])
-    for trial in range(300):
-        x, y = gaussians(d, n, shift, trial)
-        fid = bootstrap_interval(frechet_distance, x, y, np.arange(n), samples=60, seed=trial)
-        kid, mean = kernel_distance(x, y), mean_estimate(x[:, 0], np.arange(n))
-        covered["fid"] += fid.low <= expected_fid <= fid.high
-        covered["kid"] += kid.low <= expected_kid <= kid.high
-        covered["mean"] += mean.low <= shift <= mean.high
-    assert all(0.90 <= count / 300 <= 0.99 for count in covered.values()), covered
+    assert clip_scores(images, texts).mean() == pytest.approx(float((100 * cosines).clamp(min=0).mean()))
+    assert clip_scores(images, 3 * images).mean() == pytest.approx(100)
 
 
 def test_images_of_one_photo_count_as_one_draw():
-    values, photos = np.random.default_rng(0).normal(size=20), np.arange(20)
-    once = mean_estimate(values, photos)
-    thrice = mean_estimate(np.repeat(values, 3), np.repeat(photos, 3))
-    assert (once.value, once.low, once.high) == pytest.approx((thrice.value, thrice.low, thrice.high))
-    assert once.high - once.value == pytest.approx(1.959964 * values.std(ddof=1) / math.sqrt(20))
+    values = np.random.default_rng(0).normal(size=200)
+    once, thrice = (Resampling.of(np.repeat(np.arange(200), k), 200, 2000, seed=1) for k in (1, 3))
+    single = estimate(mean_draws(values, once.generated), 200)
+    triple = estimate(mean_draws(np.repeat(values, 3), thrice.generated), 600)
+    assert (single.value, single.low, single.high) == pytest.approx((triple.value, triple.low, triple.high))
+    assert single.standard_error == pytest.approx(values.std(ddof=1) / math.sqrt(200), rel=0.05)
 
 
 def test_a_photo_is_drawn_with_the_images_of_its_captions():
-    """Where every image equals its photo, every draw is at no distance, whatever the number of captions."""
+    """Where every image equals its photo, every draw is at no distance."""
     real = features(30, d=4)
-    photos = np.repeat(np.arange(30), [1, 2, 3] * 10)
-    found = bootstrap_interval(lambda x, y: abs(x[:, 0].max() - y[:, 0].max()), real[photos], real, photos, samples=20)
-    assert (found.low, found.value, found.high) == (0, 0, 0)
+    resampling = Resampling.of(np.repeat(np.arange(30), 2), 30, 20)
+    draws = FrechetDistance(np.repeat(real, 2, axis=0), real).draws(resampling.generated, resampling.real)
+    assert draws.max() < 1e-3  # (n - 1) / n of a covariance of twice as many images
+
+
+def test_what_two_models_share_is_no_doubt_about_their_difference():
+    """Models that are hard to tell from chance one by one, and easy on the same prompts."""
+    common, gain = np.random.default_rng(0).normal(size=200), 0.1
+    resampling = paired(200, samples=500)
+    a, b = (mean_draws(common + extra, resampling.generated) for extra in (gain, 0.0))
+    alone, apart = estimate(a, 200), difference(a, b, 200)
+    assert alone.low < estimate(b, 200).value < alone.high
+    assert apart.value == pytest.approx(gain) and apart.low == pytest.approx(gain) == apart.high
+
+
+def test_an_interval_stays_where_its_metric_can_be():
+    found = estimate(np.array([0.99, 0.95, 1.0, 0.9]), 10, bounds=(0, 1))
+    assert found.high == 1 and found.low < 0.95
+
+
+def test_without_draws_there_is_no_interval():
+    found = estimate(np.array([1.0]), 10)
+    assert found.value == 1 and math.isnan(found.low) and math.isnan(found.high)
 
 
 def gaussians(d, n, shift, seed):
     rng = np.random.default_rng(seed)
     return rng.normal(size=(n, d)) + shift, rng.normal(size=(n, d))
+
+
+METRICS = {
+    "fid": lambda x, y, r: FrechetDistance(x, y).draws(r.generated, r.real),
+    "kid": lambda x, y, r: kid(y, r).draws(x),
+    "cmmd": lambda x, y, r: Cmmd(y, r).draws(x),
+    "mean": lambda x, y, r: mean_draws(x[:, 0], r.generated),
+}
+
+
+@pytest.mark.slow
+def test_intervals_cover_what_they_promise():
+    """Nominal 95 %: of 300 experiments 90 to 99 % must cover, which chance misses once in 10,000 if 95 % is true."""
+    d, n, shift = 4, 200, 0.5
+    covered, expected = dict.fromkeys(METRICS, 0), {}
+    for name, draws in METRICS.items():
+        # The metric's mean at these numbers of images, which is what the interval is about.
+        expected[name] = np.mean([draws(*gaussians(d, n, shift, 10_000 + i), paired(n))[0] for i in range(1000)])
+    for trial in range(300):
+        x, y = gaussians(d, n, shift, trial)
+        resampling = paired(n, samples=60, seed=trial)
+        for name, draws in METRICS.items():
+            found = estimate(draws(x, y, resampling), n)
+            covered[name] += found.low <= expected[name] <= found.high
+    assert all(0.90 <= count / 300 <= 0.99 for count in covered.values()), covered
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("shift", [0.0, 0.2])
+def test_extrapolated_fid_covers_the_distance_of_the_distributions(shift):
+    """Gaussians whose distance is known, at so few images that plain FID is mostly bias."""
+    d, n, trials = 16, 200, 200
+    truth, covered, plain = d * shift**2, 0, []
+    for trial in range(trials):
+        x, y = gaussians(d, n, shift, trial)
+        resampling, distance = paired(n, samples=40, seed=trial), FrechetDistance(x, y)
+        draws = distance.draws(resampling.generated, resampling.real)
+        found = frechet_infinity(distance, resampling, draws, seed=trial)
+        covered += found.low <= truth <= found.high
+        plain.append(draws[0])
+    assert np.mean(plain) > truth + 0.3
+    assert 0.90 <= covered / trials <= 1.0, covered
+    assert shift == 0 or covered / trials <= 0.99, covered

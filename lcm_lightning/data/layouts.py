@@ -37,10 +37,15 @@ DOWNLOADS = {
         "Flickr30k from https://www.kaggle.com/datasets/hsankesara/flickr-image-dataset",
         "clip-benchmark/wds_flickr30k",
     ),
+    "coco": (
+        "COCO 2014 from https://cocodataset.org: val2014.zip and annotations_trainval2014.zip, unpacked in one folder",
+        "",
+    ),
 }
 TOKEN_FILES = ("Flickr8k.token.txt", "results_20130124.token")
 TABLE_FILES = ("captions.txt", "results.csv")
 KARPATHY_FILES = ("dataset_flickr8k.json", "dataset_flickr30k.json")
+COCO_FILES = {"val": "captions_val2014.json", "train": "captions_train2014.json"}
 SPLIT_FILES = {
     "train": "Flickr_8k.trainImages.txt",
     "val": "Flickr_8k.devImages.txt",
@@ -184,6 +189,36 @@ def read_flickr(folder: Path) -> Source:
     return Source(path.name, mixed(records), len(records), found[1] if found else HASH_SPLIT_ORIGIN)
 
 
+def read_coco_captions(path: Path) -> Captions:
+    """Captions by image name from COCO's own `captions_*.json`, in the order of their ids."""
+    with reading(path, "COCO's json: images with id and file_name, annotations with image_id and caption"):
+        content = json.loads(path.read_text(encoding=ENCODING))
+        names = {image["id"]: image["file_name"] for image in content["images"]}
+        captions: Captions = {name: [] for name in names.values()}
+        for annotation in sorted(content["annotations"], key=lambda annotation: annotation["id"]):
+            captions[names[annotation["image_id"]]].append(annotation["caption"])
+        return captions
+
+
+def read_coco(folder: Path) -> Source:
+    """COCO 2014 as its authors publish it: `train2014/`, `val2014/` or one of them, and `annotations/`."""
+    images = find_images(folder)
+    files = {split: find_file(folder, [name]) for split, name in COCO_FILES.items()}
+    published = {split: read_coco_captions(path) for split, path in files.items() if path is not None}
+    records = [
+        Record(
+            key=sample_key(name.partition(".")[0]),
+            image=images.get(name, folder / name),
+            captions=tuple(sentences),
+            split=split,
+        )
+        for split, captions in published.items()
+        if images.keys() & captions.keys()  # the captions of both splits come together, their photos do not
+        for name, sentences in captions.items()
+    ]
+    return Source("COCO 2014", mixed(records), len(records), "COCO's own train2014 and val2014")
+
+
 def mixed(records: Iterable[Record]) -> list[Record]:
     """The records in the order of a hash of their keys: every shard becomes a random sample of the whole."""
     return sorted(records, key=lambda record: stable_hash("order", record.key))
@@ -267,6 +302,11 @@ def has_captioned_images(folder: Path) -> bool:
 
 
 LAYOUTS = (
+    Layout(
+        "COCO 2014 (captions_val2014.json, captions_train2014.json)",
+        lambda folder: find_file(folder, COCO_FILES.values()) is not None,
+        read_coco,
+    ),
     Layout(
         "Flickr8k/Flickr30k (Flickr8k.token.txt, results_20130124.token, captions.txt, results.csv or Karpathy's json)",
         lambda folder: find_file(folder, (*TOKEN_FILES, *TABLE_FILES, *KARPATHY_FILES)) is not None,

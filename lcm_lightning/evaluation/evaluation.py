@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import asdict
+import gc
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,47 +13,53 @@ import torch
 from lightning.fabric import Fabric
 from rich.progress import Progress
 
-from lcm_lightning.evaluation.contenders import Contender
+from lcm_lightning.data.datamodule import locate
+from lcm_lightning.data.shards import open_split
+from lcm_lightning.errors import UserError
+from lcm_lightning.evaluation.contenders import TITLES, Contender
 from lcm_lightning.evaluation.features import Clip, FeatureExtractor, make_extractor
+from lcm_lightning.evaluation.figures import Grid
 from lcm_lightning.evaluation.generation import Drawing, draw_missing, image_folder, read_images
-from lcm_lightning.evaluation.latency import machine_info, measure_latency, package_versions
-from lcm_lightning.evaluation.metrics import bootstrap_interval, clip_score, frechet_distance, kernel_distance
+from lcm_lightning.evaluation.latency import machine_info, matrix_peak, measure_latency, package_versions
+from lcm_lightning.evaluation.measurement import measure
 from lcm_lightning.evaluation.protocol import Protocol
 from lcm_lightning.evaluation.reference import RealImages, Reference, read_reference
-from lcm_lightning.evaluation.report import Grid, write_report
+from lcm_lightning.evaluation.report import SCHEMA_VERSION, write_report
+from lcm_lightning.evaluation.subject import Subject, SubjectSource
 from lcm_lightning.models.stable_diffusion import StableDiffusion
 from lcm_lightning.progress import image_progress
 
+ROLES = tuple(TITLES)
+COLUMNS = 8  # of a grid beside the real images
 
-def evaluate_model(
-    model: StableDiffusion,
-    adapters: Sequence[str],
+
+def evaluate_models(
+    sources: Sequence[SubjectSource],
     *,
-    identity: str,
     protocol: Protocol,
     real: RealImages,
     fabric: Fabric,
     folder: Path,
     config: str,
 ) -> dict[str, Any]:
-    """Compare what `model` draws with each of its `adapters`; writes images, metrics.json and reports into `folder`.
+    """Compare what models draw with each of their adapters; writes images, metrics.json and reports into `folder`.
 
-    Every rank draws its share. The first one measures, from the files, so that the figures do not depend on how many
-    there are.
+    One model is in memory at a time. Every rank draws its share. The first one measures, from the files, so that the
+    figures do not depend on how many there are; then it times, with nobody else at work.
 
     Args:
-        adapters: names of the loaded adapters in training order.
-        identity: digest of model and adapters; images of another identity are not taken for this one's.
+        sources: of the models; what several of them share is drawn once.
         config: YAML to show in the report.
 
     Returns:
         The content of metrics.json, on the first rank; an empty dictionary on the others.
 
     Raises:
-        UserError: the data set or a network of the metrics is missing.
+        UserError: a model, the data set or a network of the metrics is missing.
     """
-    contenders = protocol.lineup.contenders(adapters)
     first = fabric.is_global_zero
+    check_size(real)
+    desk = Desk(fabric.device)
     with image_progress(disable=not first) as progress:
         clip = Clip(protocol.clip, fabric.device)
         with fabric.rank_zero_first():
@@ -60,109 +67,193 @@ def evaluate_model(
             reference = read_reference(real, list({e.name: e for e in (extractor, clip)}.values()), progress)
         prompts = reference.prompts(protocol.captions_per_image)
         drawing = Drawing(prompts, protocol.seed, real.resolution, protocol.batch_size)
-        folders = [image_folder(folder / "images", contender, drawing, identity) for contender in contenders]
-        for contender, images in zip(contenders, folders, strict=True):
-            draw_missing(model, contender, drawing, images, fabric, progress)
+        entrants = draw_everything(sources, desk, protocol, drawing, folder / "images", fabric, progress)
         if not first:
             return {}
-        entries = _measure(contenders, folders, drawing, reference, extractor, clip, protocol, progress)
+        contenders = [entrant.contender for entrant in entrants]
+        folders = [entrant.folder for entrant in entrants]
+        measured = measure(contenders, folders, drawing, reference, extractor, clip, protocol, progress)
+        flattered = _shares_text_tower(desk.model, clip)
         clip.to("cpu")  # what is measured is the model's time and memory, not the judges'
         extractor.to("cpu")
-        timing = measure_latency(
-            model,
-            contenders,
-            drawing,
-            progress,
-            repeats=protocol.latency_repeats,
-            batch_size=protocol.latency_batch_size,
-        )
-    for entry, latency in zip(entries, timing, strict=True):
-        seconds = {key: value for key, value in asdict(latency).items() if key != "peak_memory_mb"}
-        entry |= {"seconds_per_image": seconds, "peak_memory_mb": latency.peak_memory_mb}
+        peak = matrix_peak(fabric.device, desk.model.dtype)
+        costs = time_everything(sources, entrants, desk, protocol, drawing, peak, progress)
+    for entry, entrant, cost in zip(measured.models, entrants, costs, strict=True):
+        entry |= {"series": entrant.contender.series, "teacher": entrant.contender.teacher, **cost}
+        entry |= {"source": entrant.source.name, "trained_on": entrant.source.data and entrant.source.data.name}
     dimension = reference.features[extractor.name].shape[1]
+    dtype = str(desk.model.dtype).removeprefix("torch.")
     metrics = {
+        "schema": SCHEMA_VERSION,
         "protocol": protocol.name,
         "dataset": f"{real.name}/{real.split}",
         "features": extractor.name,
         "n_real": len(reference.captions),
         "resolution": real.resolution,
-        "warnings": _warnings(model, clip, extractor, dimension, len(prompts), len(reference.captions), real),
-        "machine": machine_info(fabric.device) | {"dtype": str(model.dtype).removeprefix("torch.")},
+        "seed": protocol.seed,
+        "sources": [{"name": source.name, "spec": source.spec} for source in sources],
+        "warnings": _warnings(flattered, clip, extractor, dimension, len(prompts), len(reference.captions), real),
+        "machine": machine_info(fabric.device) | {"dtype": dtype, "matrix_peak_flops": peak},
         "versions": package_versions(),
-        "models": entries,
+        "models": measured.models,
+        "comparisons": measured.comparisons,
     }
-    write_report(folder, metrics, _grid(contenders, folders, drawing, reference, protocol), config)
+    write_report(folder, metrics, _grids(entrants, drawing, reference, protocol), config)
     return metrics
 
 
-def _measure(
-    contenders: Sequence[Contender],
-    folders: Sequence[Path],
-    drawing: Drawing,
-    reference: Reference,
-    extractor: FeatureExtractor,
-    clip: Clip,
+def check_size(real: RealImages) -> None:
+    """Raise a `UserError` where more real images are asked for than the split holds."""
+    if real.num_images is None:
+        return
+    available = sum(shard.samples for shard in open_split(locate(real.name, real.source), real.split, real.cache_dir))
+    if real.num_images > available:
+        raise UserError(
+            f"evaluation.num_images={real.num_images}: {real.name}/{real.split} holds {available} images; set it to "
+            "that or less, or null for all, or choose another evaluation.split"
+        )
+
+
+class Desk:
+    """Where one model at a time lies loaded."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self._source: SubjectSource | None = None
+        self._subject: Subject | None = None
+
+    def fetch(self, source: SubjectSource) -> Subject:
+        """The subject on the device; another one that lay there is put away first."""
+        if self._source is not source:
+            self._source = self._subject = None
+            gc.collect()
+            self._subject = source.load()
+            self._subject.model.to(self.device)
+            self._source = source
+        assert self._subject is not None
+        return self._subject
+
+    @property
+    def model(self) -> StableDiffusion:
+        """The model that lies there."""
+        assert self._subject is not None
+        return self._subject.model
+
+
+@dataclass(frozen=True)
+class Entrant:
+    """A contender, the first of the sources that has it, a digest of its weights, and its images."""
+
+    contender: Contender
+    source: SubjectSource
+    weights: str
+    folder: Path
+
+
+def draw_everything(
+    sources: Sequence[SubjectSource],
+    desk: Desk,
     protocol: Protocol,
+    drawing: Drawing,
+    root: Path,
+    fabric: Fabric,
+    progress: Progress,
+) -> list[Entrant]:
+    """Draw what is missing, model after model; contenders of the same role, weights and sampler are one."""
+    found: dict[str, Entrant] = {}
+    keys: dict[tuple[str, str], str] = {}
+    for source in sources:
+        subject = desk.fetch(source)
+        subject.model.check_resolution(drawing.resolution)
+        identities = subject.identities()
+        for contender in protocol.lineup.contenders(subject.adapters):
+            identity = " ".join(identities[name] for name in ("", *contender.adapters))
+            folder = image_folder(root, contender, drawing, identity)
+            key = f"{contender.role} {folder.name}"
+            keys[source.name, contender.slug] = key
+            if key not in found:
+                found[key] = Entrant(contender, source, identity, folder)
+                draw_missing(subject.model, contender, drawing, folder, fabric, progress)
+    return distinguish(found, keys)
+
+
+def distinguish(found: Mapping[str, Entrant], keys: Mapping[tuple[str, str], str]) -> list[Entrant]:
+    """The entrants with names of their own: where a name stands for several weights, that of the source is added.
+
+    Args:
+        found: by a key of their own.
+        keys: that key by name of the source and the contender's slug in it.
+    """
+    owners: dict[str, dict[str, str]] = {}
+    for entrant in found.values():
+        owners.setdefault(entrant.contender.name, {}).setdefault(entrant.weights, entrant.source.name)
+
+    def named(entrant: Entrant) -> Contender:
+        contender, sharing = entrant.contender, owners[entrant.contender.name]
+        owner = sharing[entrant.weights]
+        return contender if len(sharing) == 1 else replace(contender, name=f"{contender.name}-{owner}", model=owner)
+
+    def with_teacher(entrant: Entrant) -> Entrant:
+        teacher = found[keys[entrant.source.name, entrant.contender.teacher]]
+        return replace(entrant, contender=replace(named(entrant), teacher=named(teacher).slug))
+
+    return sorted(map(with_teacher, found.values()), key=lambda entrant: ROLES.index(entrant.contender.role))
+
+
+def time_everything(
+    sources: Sequence[SubjectSource],
+    entrants: Sequence[Entrant],
+    desk: Desk,
+    protocol: Protocol,
+    drawing: Drawing,
+    peak: float,
     progress: Progress,
 ) -> list[dict[str, Any]]:
-    texts = torch.cat([clip.text_features([drawing.prompts[i] for i in batch]) for batch in drawing.batches()]).numpy()
-    real = reference.features[extractor.name]
-    photos = np.repeat(
-        np.arange(len(real)), [len(captions[: protocol.captions_per_image]) for captions in reference.captions]
-    )
-    bar = progress.add_task("measuring", total=len(contenders) * len(drawing.prompts))
-    entries = []
-    for contender, folder in zip(contenders, folders, strict=True):
-        found: dict[str, list[np.ndarray]] = {extractor.name: [], clip.name: []}
-        for batch in drawing.batches():
-            images = read_images(folder, batch)
-            for network in {extractor.name: extractor, clip.name: clip}.values():
-                found[network.name].append(network(images).numpy())
-            progress.advance(bar, len(batch))
-        features = {name: np.concatenate(parts) for name, parts in found.items()}
-        generated = features[extractor.name]
-        fid = bootstrap_interval(
-            frechet_distance, generated, real, photos, samples=protocol.bootstrap_samples, seed=protocol.seed
-        )
-        entries.append(
-            {
-                "name": contender.name,
-                "role": contender.role,
-                "label": contender.label,
-                "sampler": contender.sampler,
-                "steps": contender.steps,
-                "guidance_scale": contender.guidance_scale,
-                "network_evaluations": contender.network_evaluations,
-                "n_images": len(drawing.prompts),
-                "fid": asdict(fid),
-                "kid": asdict(kernel_distance(generated, real)),
-                "clip_score": asdict(clip_score(features[clip.name], texts, photos)) | {"clip": clip.name},
-                "images": str(folder.relative_to(folder.parent.parent)),
-            }
-        )
-    return entries
+    """What each entrant costs; see `measure_latency`. Starts with the model that was loaded last."""
+    costs: dict[str, dict[str, Any]] = {}
+    for source in reversed(sources):
+        contenders = [entrant.contender for entrant in entrants if entrant.source is source]
+        if contenders:
+            timed = measure_latency(
+                desk.fetch(source).model,
+                contenders,
+                drawing,
+                progress,
+                repeats=protocol.latency_repeats,
+                batch_sizes=protocol.latency_batch_sizes,
+                peak=peak,
+            )
+            costs |= {contender.slug: cost for contender, cost in zip(contenders, timed, strict=True)}
+    return [costs[entrant.contender.slug] for entrant in entrants]
 
 
-def _grid(
-    contenders: Sequence[Contender],
-    folders: Sequence[Path],
-    drawing: Drawing,
-    reference: Reference,
-    protocol: Protocol,
-) -> Grid:
-    """The first prompt of each of the first photos: the photo, then every contender's image."""
+def _grids(entrants: Sequence[Entrant], drawing: Drawing, reference: Reference, protocol: Protocol) -> list[Grid]:
+    """The first prompt of each of the first photos: the photo, then every contender's image, fast solvers apart."""
     rows = min(protocol.shown, len(reference.shown))
     firsts = np.cumsum([0] + [len(captions[: protocol.captions_per_image]) for captions in reference.captions])[:rows]
-    columns = [reference.shown[:rows].float() / 255]
-    for folder in folders:
-        images = torch.cat([read_images(folder, range(index, index + 1)) for index in firsts.tolist()])
-        columns.append(images.float() / 255)
-    captions = [f"{drawing.prompts[i]}\nseed {drawing.seed + i}" for i in firsts.tolist()]
-    return Grid(columns, ["real", *(contender.label for contender in contenders)], captions)
+    real = reference.shown[:rows].float() / 255
+    titles = {False: "Models", True: "The teacher by fast solvers"}
+    grids = []
+    for rivals, title in titles.items():
+        shown = [entrant for entrant in entrants if is_rival(entrant.contender, protocol) == rivals]
+        for start in range(0, len(shown), COLUMNS):
+            chunk = shown[start : start + COLUMNS]
+            images = [torch.cat([read_images(e.folder, range(i, i + 1)) for i in firsts.tolist()]) for e in chunk]
+            headings = ["real", *(entrant.contender.label for entrant in chunk)]
+            columns = [real, *(column.float() / 255 for column in images)]
+            captions, seeds = ([of[i] for i in firsts.tolist()] for of in (drawing.prompts, drawing.seeds))
+            grids.append(Grid(title, columns, headings, captions, seeds))
+    return grids
+
+
+def is_rival(contender: Contender, protocol: Protocol) -> bool:
+    """Whether it is a teacher in a hurry, of the lineup's `rivals`."""
+    full = ("ddim", protocol.lineup.teacher_steps)
+    return contender.role in ("base", "finetuned") and (contender.sampler, contender.steps) != full
 
 
 def _warnings(
-    model: StableDiffusion,
+    flattered: bool,
     clip: Clip,
     extractor: FeatureExtractor,
     dimension: int,
@@ -182,11 +273,9 @@ def _warnings(
             f"FID from N={n} images and {n_real} real ones on {dimension} features is biased upward, by different "
             "amounts for different models; KID is not."
         )
-    if n > n_real:
-        found.append("KID's intervals take all captions of a photo for independent, and may be too narrow.")
     if real.split == "train":
         found.append("Prompts and real images are from the training split: nothing here shows generalisation.")
-    if _shares_text_tower(model, clip):
+    if flattered:
         found.append(
             f"The model's text encoder is the text tower of {clip.name}: its CLIP score shows obedience to that "
             "encoder, and flatters all models of the report alike."

@@ -136,17 +136,25 @@ class Clip:
         self.device = torch.device(device)
         self.model.to(self.device)
 
-    @torch.no_grad()
     def __call__(self, images: Tensor) -> Tensor:
         """Projected image features [B, D] of length sqrt(D); see `FeatureExtractor`.
 
         CLIP knows directions only. With this length numbers are about 1, which KID's kernel is made for.
         """
-        features = self.model.get_image_features(self.pixels(images)).pooler_output.float().cpu()
-        return F.normalize(features, dim=1) * math.sqrt(features.shape[1])
+        return self.image_outputs(images)[0]
 
-    def pixels(self, images: Tensor) -> Tensor:
-        """What the image tower takes, [B, 3, S, S] on its device, of uint8 `images` [B, 3, H, W]."""
+    @torch.no_grad()
+    def image_outputs(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """What one pass of the image tower gives: projected features [B, D], and the last layer's patches [B, P, W].
+
+        Both are float32, on the CPU; `images` are uint8 [B, 3, H, W].
+        """
+        outputs = self.model.get_image_features(self._pixels(images))
+        projected = outputs.pooler_output.float().cpu()
+        patches = outputs.last_hidden_state[:, 1:].float().cpu()
+        return F.normalize(projected, dim=1) * math.sqrt(projected.shape[1]), patches
+
+    def _pixels(self, images: Tensor) -> Tensor:
         pixels = images.float() / 255
         if pixels.shape[-1] != self.size:
             pixels = F.interpolate(pixels, (self.size, self.size), mode="bicubic", antialias=True).clamp(0, 1)
@@ -180,11 +188,9 @@ class ClipPatches:
         """Move the CLIP, both towers."""
         self.clip.to(device)
 
-    @torch.no_grad()
     def __call__(self, images: Tensor) -> Tensor:
         """Features [B, width of the tower]; see `FeatureExtractor`."""
-        tokens = self.clip.model.get_image_features(self.clip.pixels(images)).last_hidden_state  # type: ignore[operator]
-        return tokens[:, 1:].mean(dim=1).float().cpu()
+        return self.clip.image_outputs(images)[1].mean(dim=1)
 
 
 def make_extractor(features: str, clip: Clip, inception_weights: str | None, device: torch.device) -> FeatureExtractor:

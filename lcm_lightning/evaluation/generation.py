@@ -13,6 +13,7 @@ import torch
 from lightning.fabric import Fabric
 from PIL import Image
 from rich.progress import Progress
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from lcm_lightning.evaluation.contenders import Contender
@@ -49,15 +50,26 @@ class Drawing:
         return [range(start, min(start + self.batch_size, total)) for start in range(0, total, self.batch_size)]
 
 
-def image_folder(root: Path, contender: Contender, drawing: Drawing, model_identity: str) -> Path:
+def image_folder(root: Path, contender: Contender, drawing: Drawing, weights_identity: str) -> Path:
     """Where a contender's images lie: the name ends in a digest of everything their pixels depend on."""
-    content = json.dumps([model_identity, asdict(contender), asdict(drawing)], sort_keys=True, default=list)
-    return root / f"{contender.slug}-{hashlib.sha256(content.encode()).hexdigest()[:12]}"
+    sampler = [contender.sampler, contender.steps, contender.guidance_scale]
+    content = json.dumps([weights_identity, sampler, asdict(drawing)], sort_keys=True, default=list)
+    return root / f"{contender.sampler}_{contender.steps}-{hashlib.sha256(content.encode()).hexdigest()[:12]}"
 
 
 def image_file(folder: Path, index: int) -> Path:
     """The file of image `index`."""
     return folder / f"{index:06d}.png"
+
+
+def latents_file(folder: Path, batch: range) -> Path:
+    """The file of the final latents of a batch: what students are held against their teacher by."""
+    return folder / f"{batch.start:06d}.safetensors"
+
+
+def is_drawn(folder: Path, batch: range) -> bool:
+    """Whether a batch lies there whole."""
+    return latents_file(folder, batch).is_file() and all(image_file(folder, index).is_file() for index in batch)
 
 
 def draw_missing(
@@ -71,12 +83,13 @@ def draw_missing(
     folder.mkdir(parents=True, exist_ok=True)
     # Shared out before looking for files: ranks look at different times, and must not disagree on whose a batch is.
     shared = drawing.batches()[fabric.global_rank :: fabric.world_size]
-    mine = [batch for batch in shared if not all(image_file(folder, i).is_file() for i in batch)]
+    mine = [batch for batch in shared if not is_drawn(folder, batch)]
     bar = progress.add_task(contender.label, total=len(drawing.prompts))
     progress.advance(bar, (sum(map(len, shared)) - sum(map(len, mine))) * fabric.world_size)
     seeds = drawing.seeds
     with merged_adapters(model, contender.adapters):
         for batch in mine:
+            latents: list[Tensor] = []
             images = sample(
                 model,
                 [drawing.prompts[i] for i in batch],
@@ -85,13 +98,21 @@ def draw_missing(
                 guidance_scale=contender.guidance_scale,
                 sampler=contender.sampler,
                 resolution=drawing.resolution,
+                on_latents=latents.append,
             )
+            _write_latents(torch.cat(latents), latents_file(folder, batch))
             for index, image in zip(batch, images, strict=True):
                 _write_png(image, image_file(folder, index))
             progress.advance(bar, len(batch) * fabric.world_size)
     fabric.barrier()
     progress.update(bar, completed=len(drawing.prompts))
     return sum(map(len, mine))
+
+
+def _write_latents(latents: Tensor, file: Path) -> None:
+    temporary = file.with_name(f".{file.name}")
+    save_file({"latents": latents.to("cpu", torch.float16).contiguous()}, temporary)
+    temporary.replace(file)
 
 
 def _write_png(image: Tensor, file: Path) -> None:
@@ -104,3 +125,8 @@ def read_images(folder: Path, indices: range) -> Tensor:
     """Images uint8 [B, 3, H, W] drawn before."""
     arrays = [np.asarray(Image.open(image_file(folder, index))) for index in indices]
     return torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2).contiguous()
+
+
+def read_latents(folder: Path, batch: range) -> Tensor:
+    """Final latents [B, C, h, w] of a batch drawn before, float32; kept to 11 bits."""
+    return load_file(latents_file(folder, batch))["latents"].float()

@@ -1,4 +1,4 @@
-"""Seconds per image and peak memory of each contender, end to end: text, denoising, VAE."""
+"""What a contender costs: seconds of each stage, memory, floating-point operations, share of the machine's peak."""
 
 from __future__ import annotations
 
@@ -7,41 +7,65 @@ import platform
 import resource
 import sys
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any, get_args
 
 import numpy as np
 import torch
 from rich.progress import Progress
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
 from lcm_lightning.evaluation.contenders import Contender
 from lcm_lightning.evaluation.generation import Drawing
-from lcm_lightning.models.adapters import merged_adapters
-from lcm_lightning.models.sampling import sample
+from lcm_lightning.models.adapters import active_adapters, merged_adapters
+from lcm_lightning.models.sampling import Stage, sample
 from lcm_lightning.models.stable_diffusion import StableDiffusion
 
 PACKAGES = ("torch", "lightning", "diffusers", "transformers", "peft", "torchmetrics", "lcm-lightning")
+STAGES: tuple[Stage, ...] = get_args(Stage)
 
 
-@dataclass(frozen=True)
-class Latency:
-    """How long one image takes.
+@dataclass
+class Rounds:
+    """Timed rounds of one contender at one batch size.
 
     Attributes:
-        median, low, high: seconds per image: median, 10th and 90th percentile of the repetitions.
         batch_size: images drawn at a time.
-        repeats: repetitions.
+        seconds: of each round by stage, for the whole batch.
         peak_memory_mb: most memory (1e6 bytes) while drawing: allocated on a GPU, the whole process's on a CPU.
     """
 
-    median: float
-    low: float
-    high: float
     batch_size: int
-    repeats: int
-    peak_memory_mb: float
+    seconds: list[dict[Stage, float]] = field(default_factory=list)
+    peak_memory_mb: float = 0.0
+
+    def per_image(self, *stages: Stage) -> dict[str, float]:
+        """Seconds an image spends in `stages`: median, 10th and 90th percentile of the rounds."""
+        times = [sum(seconds[stage] for stage in stages) / self.batch_size for seconds in self.seconds]
+        return dict(zip(("median", "low", "high"), map(float, np.quantile(times, (0.5, 0.1, 0.9))), strict=True))
+
+
+class Stopwatch:
+    """Seconds of each stage of `sample`; reads the clock when the device has finished."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.seconds: dict[Stage, float] = {}
+        self._started = self._now()
+
+    def __call__(self, stage: Stage) -> None:
+        """Note the end of a stage."""
+        now = self._now()
+        self.seconds[stage] = now - self._started
+        self._started = now
+
+    def _now(self) -> float:
+        _synchronise(self.device)
+        return time.perf_counter()
 
 
 def measure_latency(
@@ -51,46 +75,111 @@ def measure_latency(
     progress: Progress,
     *,
     repeats: int,
-    batch_size: int = 1,
-) -> list[Latency]:
-    """Time every contender on the same prompts, adapters merged into the weights.
+    batch_sizes: Sequence[int],
+    peak: float,
+) -> list[dict[str, Any]]:
+    """What each contender costs, as metrics.json has it, adapters merged into the weights.
 
-    Contenders take turns in every round, so that a machine that slows down slows all of them. The first round warms up
-    and is thrown away. The clock is read after the device has finished.
+    Contenders take turns in every round, on the same prompts, so that a machine that slows down slows all of them. The
+    first round at each batch size warms up and is thrown away.
+
+    Args:
+        peak: see `matrix_peak`.
     """
-    bar = progress.add_task("timing", total=(repeats + 1) * len(contenders))
-    seconds: list[list[float]] = [[] for _ in contenders]
-    memory = [0.0] * len(contenders)
-    for round_number in range(repeats + 1):
-        for number, contender in enumerate(contenders):
-            with merged_adapters(model, contender.adapters):
-                reset_peak_memory(model.device)
-                elapsed = _seconds(model, contender, drawing, batch_size, round_number)
-            memory[number] = max(memory[number], peak_memory_mb(model.device))
-            if round_number:
-                seconds[number].append(elapsed / batch_size)
-            progress.advance(bar)
-    return [
-        Latency(*(float(q) for q in np.quantile(times, (0.5, 0.1, 0.9))), batch_size, repeats, peak)
-        for times, peak in zip(seconds, memory, strict=True)
-    ]
+    rounds = [[Rounds(batch_size) for batch_size in batch_sizes] for _ in contenders]
+    bar = progress.add_task("timing", total=(repeats + 1) * sum(batch_sizes) * len(contenders))
+    for place, batch_size in enumerate(batch_sizes):
+        for number in range(repeats + 1):
+            for contender, timed in zip(contenders, rounds, strict=True):
+                _time_once(model, contender, drawing, number, timed[place])
+                progress.advance(bar, batch_size)
+    flops = count_flops(model, drawing.resolution)
+    return [_costs(c, timed, flops, peak) for c, timed in zip(contenders, rounds, strict=True)]
 
 
-def _seconds(model: StableDiffusion, contender: Contender, drawing: Drawing, batch_size: int, number: int) -> float:
-    chosen = [(number * batch_size + i) % len(drawing.prompts) for i in range(batch_size)]
-    _synchronise(model.device)
-    started = time.perf_counter()
-    sample(
-        model,
-        [drawing.prompts[i] for i in chosen],
-        seeds=chosen,
-        steps=contender.steps,
-        guidance_scale=contender.guidance_scale,
-        sampler=contender.sampler,
-        resolution=drawing.resolution,
-    )
-    _synchronise(model.device)
-    return time.perf_counter() - started
+def _time_once(model: StableDiffusion, contender: Contender, drawing: Drawing, number: int, rounds: Rounds) -> None:
+    chosen = [(number * rounds.batch_size + i) % len(drawing.prompts) for i in range(rounds.batch_size)]
+    with merged_adapters(model, contender.adapters):
+        reset_peak_memory(model.device)
+        stopwatch = Stopwatch(model.device)
+        sample(
+            model,
+            [drawing.prompts[i] for i in chosen],
+            seeds=chosen,
+            steps=contender.steps,
+            guidance_scale=contender.guidance_scale,
+            sampler=contender.sampler,
+            resolution=drawing.resolution,
+            on_stage=stopwatch,
+        )
+        rounds.peak_memory_mb = max(rounds.peak_memory_mb, peak_memory_mb(model.device))
+    if number:
+        rounds.seconds.append(stopwatch.seconds)
+
+
+def _costs(contender: Contender, timed: Sequence[Rounds], flops: Mapping[Stage, float], peak: float) -> dict[str, Any]:
+    """The first batch size stands for the contender where a single figure is wanted."""
+    per_image = flops_per_image(contender, flops)
+    latency = []
+    for rounds in timed:
+        total = rounds.per_image(*STAGES)
+        speed = per_image["total"] / total["median"]
+        latency.append(
+            {"batch_size": rounds.batch_size, "repeats": len(rounds.seconds), "seconds_per_image": total}
+            | {stage: rounds.per_image(stage) for stage in STAGES}
+            | {"peak_memory_mb": rounds.peak_memory_mb, "flops_per_second": speed, "fraction_of_peak": speed / peak}
+        )
+    first = latency[0]
+    return {
+        "seconds_per_image": first["seconds_per_image"] | {k: first[k] for k in ("batch_size", "repeats")},
+        "peak_memory_mb": first["peak_memory_mb"],
+        "flops_per_image": per_image,
+        "latency": latency,
+    }
+
+
+def count_flops(model: StableDiffusion, resolution: int) -> dict[Stage, float]:
+    """Floating-point operations of one caption, one UNet pass of one image, and one decoded image, by torch's counter.
+
+    A multiplication and an addition are two; only matrix products and convolutions count. Attention is computed in its
+    plain form for this, since the counter does not know the CPU's fused one.
+    """
+    latents = torch.zeros(1, *model.latent_shape(resolution), device=model.device)
+    with sdpa_kernel(SDPBackend.MATH), active_adapters(model, ()), torch.no_grad():
+        with FlopCounterMode(display=False) as text:
+            embeddings = model.encode_text([""])
+        with FlopCounterMode(display=False) as denoising:
+            model.denoise(latents, torch.tensor(0, device=model.device), embeddings)
+        with FlopCounterMode(display=False) as decoding:
+            model.decode_latents(latents)
+    counted = (text, denoising, decoding)
+    return {stage: float(c.get_total_flops()) for stage, c in zip(STAGES, counted, strict=True)}
+
+
+def flops_per_image(contender: Contender, flops: Mapping[Stage, float]) -> dict[str, float]:
+    """Operations of one image drawn alone, by stage and in total; with guidance the empty caption is encoded too."""
+    times = {
+        "text_encoding": 2 if contender.guidance_scale > 1 else 1,
+        "denoising": contender.network_evaluations,
+        "vae_decoding": 1,
+    }
+    by_stage = {stage: times[stage] * flops[stage] for stage in STAGES}
+    return {**by_stage, "total": sum(by_stage.values())}
+
+
+@torch.no_grad()
+def matrix_peak(device: torch.device, dtype: torch.dtype, seconds: float = 0.5) -> float:
+    """Operations per second of the machine's own product of two large square matrices of `dtype`; the best of some."""
+    size = 8192 if device.type == "cuda" else 2048
+    a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+    best, began = float("inf"), time.perf_counter()
+    while time.perf_counter() - began < seconds or best == float("inf"):
+        _synchronise(device)
+        started = time.perf_counter()
+        a @ b
+        _synchronise(device)
+        best = min(best, time.perf_counter() - started)
+    return 2 * size**3 / best
 
 
 def _synchronise(device: torch.device) -> None:

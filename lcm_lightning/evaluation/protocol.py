@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from lcm_lightning.errors import UserError
@@ -25,7 +26,7 @@ class Protocol:
         seed: image i starts from the noise of ``seed + i``.
         bootstrap_samples: draws behind the intervals of FID; 0 for none.
         latency_repeats: timed rounds.
-        latency_batch_size: images at a time while timing.
+        latency_batch_sizes: images at a time while timing; the first one's figures stand in the table.
         shown: rows of the grid.
     """
 
@@ -41,13 +42,17 @@ class Protocol:
     seed: int = 0
     bootstrap_samples: int = 100
     latency_repeats: int = 10
-    latency_batch_size: int = 1
+    latency_batch_sizes: Sequence[int] = (1,)
     shown: int = 8
 
     def __post_init__(self) -> None:
-        at_least = {"batch_size": 1, "latency_repeats": 1, "latency_batch_size": 1, "shown": 1, "bootstrap_samples": 0}
+        at_least = {"batch_size": 1, "latency_repeats": 1, "shown": 1, "bootstrap_samples": 0}
         at_least |= {"num_images": 2, "captions_per_image": 1}
         for key, least in at_least.items():
             value = getattr(self, key)
             if value is not None and value < least:
                 raise UserError(f"evaluation.{key}={value}: expected at least {least}")
+        if not self.latency_batch_sizes or any(size < 1 for size in self.latency_batch_sizes):
+            raise UserError(
+                f"evaluation.latency_batch_sizes={list(self.latency_batch_sizes)}: expected numbers from 1, as in [1,8]"
+            )

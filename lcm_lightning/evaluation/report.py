@@ -1,4 +1,4 @@
-"""What a reader gets: metrics.json, a self-contained HTML page, the same as Markdown, grid and frontier as pictures."""
+"""What a reader gets: metrics.json, a self-contained HTML page, the same as Markdown, and the pictures as files."""
 
 from __future__ import annotations
 
@@ -7,53 +7,42 @@ import io
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
 import jinja2
-from matplotlib.figure import Figure
-from rich.table import Table
+import rich.box
+from PIL import Image
+from rich.table import Table as ConsoleTable
 from torch import Tensor
 
-from lcm_lightning.pictures import labelled_grid
+from lcm_lightning.evaluation import tables
+from lcm_lightning.evaluation.figures import Grid, as_bytes, frontier
+from lcm_lightning.pictures import to_pil
 
 TEMPLATES = Path(__file__).parent / "templates"
-COLORS = {"base": "#6b7280", "finetuned": "#2563eb", "undistilled": "#dc2626", "student": "#059669"}
+SCHEMA_VERSION = 1  # of metrics.schema.json
+LARGEST_THUMBNAIL = 256  # px
 
 
-@dataclass(frozen=True)
-class Grid:
-    """The same prompts and seeds by everyone; see `lcm_lightning.pictures.labelled_grid`."""
-
-    columns: Sequence[Tensor]
-    headings: Sequence[str]
-    captions: Sequence[str]
-
-
-def write_report(folder: Path, metrics: Mapping[str, Any], grid: Grid, config: str) -> None:
-    """Write `metrics.json`, `report.html`, `report.md`, `grid.png` and `frontier.png` into `folder`, each whole."""
+def write_report(folder: Path, metrics: Mapping[str, Any], grids: Sequence[Grid], config: str) -> None:
+    """Write metrics.json, report.html, report.md, frontier.png and a picture of each grid into `folder`, each whole."""
     folder.mkdir(parents=True, exist_ok=True)
-    picture = io.BytesIO()
-    labelled_grid(grid.columns, grid.headings, grid.captions).save(picture, format="PNG")
     plot = frontier(metrics["models"])
-    content = {
-        "metrics": metrics,
-        "rows": table_rows(metrics["models"]),
-        "config": config,
-        "date": datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
-        "grid": base64.b64encode(picture.getvalue()).decode(),
-        "frontier": base64.b64encode(plot).decode(),
-    }
-    environment = jinja2.Environment(loader=jinja2.FileSystemLoader(TEMPLATES), autoescape=False, trim_blocks=True)
-    escaping = environment.overlay(autoescape=True)
+    pictures = {_grid_name(number): _png(grid.picture()) for number, grid in enumerate(grids)}
+    content = report_content(metrics, config) | {"pictures": list(zip(pictures, grids, strict=True))}
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(TEMPLATES), autoescape=False, trim_blocks=True, lstrip_blocks=True
+    )
+    embedded = {"frontier": _data_uri(as_bytes(plot, "svg"), "svg+xml"), "grids": [_html_grid(grid) for grid in grids]}
+    html = environment.overlay(autoescape=True).get_template("report.html.j2").render(content | embedded)
     files = {
-        "grid.png": picture.getvalue(),
-        "frontier.png": plot,
-        "report.html": escaping.get_template("report.html.j2").render(content).encode(),
+        "frontier.png": as_bytes(plot, "png"),
+        **pictures,
+        "report.html": html.encode(),
         "report.md": environment.get_template("report.md.j2").render(content).encode(),
-        "metrics.json": (json.dumps(_without_nan(metrics), indent=2) + "\n").encode(),
+        "metrics.json": (json.dumps(without_nan(metrics), indent=2) + "\n").encode(),
     }
     for name, data in files.items():
         temporary = folder / f".{name}"
@@ -61,77 +50,83 @@ def write_report(folder: Path, metrics: Mapping[str, Any], grid: Grid, config: s
         temporary.replace(folder / name)
 
 
-def _without_nan(value: Any) -> Any:
-    """JSON knows no NaN: null instead."""
-    if isinstance(value, Mapping):
-        return {key: _without_nan(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_without_nan(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+def report_content(metrics: Mapping[str, Any], config: str) -> dict[str, Any]:
+    """What both templates show."""
+    models = metrics["models"]
+    of_source = metrics["protocol"] == "report" or metrics["dataset"].startswith("flickr")
+    return {
+        "metrics": metrics,
+        "config": config,
+        "date": datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
+        "quality": tables.quality_table(models),
+        "costs": tables.cost_table(models),
+        "comparisons": tables.comparison_table(metrics),
+        "to_teacher": tables.teacher_table(models),
+        "table_1": tables.source_table(models) if of_source else None,
+        "stages": {model["label"]: tables.share_of_stages(model) for model in models},
+        "batches": [timed["batch_size"] for timed in models[0]["latency"]],
+        "repeats": models[0]["seconds_per_image"]["repeats"],
+        "meanings": tables.measured(tables.METRICS, models),
+    }
 
 
-def table_rows(models: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:
-    """The table, one row a model, as text; speed-ups are over the slowest guided teacher: fine-tuned, or else base."""
-    teacher = [model for model in models if model["role"] in ("base", "finetuned")][-1:]
-    slowest = teacher[0]["seconds_per_image"]["median"] if teacher else math.nan
-    return [
-        {
-            "role": model["role"],
-            "model": model["label"],
-            "network evaluations": str(model["network_evaluations"]),
-            "FID": _with_interval(model["fid"], 1),
-            "KID x 1000": _with_interval(model["kid"], 1000),
-            "CLIP score": _with_interval(model["clip_score"], 1),
-            "seconds per image": _with_interval(model["seconds_per_image"], 1, "median"),
-            "speed-up": f"{slowest / model['seconds_per_image']['median']:.1f}x",
-            "peak memory, MB": f"{model['peak_memory_mb']:.0f}",
-        }
-        for model in models
-    ]
+def _grid_name(number: int) -> str:
+    return "grid.png" if number == 0 else f"grid-{number + 1}.png"
 
 
-def _with_interval(estimate: Mapping[str, float], factor: float, key: str = "value") -> str:
-    value, low, high = (estimate[name] * factor for name in (key, "low", "high"))
-    return f"{value:.3g}" if math.isnan(low) else f"{value:.3g} [{low:.3g}, {high:.3g}]"
+def _html_grid(grid: Grid) -> dict[str, Any]:
+    """A grid's images as data addresses, row by row."""
+    cells = [[_thumbnail(image) for image in column] for column in grid.columns]
+    rows = list(zip(grid.captions, grid.seeds, zip(*cells, strict=True), strict=True))
+    return {"title": grid.title, "headings": grid.headings, "rows": rows, "pixelated": grid.columns[0].shape[-1] <= 128}
 
 
-def frontier(models: Sequence[Mapping[str, Any]]) -> bytes:
-    """PNG of FID against seconds per image, both with their intervals; left and down is better."""
-    figure = Figure(figsize=(7.5, 4.5), layout="constrained")
-    axes = figure.subplots()
-    for model in models:
-        fid, seconds = model["fid"], model["seconds_per_image"]
-        x, y = seconds["median"], fid["value"]
-        known = not math.isnan(fid["low"])
-        axes.errorbar(
-            x,
-            y,
-            xerr=[[max(x - seconds["low"], 0)], [max(seconds["high"] - x, 0)]],
-            yerr=[[max(y - fid["low"], 0)], [max(fid["high"] - y, 0)]] if known else None,
-            fmt="o",
-            color=COLORS[model["role"]],
-            capsize=3,
-        )
-        axes.annotate(model["label"], (x, y), textcoords="offset points", xytext=(7, 5), fontsize=9)
-    axes.set_xscale("log")
-    axes.set_ylim(bottom=0)
-    axes.margins(x=0.2)
-    axes.set_xlabel("seconds per image (median, batch of one unless stated)")
-    axes.set_ylabel("FID")
-    axes.grid(alpha=0.3, which="both")
+def _thumbnail(image: Tensor) -> str:
+    """A [3, H, W] image in [0, 1] as a data address: as it is up to 128 px, else reduced and as JPEG."""
+    picture = to_pil(image)
+    if picture.width <= 128:
+        return _data_uri(_png(picture), "png")
+    picture.thumbnail((LARGEST_THUMBNAIL, LARGEST_THUMBNAIL), Image.Resampling.LANCZOS)
     buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=130)
+    picture.save(buffer, format="JPEG", quality=90)
+    return _data_uri(buffer.getvalue(), "jpeg")
+
+
+def _png(picture: Image.Image) -> bytes:
+    buffer = io.BytesIO()
+    picture.save(buffer, format="PNG")
     return buffer.getvalue()
 
 
-def console_table(metrics: Mapping[str, Any]) -> Table:
-    """The report's table for a terminal, without its intervals."""
-    title = f"{metrics['dataset']}, {metrics['protocol']}, features {metrics['features']}"
-    table = Table(title=title, caption="\n".join(metrics["warnings"]) or None, caption_justify="left")
-    headings = {"model": "model", "network evaluations": "UNet", "FID": "FID", "KID x 1000": "KID x 1000"}
-    headings |= {"CLIP score": "CLIP", "seconds per image": "s/image", "speed-up": "speed-up"}
-    for key, heading in headings.items():
-        table.add_column(heading, justify="left" if key == "model" else "right", no_wrap=True)
-    for row in table_rows(metrics["models"]):
-        table.add_row(*(row[key].split(" [")[0] for key in headings))
+def _data_uri(data: bytes, kind: str) -> str:
+    return f"data:image/{kind};base64,{base64.b64encode(data).decode()}"
+
+
+def without_nan(value: Any) -> Any:
+    """The same with null for every number JSON does not know."""
+    if isinstance(value, Mapping):
+        return {key: without_nan(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [without_nan(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def console_table(metrics: Mapping[str, Any]) -> ConsoleTable:
+    """The report's main figures for a terminal, without their intervals."""
+    shown = {"UNet passes": "UNet", "FID": "FID", "CMMD": "CMMD", "CLIP score": "CLIP"}
+    shown |= {"s / image": "s/image", "speed-up": "faster"}
+    title = (metrics["dataset"], metrics["protocol"], metrics["features"], f"N={metrics['models'][0]['n_images']}")
+    table = ConsoleTable(
+        title=", ".join(title),
+        caption="\n".join(metrics["warnings"]) or None,
+        caption_justify="left",
+        box=rich.box.SIMPLE_HEAD,
+    )
+    quality = tables.quality_table(metrics["models"])
+    places = {heading: place for place, (heading, _) in enumerate(quality.headings) if heading in shown}
+    table.add_column("")
+    for heading in places:
+        table.add_column(shown[heading], justify="right", no_wrap=True)
+    for row in quality.rows:
+        table.add_row(row.title, *(row.cells[place - 1].value for place in places.values()))
     return table

@@ -15,6 +15,7 @@ from lcm_lightning.errors import UserError
 from lcm_lightning.models.stable_diffusion import StableDiffusion
 
 Sampler: TypeAlias = Literal["ddim", "dpmpp", "lcm"]
+Stage: TypeAlias = Literal["text_encoding", "denoising", "vae_decoding"]
 # What every Stable Diffusion pipeline means, and a config of another scheduler's class may leave out.
 STABLE_DIFFUSION = {"steps_offset": 1, "set_alpha_to_one": False}
 LCM_STEPS = 50  # diffusers' LCMScheduler picks its steps from so many
@@ -71,8 +72,10 @@ def sample(
     sampler: Sampler,
     resolution: int,
     negative_prompt: str = "",
+    on_latents: Callable[[Tensor], None] | None = None,
     batch_size: int | None = None,
     on_batch: Callable[[int], None] | None = None,
+    on_stage: Callable[[Stage], None] | None = None,
 ) -> Tensor:
     """Images [N, 3, H, W] in [0, 1], float32 on the CPU, of `prompts`, with the adapters that are active.
 
@@ -81,8 +84,10 @@ def sample(
 
     Args:
         guidance_scale: diffusers' form, ``uncond + g (cond - uncond)``; at most 1 means no guidance and one pass.
+        on_latents: called with the final latents [B, C, h, w] of each batch, float32 on the model's device.
         batch_size: images at a time; all at once if None.
         on_batch: called with the number of images finished in each batch, for progress bars.
+        on_stage: called with the name of each stage of a batch that ends, for clocks.
     """
     if steps < 1:
         raise UserError(f"steps={steps}: expected at least 1")
@@ -93,6 +98,7 @@ def sample(
     model.check_resolution(resolution)
     guided = guidance_scale > 1
     batch_size = batch_size or max(len(prompts), 1)
+    ended = on_stage or (lambda stage: None)
     unconditional = model.encode_text([negative_prompt]) if guided else None
     images = []
     for start in range(0, len(prompts), batch_size):
@@ -100,12 +106,17 @@ def sample(
         text = model.encode_text(chunk)
         if unconditional is not None:
             text = torch.cat([unconditional.expand(len(chunk), -1, -1), text])
+        ended("text_encoding")
         generators = [torch.Generator().manual_seed(seed) for seed in seeds[start : start + batch_size]]
         scheduler = make_scheduler(sampler, model.scheduler_config)
         latents = _denoise(model, scheduler, text, generators, steps, guidance_scale, resolution)
+        ended("denoising")
         images.append(model.decode_latents(latents).cpu())
+        ended("vae_decoding")
         if on_batch is not None:
             on_batch(len(chunk))
+        if on_latents is not None:
+            on_latents(latents)
     return torch.cat(images) if images else torch.empty(0, 3, resolution, resolution)
 
 

@@ -1,0 +1,113 @@
+"""The report's pictures: quality against time, and the same prompts by everyone."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+from PIL import Image
+from torch import Tensor
+
+from lcm_lightning.evaluation.tables import METRICS, Metric, is_known
+from lcm_lightning.pictures import labelled_grid
+
+SAMPLER_COLORS = {"ddim": "#2563eb", "dpmpp": "#d97706", "lcm": "#059669"}
+MARKERS = ("o", "s", "^", "D", "v", "P")
+SHADES = ("-", "--", ":", "-.")
+PANELS = ("fid", "cmmd", "kid", "clip_score")  # the first two that were measured
+GREY = "#4b5563"
+
+
+@dataclass(frozen=True)
+class Grid:
+    """The same prompts and seeds by several contenders.
+
+    Attributes:
+        title: what the columns have in common.
+        columns: each [N, 3, H, W] in [0, 1].
+        headings: one a column.
+        captions: one a row.
+        seeds: one a row.
+    """
+
+    title: str
+    columns: Sequence[Tensor]
+    headings: Sequence[str]
+    captions: Sequence[str]
+    seeds: Sequence[int]
+
+    def picture(self) -> Image.Image:
+        """All of it in one picture; see `lcm_lightning.pictures.labelled_grid`."""
+        words = [f"{caption}\nseed {seed}" for caption, seed in zip(self.captions, self.seeds, strict=True)]
+        return labelled_grid(self.columns, self.headings, words)
+
+
+def frontier(models: Sequence[Mapping[str, Any]]) -> Figure:
+    """Quality against seconds per image, a curve for each sampler of each model, numbers of steps beside the points.
+
+    Up to two metrics, side by side, with their intervals.
+    """
+    wanted = [metric for key in PANELS for metric in METRICS if metric.key == key]
+    panels = [metric for metric in wanted if any(is_known(model.get(metric.key)) for model in models)][:2]
+    figure = Figure(figsize=(10.5, 4.2), layout="constrained")
+    for place, metric in enumerate(panels, start=1):
+        axes = figure.add_subplot(1, len(panels), place)
+        for number, curve in enumerate(curves(models)):
+            _draw_curve(axes, curve, metric, number)
+        _dress(axes, metric)
+    if panels:
+        handles, labels = axes.get_legend_handles_labels()
+        figure.legend(handles, labels, loc="outside lower center", ncols=min(4, len(labels)), frameon=False, fontsize=9)
+    return figure
+
+
+def curves(models: Sequence[Mapping[str, Any]]) -> list[list[Mapping[str, Any]]]:
+    """The models of each series, by time; series in the order of their first model."""
+    found: dict[str, list[Mapping[str, Any]]] = {}
+    for model in models:
+        found.setdefault(model["series"], []).append(model)
+    return [sorted(series, key=lambda model: model["seconds_per_image"]["median"]) for series in found.values()]
+
+
+def _draw_curve(axes: Axes, curve: Sequence[Mapping[str, Any]], metric: Metric, number: int) -> None:
+    points = [model for model in curve if is_known(model.get(metric.key))]
+    if not points:
+        return
+    color = SAMPLER_COLORS[points[0]["sampler"]] if points[0]["role"] != "base" or len(points) > 1 else GREY
+    seconds = [model["seconds_per_image"] for model in points]
+    x = [time["median"] for time in seconds]
+    y = [model[metric.key]["value"] * metric.factor for model in points]
+    style = {"color": color, "marker": MARKERS[number % len(MARKERS)], "markersize": 5.5, "linewidth": 1.6}
+    axes.plot(x, y, linestyle=SHADES[number // len(MARKERS) % len(SHADES)], label=points[0]["series"], **style)
+    for model, time, across, up in zip(points, seconds, x, y, strict=True):
+        axes.plot([time["low"], time["high"]], [up, up], color=color, alpha=0.35, linewidth=2.5)
+        if is_known(model[metric.key], "low"):
+            bounds = [model[metric.key][key] * metric.factor for key in ("low", "high")]
+            axes.plot([across, across], bounds, color=color, alpha=0.35, linewidth=2.5)
+        axes.annotate(
+            str(model["steps"]), (across, up), textcoords="offset points", xytext=(5, 5), fontsize=8.5, color=color
+        )
+
+
+def _dress(axes: Axes, metric: Metric) -> None:
+    axes.set_xscale("log")
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axes.xaxis.set_minor_formatter(NullFormatter())
+    axes.margins(x=0.08, y=0.12)
+    axes.set_xlabel("seconds per image (log)")
+    axes.set_title(f"{metric.title}: {metric.better} is better", fontsize=10.5, loc="left", fontweight="bold")
+    axes.grid(alpha=0.25, which="major")
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def as_bytes(figure: Figure, kind: str) -> bytes:
+    """The figure as a "png" or "svg" file, the same bytes for the same figure."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format=kind, dpi=130, metadata={"Date": None} if kind == "svg" else None)
+    return buffer.getvalue()

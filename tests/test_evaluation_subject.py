@@ -1,0 +1,217 @@
+"""What `models=`, `run=`, `model=` and `lora=` mean, and what mistakes in them say."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from hydra import compose, initialize_config_dir
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import DictConfig, OmegaConf, open_dict
+
+from lcm_lightning.data.shards import Shard
+from lcm_lightning.errors import UserError
+from lcm_lightning.evaluation import evaluation
+from lcm_lightning.evaluation.contenders import Contender, Lineup
+from lcm_lightning.evaluation.evaluation import Entrant, check_size, distinguish
+from lcm_lightning.evaluation.protocol import Protocol
+from lcm_lightning.evaluation.reference import RealImages
+from lcm_lightning.evaluation.subject import (
+    Subject,
+    SubjectSource,
+    adapter_digest,
+    evaluation_data,
+    find_subjects,
+    weights_digest,
+)
+from lcm_lightning.models.adapters import LoraSettings, add_lora, lora_layers, lora_parameters
+from lcm_lightning.models.stable_diffusion import StableDiffusion, load_stable_diffusion
+from lcm_lightning.resolvers import register_resolvers
+
+CONF = Path(__file__).parent.parent / "conf"
+
+
+@pytest.fixture
+def composed() -> Iterator[Callable[..., DictConfig]]:
+    """Composes evaluate.py's configuration from overrides, as its main function gets it."""
+    register_resolvers()
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+
+        def config(*overrides: str) -> DictConfig:
+            cfg = compose("evaluate", overrides=[*overrides, "run_dir=x"], return_hydra_config=True)
+            HydraConfig.instance().set_config(cfg)
+            with open_dict(cfg):
+                del cfg["hydra"]
+            return cfg
+
+        yield config
+
+
+def make_run(folder: Path, data: str = "flickr8k", adapters: tuple[str, ...] = ("lcm",)) -> Path:
+    """A run folder without weights."""
+    (folder / "lora").mkdir(parents=True)
+    config = {"name": f"lcm_{data}", "data": {"name": data, "source": None, "resolution": 64}, "model": {}}
+    (folder / "config.yaml").write_text(OmegaConf.to_yaml(config))
+    listed = [{"name": name, "file": f"{name}.safetensors"} for name in adapters]
+    (folder / "lora" / "adapters.json").write_text(json.dumps({"adapters": listed}))
+    return folder
+
+
+def test_any_number_of_models_are_found_without_loading_one(composed, tmp_path: Path):
+    run = make_run(tmp_path / "a")
+    (tmp_path / "x.safetensors").touch()
+    models = f"models=[sd15,tiny,run:{run},lcm:{tmp_path}/x.safetensors,lora:{run}]"
+    found = find_subjects(composed(models, "model=tiny"))
+    assert [source.name for source in found] == ["sd15", "tiny", "lcm_flickr8k", "x", "a"]
+    assert [source.data and source.data.name for source in found] == [None, None, "flickr8k", None, "flickr8k"]
+
+
+def test_the_shorthands_are_lists_of_one(composed, tmp_path: Path):
+    run = make_run(tmp_path / "a")
+    (tmp_path / "x.safetensors").touch()
+    lora = f"lora={tmp_path}/x.safetensors"
+    for shorthand, listed in (
+        ([f"run={run}"], [f"models=[run:{run}]"]),
+        (["model=tiny"], ["models=[tiny]"]),
+        (
+            ["model=tiny", lora, "lora_role=lcm"],
+            ["model=tiny", f"models=[lora:{tmp_path}/x.safetensors]", "lora_role=lcm"],
+        ),
+    ):
+        (short,), (long,) = find_subjects(composed(*shorthand)), find_subjects(composed(*listed))
+        assert (short.name, short.spec, short.data) == (long.name, long.spec, long.data)
+
+
+def test_runs_of_one_experiment_get_names_of_their_own(composed, tmp_path: Path):
+    a, b = make_run(tmp_path / "a"), make_run(tmp_path / "b")
+    names = [source.name for source in find_subjects(composed(f"models=[run:{a},run:{b}]"))]
+    assert names == ["lcm_flickr8k-1", "lcm_flickr8k-2"]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        (["models=[tinny]"], "models: no model is called tinny; expected the name of a file in conf/model, run:FOLDER"),
+        (["models=[tiny,run:nowhere]"], "run=nowhere: no config.yaml there"),
+        (["models=[tiny,tiny]"], "models: names tiny more than once"),
+        (["models=tiny"], "models=tiny: expected a list"),
+        (["models=[]"], "models=[]: expected a list"),
+        (["models=[3]"], "models=[3]: expected a list"),
+        (["models=[tiny]", "run=a"], "run=a and models=...: put it into the list, run:a"),
+        (["models=[hub:x/y]"], "models: hub:x/y is of no known kind; expected"),
+        (["models=[lcm:a.safetensors]"], "lcm:a.safetensors: a LoRA needs the model it belongs on; add model=sd15"),
+        (["models=[lora:a]", "model=tiny"], "lora_role=None: say what lora=a is"),
+        (["models=[lcm:./a.safetensors]", "model=tiny"], "lora=./a.safetensors: no such file or folder"),
+        (["run=a", "lora=b"], "give model=... with lora=..."),
+        ([], "or several of them with models=[...]"),
+    ],
+)
+def test_mistakes_in_what_to_evaluate_are_one_message(composed, overrides: list[str], said: str):
+    with pytest.raises(UserError) as raised:
+        find_subjects(composed(*overrides))
+    assert said in str(raised.value) and "\n" not in str(raised.value)
+
+
+def test_a_run_without_its_prefix_is_recognised(composed, tmp_path: Path):
+    run = make_run(tmp_path / "a")
+    with pytest.raises(UserError, match=f"a run is written run:{run}"):
+        find_subjects(composed(f"models=[{run}]"))
+
+
+def test_runs_on_different_data_need_a_choice(composed, tmp_path: Path):
+    a, b = make_run(tmp_path / "a"), make_run(tmp_path / "b", "flickr30k")
+    cfg = composed(f"models=[run:{a},run:{b}]")
+    with pytest.raises(UserError, match=r"different data \(run:.*a on flickr8k, run:.*b on flickr30k\); choose"):
+        evaluation_data(cfg, find_subjects(cfg))
+    cfg = composed(f"models=[run:{a},run:{b}]", "data=flickr30k")
+    assert evaluation_data(cfg, find_subjects(cfg)).name == "flickr30k"
+    cfg = composed(f"models=[tiny,run:{a}]")
+    assert evaluation_data(cfg, find_subjects(cfg)).name == "flickr8k"
+    cfg = composed("models=[tiny]")
+    with pytest.raises(UserError, match="needs a data set"):
+        evaluation_data(cfg, find_subjects(cfg))
+
+
+def test_more_images_than_the_split_holds_are_refused(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(evaluation, "locate", lambda *_: None)
+    monkeypatch.setattr(evaluation, "open_split", lambda *_: (Shard(Path("a"), 60, ""), Shard(Path("b"), 39, "")))
+    check_size(RealImages("flickr8k", None, "test", 99, 64))
+    check_size(RealImages("flickr8k", None, "test", None, 64))
+    with pytest.raises(UserError, match="num_images=100: flickr8k/test holds 99 images"):
+        check_size(RealImages("flickr8k", None, "test", 100, 64))
+
+
+@pytest.mark.parametrize(
+    ("build", "said"),
+    [
+        (lambda: Protocol("p", "c", latency_batch_sizes=[0]), r"latency_batch_sizes=\[0\]: expected numbers from 1"),
+        (lambda: Protocol("p", "c", latency_batch_sizes=[]), r"latency_batch_sizes=\[\]: expected numbers from 1"),
+        (lambda: Lineup(rivals={"lcm": [4]}), "rivals.lcm: no teacher's solver; there are ddim and dpmpp"),
+        (lambda: Lineup(rivals={"ddim": [0]}), r"rivals.ddim=\[0\]: expected numbers from 1"),
+        (lambda: Lineup(student_steps=[64]), r"student_steps=\[64\]: expected numbers from 1 to 50"),
+    ],
+)
+def test_protocols_that_cannot_be_followed_are_refused(build: Callable[[], object], said: str):
+    with pytest.raises(UserError, match=said):
+        build()
+
+
+@pytest.mark.parametrize("protocol", ["report", "standard", "coco30k", "quick"])
+def test_every_protocol_composes(composed, protocol: str):
+    from lcm_lightning.training import instantiate_group, resolve
+
+    cfg = composed(f"evaluation={protocol}", "model=tiny", "data=coco")
+    resolve(cfg, cfg.keys())
+    built = instantiate_group(cfg, "evaluation")
+    assert built.name == protocol and built.lineup.rivals and built.latency_batch_sizes[0] == 1
+
+
+def with_lora(model: StableDiffusion, name: str, seed: int, alpha: float = 4) -> StableDiffusion:
+    add_lora(model.unet, name, LoraSettings(rank=4, alpha=alpha))
+    generator = torch.Generator().manual_seed(seed)
+    for parameter in lora_parameters(model.unet, name):
+        parameter.data.normal_(0, 0.02, generator=generator)
+    return model
+
+
+def test_identities_know_weights_and_scale_but_not_names(pipeline_folder: Path):
+    def fresh() -> StableDiffusion:
+        return load_stable_diffusion(str(pipeline_folder))
+
+    plain, lcm = fresh(), with_lora(fresh(), "lcm", seed=1)
+    assert any(True for _ in lora_layers(lcm))
+    assert weights_digest(lcm) == weights_digest(plain)
+    assert adapter_digest(lcm, "lcm") == adapter_digest(with_lora(fresh(), "other", seed=1), "other")
+    assert adapter_digest(lcm, "lcm") != adapter_digest(with_lora(fresh(), "lcm", seed=2), "lcm")
+    assert adapter_digest(lcm, "lcm") != adapter_digest(with_lora(fresh(), "lcm", seed=1, alpha=8), "lcm")
+    changed = fresh()
+    changed.vae.decoder.conv_in.bias.data[0] += 1
+    assert weights_digest(changed) != weights_digest(plain)
+
+
+def test_contenders_that_share_a_name_but_not_weights_are_told_apart_and_keep_their_teacher():
+    def source(name: str) -> SubjectSource:
+        return SubjectSource(name, name, lambda: Subject(None, ()))
+
+    def base(name: str, steps: int) -> Contender:
+        return Contender("base", "base", (), "ddim", steps, 7.5, "base_ddim_50")
+
+    student = Contender("lcm_lora", "student", ("lcm",), "lcm", 4, 1.0, "base_ddim_50")
+    a, b, c = source("a"), source("b"), source("c")
+    found = {
+        "1": Entrant(base("base", 50), a, "w1", Path("1")),
+        "2": Entrant(student, a, "s1", Path("2")),
+        "3": Entrant(base("base", 50), b, "w2", Path("3")),
+        "4": Entrant(student, c, "s2", Path("4")),  # c has the weights of b
+    }
+    keys = {("a", "base_ddim_50"): "1", ("b", "base_ddim_50"): "3", ("c", "base_ddim_50"): "3"}
+    named = {entrant.contender.slug: entrant.contender.teacher for entrant in distinguish(found, keys)}
+    assert named == {
+        "base-a_ddim_50": "base-a_ddim_50",
+        "base-b_ddim_50": "base-b_ddim_50",
+        "lcm_lora-a_4": "base-a_ddim_50",
+        "lcm_lora-c_4": "base-b_ddim_50",
+    }
