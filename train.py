@@ -38,7 +38,7 @@ def main(cfg: DictConfig) -> float | None:
     data.prepare_data()
     loggers: list[Logger] = [CSVLogger(run_dir, name="", version=""), *instantiate_each(cfg, "logger")]
     trainer = instantiate_group(cfg, "trainer", logger=loggers, callbacks=instantiate_each(cfg, "callbacks"))
-    module = build_module(cfg, trainer.precision)
+    module = build_module(cfg, trainer.precision, data.cache)
     if trainer.is_global_zero:
         OmegaConf.save(cfg, run_dir / "config.yaml")
         for logger in loggers[1:]:

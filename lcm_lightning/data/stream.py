@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import logging
+import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -29,6 +31,9 @@ from lcm_lightning.data.shards import Shard, image_bytes, read_samples, sample_c
 from lcm_lightning.errors import UserError
 
 log = logging.getLogger(__name__)
+
+# Raw samples of a shard from a number on.
+Reader = Callable[[Path, int], Iterator[dict[str, Any]]]
 
 
 @dataclass(frozen=True)
@@ -68,8 +73,7 @@ class Augmentation:
 
     def __call__(self, image: Image.Image, captions: Sequence[str], key: str, seed: int) -> Example:
         """Resize the shorter side, crop, flip, normalise; choose and perhaps drop the caption."""
-        # Always five draws, in this order: switching one augmentation off leaves the others as they were.
-        choice, dropout, flip, u, v = np.random.default_rng(seed).random(5)
+        choice, dropout, flip, u, v = augmentation_draws(seed)
         if not self.random:
             choice, u, v = 0.0, 0.5, 0.5
         image = crop_square(resize_shorter_side(image, self.resolution), self.resolution, u, v)
@@ -79,8 +83,16 @@ class Augmentation:
         return Example(normalise(image), caption, key, seed)
 
 
+def augmentation_draws(seed: int) -> np.ndarray:
+    """Uniform numbers in [0, 1) for the choice of caption, its dropout, mirror image, crop from left and from top.
+
+    Always five, in this order: switching one augmentation off leaves the others as they were. Shape float64 [5].
+    """
+    return np.random.default_rng(seed).random(5)
+
+
 def read_segments(
-    shards: Sequence[Shard], segments: Iterable[Segment], wanted: frozenset[int]
+    shards: Sequence[Shard], segments: Iterable[Segment], wanted: frozenset[int], read: Reader = read_samples
 ) -> Iterator[tuple[int, dict[str, Any] | Fault]]:
     """Stage 1: (position, raw sample) for every wanted position of the segments, in reading order.
 
@@ -91,18 +103,18 @@ def read_segments(
         shard = shards[segment.shard]
         positions = range(offset, offset + len(segment))
         offset += len(segment)
-        samples = raw_samples(shard, segment)
+        samples = raw_samples(shard, segment, read)
         yield from (
             (position, sample) for position, sample in zip(positions, samples, strict=True) if position in wanted
         )
 
 
-def raw_samples(shard: Shard, segment: Segment) -> Iterator[dict[str, Any] | Fault]:
+def raw_samples(shard: Shard, segment: Segment, read: Reader) -> Iterator[dict[str, Any] | Fault]:
     """Exactly `len(segment)` raw samples, or faults in the place of those the shard fails to give."""
     given = 0
     reason = "the shard holds fewer samples than were counted"
     try:
-        for sample in read_samples(shard.path, segment.start):
+        for sample in read(shard.path, segment.start):
             yield sample | {"__shard__": str(shard.path)}
             given += 1
             if given == len(segment):
@@ -141,15 +153,17 @@ def decode(samples: Iterable[dict[str, Any] | Fault], augment: Augmentation, see
 
 
 def batch(
-    examples: Iterable[Example | Fault], planned: Iterable[PlannedBatch], batch_size: int, resolution: int
+    examples: Iterable[Any | Fault],
+    planned: Iterable[PlannedBatch],
+    collate: Callable[[Sequence[Any], float], dict[str, Any]],
 ) -> Iterator[dict[str, Any]]:
-    """Stage 4: the planned batches, each of exactly `batch_size` samples."""
+    """Stage 4: the planned batches, made by `collate` of their valid examples and weight."""
     source = iter(examples)
     for plan in planned:
         taken = [next(source) for _ in range(plan.valid)]
         faults = [example for example in taken if isinstance(example, Fault)]
-        valid = [example for example in taken if isinstance(example, Example)]
-        yield collate(valid, plan.weight, batch_size, resolution) | {"faults": faults}
+        valid = [example for example in taken if not isinstance(example, Fault)]
+        yield collate(valid, plan.weight) | {"faults": faults}
 
 
 def collate(valid: Sequence[Example], weight: float, batch_size: int, resolution: int) -> dict[str, Any]:
@@ -175,6 +189,8 @@ class ShardStream(IterableDataset):
     Where the stream starts - (epoch, start_batch, rank, world_size) - lives in shared memory: persistent workers keep
     the copy of the dataset they were started with, and would otherwise repeat their first epoch for ever.
     """
+
+    read: Reader = staticmethod(read_samples)
 
     def __init__(
         self,
@@ -217,13 +233,20 @@ class ShardStream(IterableDataset):
             shuffle_buffer=self.shuffle_buffer,
             start_batch=start_batch,
         )
-        resolution = self.augment.resolution
         return [
-            partial(read_segments, self.shards, plan.segments, frozenset(plan.order.tolist())),
+            partial(read_segments, self.shards, plan.segments, frozenset(plan.order.tolist()), self.read),
             partial(emit_in_order, order=plan.order),
-            partial(decode, augment=self.augment, seed=self.seed, epoch=epoch),
-            partial(batch, planned=plan.batches, batch_size=self.batch_size, resolution=resolution),
+            self.decoder(epoch),
+            partial(batch, planned=plan.batches, collate=self.collate()),
         ]
+
+    def decoder(self, epoch: int) -> Callable[..., Iterator[Any]]:
+        """Stage 3 of an epoch."""
+        return partial(decode, augment=self.augment, seed=self.seed, epoch=epoch)
+
+    def collate(self) -> Callable[[Sequence[Any], float], dict[str, Any]]:
+        """Makes a batch of valid examples and their weight."""
+        return partial(collate, batch_size=self.batch_size, resolution=self.augment.resolution)
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         # Not a generator: the plan must be made now, before the main process moves `start` on.
@@ -248,6 +271,7 @@ class ShardLoader:
 
     Attributes:
         start_batch: batches of the next epoch to leave out, without decoding them; 0 again afterwards.
+        waited: seconds this process has waited for batches so far.
         batch_sampler: None, as in a `DataLoader` that does not batch; Lightning asks for it.
     """
 
@@ -264,6 +288,7 @@ class ShardLoader:
         self.epoch_offset = 0
         self.loaded_epoch: int | None = None
         self.consumed = 0
+        self.waited = 0.0
         self.loader = DataLoader(
             stream,
             batch_size=None,
@@ -312,10 +337,18 @@ class ShardLoader:
         self.stream.start.copy_(torch.tensor([self.epoch, self.start_batch, rank, world_size]))
         self.consumed, self.start_batch, self.loaded_epoch = self.start_batch, 0, None
         faults = FaultCount(self.rank_samples(rank, world_size), self.max_bad_fraction)
-        for content in self.loader:
+        for content in self.timed():
             faults.add(content.pop("faults"))
             self.consumed += 1
             yield content
+
+    def timed(self) -> Iterator[dict[str, Any]]:
+        """The `DataLoader`'s batches, the time each is waited for added to `waited`."""
+        started = time.perf_counter()
+        for content in self.loader:
+            self.waited += time.perf_counter() - started
+            yield content
+            started = time.perf_counter()
 
     def plan_settings(self) -> dict[str, int]:
         """All that decides which samples a batch holds, beside the epoch and the rank."""

@@ -16,7 +16,7 @@ import multiprocessing
 import os
 import tarfile
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Executor, Future, ProcessPoolExecutor, wait
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -348,11 +348,15 @@ def write_index(
     output: Path,
     name: str,
     split_origin: str,
-    settings: ShardSettings,
+    settings: Any,
     written: Iterable[Written],
     outside: Iterable[Skipped],
+    more: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """Write `skipped.csv`, remove what earlier runs left over, then write `index.json` and return its content."""
+    """Write `skipped.csv`, remove what earlier runs left over, then write `index.json` and return its content.
+
+    `settings` is a dataclass; `more` goes into the index as it is.
+    """
     written = sorted(written, key=lambda shard: shard.file)
     skipped = [*outside, *(skipped for shard in written for skipped in shard.skipped)]
     replace_text(output / SKIPPED_NAME, skipped_table(skipped))
@@ -372,6 +376,7 @@ def write_index(
         "fingerprint": hashlib.sha256("\n".join(shard.sha256 for shard in filled).encode()).hexdigest(),
         "skipped": dict(sorted(Counter(skip.reason for skip in skipped).items())),
         "splits": {split: split_entry(filled, split) for split in SPLITS if any(s.split == split for s in filled)},
+        **(more or {}),
     }
     replace_text(output / INDEX_NAME, json.dumps(index, indent=1) + "\n")
     return index
