@@ -62,7 +62,7 @@ class CacheSettings:
         dtype: VAE and text encoder compute in it; float16 is stored.
 
     Raises:
-        UserError: no crop.
+        UserError: a value is out of range.
     """
 
     crops: int = 1
@@ -71,6 +71,10 @@ class CacheSettings:
 
     def __post_init__(self) -> None:
         check_whole_number("cache.crops", self.crops, 1, advice="1 is the centre crop alone")
+        if not isinstance(self.flips, bool):
+            raise UserError(
+                f"cache.flips={self.flips}: expected true or false, or null to follow data.flip_probability"
+            )
 
     def of_split(self, split: str) -> CacheSettings:
         """Held-out samples are only seen at the centre, not mirrored."""

@@ -6,6 +6,7 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from omegaconf import DictConfig
 from rich.console import Console
@@ -85,10 +86,10 @@ def run(
     index: ShardIndex,
     output: Path,
     *,
+    model: StableDiffusion,
     cache_dir: str | None,
     console: Console,
-    model: StableDiffusion,
-    **options: object,
+    **options: Any,
 ) -> Path:
     """`cache_latents` with a progress bar and a summary; returns `output`."""
     samples = sum(shard.samples for split in cached_splits(index) for shard in open_split(index, split, cache_dir))

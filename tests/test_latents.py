@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import csv
 import json
+import runpy
 import shutil
+import sys
 import tarfile
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,23 +17,27 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import build_tiny_pipeline, noise_jpeg
+from conftest import ROOT, build_tiny_pipeline, noise_jpeg
+from hydra.core.global_hydra import GlobalHydra
+from omegaconf import OmegaConf
 from PIL import Image
 from safetensors.numpy import load as load_bytes
 from safetensors.numpy import save as save_bytes
 from safetensors.torch import load_file, save_file
 
+import train
 from lcm_lightning import caching
 from lcm_lightning.caching import CacheSettings, cache_key, cache_latents
+from lcm_lightning.data import stream
 from lcm_lightning.data.datamodule import CaptionedImages, iterate_split
-from lcm_lightning.data.images import ImageFault
+from lcm_lightning.data.images import ImageFault, decode_image
 from lcm_lightning.data.latents import read_rows
 from lcm_lightning.data.records import Record
 from lcm_lightning.data.shards import find_shards
 from lcm_lightning.data.writing import ShardSettings, write_shards
 from lcm_lightning.diffusion.consistency import ConsistencyDistillation
 from lcm_lightning.errors import UserError
-from lcm_lightning.models.adapters import LoraSettings, load_lora
+from lcm_lightning.models.adapters import LoraSettings, fuse_lora, load_lora
 from lcm_lightning.models.sampling import sample
 from lcm_lightning.models.stable_diffusion import StableDiffusion, load_stable_diffusion
 from lcm_lightning.modules.consistency_distillation import LcmLoraDistillation
@@ -416,3 +424,143 @@ def test_a_damaged_sample_is_left_out_of_its_batch(
     kept = {key for batch in loader for key, weight in zip(batch["keys"], batch["weight"], strict=True) if weight > 0}
     assert len(kept) == 10 and first.name.partition(".")[0] not in kept
     assert "damaged latents" in caplog.text
+
+
+def test_a_teacher_s_lora_is_fused_without_reading_the_encoders(
+    pipeline_folder: Path, square_latents: Path, tiny_model: StableDiffusion, tmp_path: Path
+):
+    down = torch.randn(4, 64, generator=torch.Generator().manual_seed(0))
+    layer = "unet.mid_block.attentions.0.transformer_blocks.0.attn1.to_q"
+    path = tmp_path / "teacher.safetensors"
+    save_file({f"{layer}.lora_A.weight": down, f"{layer}.lora_B.weight": down.T.contiguous()}, path)
+    before = tiny_model.unet.get_submodule(layer.removeprefix("unet.")).weight.clone()
+    model = deferred(pipeline_folder, square_latents)
+    fuse_lora(model, path)
+    torch.testing.assert_close(
+        model.unet.get_submodule(layer.removeprefix("unet.")).weight, before + down.T @ down, rtol=1e-5, atol=1e-4
+    )
+    assert set(model.deferred) == {"vae", "text_encoder"}
+
+
+def test_waiting_for_batches_is_timed_and_nothing_else(flickr_shards: Path, monkeypatch: pytest.MonkeyPatch):
+    def slowly(content: bytes) -> Image.Image:
+        time.sleep(0.01)
+        return decode_image(content)
+
+    monkeypatch.setattr(stream, "decode_image", slowly)
+    loader = data(flickr_shards, batch_size=6).train_dataloader()
+    loader.set_epoch(0)
+    started = time.perf_counter()
+    for _ in loader:
+        time.sleep(0.1)
+    assert 24 * 0.01 <= loader.waited <= time.perf_counter() - started - 4 * 0.1
+
+
+@pytest.fixture
+def command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Callable[..., str]:
+    """Runs prepare or train.py in this process and in `tmp_path`; returns what it said, after a status other than 0."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+
+    def run(program: str, *options: object) -> str:
+        GlobalHydra.instance().clear()
+        monkeypatch.setattr(sys, "argv", [program, f"--config-path={ROOT / 'conf'}", *map(str, options)])
+        capfd.readouterr()
+        status = ""
+        try:
+            train.main() if program == "train" else runpy.run_module("lcm_lightning.prepare", run_name="__main__")
+        except SystemExit as end:
+            status = f"{end.code} "
+        GlobalHydra.instance().clear()
+        return status + "".join(capfd.readouterr())
+
+    return run
+
+
+def photos(folder: Path) -> Path:
+    """Twenty captioned photos as people have them."""
+    for split, samples in (("train", 16), ("val", 4)):
+        (folder / split).mkdir(parents=True)
+        for n in range(samples):
+            (folder / split / f"{n}.jpg").write_bytes(noise_jpeg(n))
+            (folder / split / f"{n}.txt").write_text(f"photo {n}\n{split}\n")
+    return folder
+
+
+SMALL = (
+    "trainer=debug",
+    "logger=none",
+    "method.lora.rank=4",
+    "data.batch_size=2",
+    "data.num_workers=0",
+    "data.resolution=32",
+    "data.val_limit=2",
+    "callbacks.samples.teacher_steps=2",
+    "callbacks.samples.student_steps=[1]",
+    "trainer.accumulate_grad_batches=1",
+)
+
+
+@pytest.mark.parametrize("experiment", ["lora_flickr8k", "lcm_flickr8k"])
+def test_from_photos_to_a_run_on_latents(
+    command: Callable[..., str], tmp_path: Path, pipeline_folder: Path, experiment: str, monkeypatch: pytest.MonkeyPatch
+):
+    model = ("model=sd15", f"model.path={pipeline_folder}")
+    source = f"data.source={photos(tmp_path / 'photos')}"
+    options = ("data=folder", source, "prepare.workers=1", "data.resolution=32", "cache=latents", "cache.dtype=float32")
+    said = command("prepare", *options, *model)
+    ready = "Ready: python train.py data=folder data.source=data/folder-latents data.resolution=32 model=sd15"
+    assert ready in said
+    again = command("prepare", "data=folder", "data.resolution=32", "cache=latents", "cache.dtype=float32", *model)
+    assert "2 shards kept" in again
+
+    reads = []
+    read_deferred = StableDiffusion._read_deferred
+    monkeypatch.setattr(
+        StableDiffusion, "_read_deferred", lambda self, name: (reads.append(name), read_deferred(self, name))
+    )
+    places = ("data=folder", "data.source=data/folder-latents", *model)
+    said = command("train", f"experiment={experiment}", *SMALL, *places, "hydra.run.dir=run", "max_steps=2")
+    assert "run folder: run" in said
+    assert sorted(reads) == ["text_encoder", "vae"] and (tmp_path / "run" / "samples" / "step_000002.png").is_file()
+    with (tmp_path / "run" / "metrics.csv").open() as file:
+        waits = [float(row["train/data_wait_fraction"]) for row in csv.DictReader(file) if row["train/loss"]]
+    assert len(waits) == 2 and all(0 < wait < 1 for wait in waits)
+    assert OmegaConf.load(tmp_path / "run" / "config.yaml").data.source == "data/folder-latents"
+
+    reads.clear()
+    command(
+        "train",
+        f"experiment={experiment}",
+        *SMALL,
+        *places,
+        "hydra.run.dir=blind",
+        "max_steps=1",
+        "callbacks.samples=null",
+    )
+    assert (tmp_path / "blind" / "checkpoints" / "last.ckpt").is_file() and not reads
+
+    said = command("train", f"experiment={experiment}", *SMALL, *places, "hydra.run.dir=large", "data.resolution=64")
+    assert said.startswith("2 ") and "error: data.source=data/folder-latents" in said
+    assert "resolution: the cache has 32, this run 64" in said
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ((), "error: cache=latents: whose? give the model"),
+        (("model=sd15", "model.unet_init=random", "data.resolution=33"), "error: data.resolution=33"),
+        (("cache.crops=0", "model=sd15"), "error: cache.crops=0: expected a whole number, at least 1"),
+        (("cache.flips=3", "model=sd15"), "error: cache.flips=3: expected true or false"),
+        (("cache.dtype=int8", "model=sd15"), "error: dtype=int8"),
+    ],
+)
+def test_a_mistake_is_one_message(command: Callable[..., str], tmp_path: Path, options: tuple[str, ...], message: str):
+    said = command("prepare", "data=folder", f"data.source={photos(tmp_path / 'photos')}", "cache=latents", *options)
+    assert said.startswith("2 ") and message in said and "Traceback" not in said
+    assert not (tmp_path / "data").exists()
+
+
+def test_what_trains_the_networks_themselves_wants_images(command: Callable[..., str], square_latents: Path):
+    said = command("train", "experiment=pretrain_vae", f"data.source={square_latents}", "trainer=debug", "logger=none")
+    assert said.startswith("2 ") and "holds cached latents" in said
