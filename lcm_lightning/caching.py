@@ -138,8 +138,8 @@ def cache_latents(
     check_output(output, key)
     (output / PARTS_NAME).mkdir(parents=True, exist_ok=True)
     (output / INDEX_NAME).unlink(missing_ok=True)
-    empty_text = to_half(model.encode_text([""]))
-    replace_bytes(output / EMPTY_CAPTION, save({TEXT: empty_text[0]}))
+    empty_text = to_half(model.encode_text([""]))[0]
+    replace_bytes(output / EMPTY_CAPTION, save({TEXT: empty_text.numpy()}))
     written = []
     for split in cached_splits(index):
         for number, shard in enumerate(open_split(index, split, cache_dir)):
@@ -244,12 +244,12 @@ class Encoder:
         text = self.model.encode_text([caption for sample in samples for caption in sample.captions])
         by_sample = zip(
             samples,
-            torch.cat(moments).split([len(sample.pixel_values) for sample in samples]),
-            text.split([len(sample.captions) for sample in samples]),
+            to_half(torch.cat(moments)).split([len(sample.pixel_values) for sample in samples]),
+            to_half(text).split([len(sample.captions) for sample in samples]),
             strict=True,
         )
         for sample, sample_moments, sample_text in by_sample:
-            tensors = {MOMENTS: to_half(sample_moments), TEXT: to_half(sample_text)}
+            tensors = {MOMENTS: sample_moments.numpy(), TEXT: sample_text.numpy()}
             if all(np.isfinite(tensor).all() for tensor in tensors.values()):
                 described = {"captions": sample.captions, "image_shard": shard}
                 content = json.dumps(described, ensure_ascii=False).encode()
@@ -258,9 +258,9 @@ class Encoder:
                 yield Skipped(sample.key, shard, "", "latents not finite", f"in {self.settings.dtype}")
 
 
-def to_half(tensor: Tensor) -> np.ndarray:
-    """The tensor in float16: what bfloat16 holds of the magnitudes met here, and more digits of float32."""
-    return tensor.to("cpu", torch.float16).numpy()
+def to_half(tensor: Tensor) -> Tensor:
+    """The tensor in float16 on the CPU: all that bfloat16 holds of the magnitudes met here, and more of float32."""
+    return tensor.to("cpu", torch.float16)
 
 
 def write_latents(

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import csv
+import http.server
 import json
 import runpy
 import shutil
 import sys
 import tarfile
+import threading
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -104,7 +106,7 @@ def square_latents(square_shards: Path, pipeline_folder: Path, tmp_path_factory:
     return output
 
 
-def data(source: Path, **options: Any) -> CaptionedImages:
+def data(source: Path | str, **options: Any) -> CaptionedImages:
     defaults = {"resolution": RESOLUTION, "batch_size": 4, "num_workers": 0, "seed": 3, "caption_dropout": 0.3}
     return CaptionedImages("squares", str(source), **(defaults | options))
 
@@ -374,6 +376,18 @@ def test_what_cannot_be_used_is_left_out_and_named(pipeline_folder: Path, tmp_pa
 def test_an_evaluation_finds_the_images_of_cached_latents(square_shards: Path, square_latents: Path):
     keys = [sample.key for sample in iterate_split(str(square_latents), "val")]
     assert keys == [sample.key for sample in iterate_split(str(square_shards), "val")] and len(keys) == 3
+
+
+def test_latents_are_read_from_a_web_server(square_latents: Path, tmp_path: Path):
+    handler = partial(http.server.SimpleHTTPRequestHandler, directory=str(square_latents))
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        address = f"http://127.0.0.1:{server.server_port}/"
+        served = batches(data(address, cache_dir=str(tmp_path)))
+        server.shutdown()
+    for here, there in zip(batches(data(square_latents)), served, strict=True):
+        assert here["keys"] == there["keys"] and here["captions"] == there["captions"]
+        assert torch.equal(here["moments"], there["moments"]) and torch.equal(here["text"], there["text"])
 
 
 def test_images_that_are_gone_are_asked_for(square_latents: Path, tmp_path: Path):
