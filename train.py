@@ -43,7 +43,7 @@ def main(cfg: DictConfig) -> float | None:
     metrics = MetricsFile(run_dir, global_step(checkpoint) if goes_on else 0)
     loggers: list[Logger] = [metrics, *instantiate_each(cfg, "logger")]
     trainer = instantiate_group(cfg, "trainer", logger=loggers, callbacks=instantiate_each(cfg, "callbacks"))
-    module = build_module(cfg, trainer.precision)
+    module = build_module(cfg, trainer.precision, data.cache)
     if trainer.is_global_zero:
         write_atomic(run_dir / "config.yaml", OmegaConf.to_yaml(cfg).encode())
         for logger in loggers[1:]:

@@ -1,4 +1,7 @@
-"""`python -m lcm_lightning.prepare data=flickr8k data.source=DIR`: captioned images to shards, once per data set."""
+"""`python -m lcm_lightning.prepare data=flickr8k data.source=DIR`: captioned images to shards, once per data set.
+
+With `cache=latents model=sd15` also to shards of what the model's VAE and text encoder make of them.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +10,7 @@ import sys
 import time
 from collections import Counter
 from concurrent.futures.process import BrokenProcessPool
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +23,7 @@ from rich.table import Table
 from lcm_lightning.data.writing import SKIPPED_NAME, ShardSettings, Written, write_shards
 from lcm_lightning.errors import UserError, report_user_errors
 from lcm_lightning.progress import image_progress
+from lcm_lightning.resolvers import register_resolvers
 
 if TYPE_CHECKING:
     from lcm_lightning.data.records import Source
@@ -95,6 +100,21 @@ def summary(index: dict[str, Any]) -> Table:
 @report_user_errors
 def main(config: DictConfig) -> None:
     """Entry point."""
+    console = Console(file=sys.stdout, markup=False, highlight=False)  # a path may hold [brackets]
+    if config.get("cache") is None:
+        output = prepare_images(config, console)
+        place = [f"data.source={output}"] if config.prepare.output else []
+    else:
+        from lcm_lightning.prepare_latents import prepare_latents
+
+        output = prepare_latents(config, console, partial(prepare_images, config, console))
+        place = [f"data.source={output}", *overrides_of("model", "data.resolution", "data.flip_probability")]
+    name = overrides_of("data.name")
+    console.print(f"Ready: python train.py data={choice('data')}", *name, *place, soft_wrap=True)
+
+
+def prepare_images(config: DictConfig, console: Console) -> Path:
+    """Make shards of images as configured; returns their folder."""
     # Imported here: the worker processes import this module anew and need no torch.
     from lcm_lightning.data.sources import read_source
 
@@ -104,7 +124,6 @@ def main(config: DictConfig) -> None:
     output = Path(options.output or Path("data") / name).expanduser()
     source = read_source(config.data.source, name)
     check_output(source, config.data.source, output)
-    console = Console(file=sys.stdout, markup=False, highlight=False)  # a path may hold [brackets]
     prepare(
         source,
         output,
@@ -113,8 +132,7 @@ def main(config: DictConfig) -> None:
         workers=options.workers,
         console=console,
     )
-    place = [f"data.source={output}"] if options.output else []
-    console.print("Ready: python train.py", *chosen_data(), *place, soft_wrap=True)
+    return output
 
 
 def check_output(source: Source, location: str, output: Path) -> None:
@@ -126,12 +144,16 @@ def check_output(source: Source, location: str, output: Path) -> None:
         raise UserError(f"prepare.output={output}: is data.source too; set it to another folder")
 
 
-def chosen_data() -> list[str]:
-    """The options of this command that choose the data set, for the commands that follow it."""
-    overrides = HydraConfig.get().overrides.task
-    name = [override for override in overrides if override.startswith("data.name=")]
-    return [f"data={HydraConfig.get().runtime.choices['data']}", *name]
+def choice(group: str) -> str:
+    """What this command chose of a config group."""
+    return HydraConfig.get().runtime.choices[group]
+
+
+def overrides_of(*keys: str) -> list[str]:
+    """The options of this command that begin with one of `keys`, for the commands that follow it."""
+    return [override for override in HydraConfig.get().overrides.task if override.startswith(keys)]
 
 
 if __name__ == "__main__":
+    register_resolvers()
     main()

@@ -23,6 +23,8 @@ from omegaconf.errors import OmegaConfBaseException
 from torch.optim import Optimizer
 from transformers.utils import logging as transformers_logging
 
+from lcm_lightning.caching import cache_key
+from lcm_lightning.data.latents import LatentCache
 from lcm_lightning.errors import UserError, first_line, innermost
 from lcm_lightning.resolvers import package_file
 
@@ -71,17 +73,26 @@ def resolve(cfg: DictConfig, known: Collection[str]) -> None:
         raise UserError(f"{error.full_key or 'configuration'}: {first_line(error)}; `{SHOW_KEYS}` shows it") from error
 
 
-def build_module(cfg: DictConfig, precision: str) -> L.LightningModule:
+def build_module(cfg: DictConfig, precision: str, cache: LatentCache | None = None) -> L.LightningModule:
     """The method of a composed run, on its model where it takes one, with its optimizer.
 
+    Args:
+        cache: the cached latents to train on; VAE and text encoder are then not read before they are needed.
+
     Raises:
-        UserError: the model cannot be loaded, or a setting does not fit it.
+        UserError: the model cannot be loaded, a setting does not fit it, or the cache was made with another model.
     """
     optimizer = build_optimizer(cfg)
     if cfg.get("model") is None:
+        if cache is not None:
+            raise UserError(f"data.source={cache.source}: holds cached latents, and method {cfg.name} trains on images")
         return instantiate_group(cfg, "method", optimizer=optimizer)
-    model = instantiate_group(cfg, "model", dtype=frozen_dtype(precision))
+    deferred = {"defer_encoders": True} if cache is not None else {}
+    model = instantiate_group(cfg, "model", dtype=frozen_dtype(precision), **deferred)
     model.check_resolution(cfg.data.resolution)
+    if cache is not None:
+        cache.check(cache_key(model, cfg.data.resolution, cfg.method.get("teacher_lora")))
+        model.known_texts[""] = torch.from_numpy(cache.empty_text(cfg.data.get("cache_dir")))
     return instantiate_group(cfg, "method", model=model, optimizer=optimizer)
 
 

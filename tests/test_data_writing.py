@@ -11,9 +11,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from lcm_lightning.data.images import ImageFault, open_image
 from lcm_lightning.data.records import Record
 from lcm_lightning.data.shards import find_shards, fingerprint, iterate_shards, open_split
-from lcm_lightning.data.writing import ShardSettings, write_shard, write_shards
+from lcm_lightning.data.writing import ShardSettings, encode_image, write_shard, write_shards
 from lcm_lightning.errors import UserError
 
 
@@ -199,3 +200,25 @@ def test_large_images_are_reduced_to_the_longest_side(tmp_path):
     stored = members(tmp_path / "train-000000.tar")
     assert Image.open(io.BytesIO(stored["large.jpg"])).size == (200, 100)
     assert stored["small.jpg"] == records[1].image
+
+
+def test_a_large_jpeg_is_decoded_at_a_fraction_of_its_size_and_looks_the_same():
+    waves = [
+        np.add.outer(np.sin(np.arange(1500) / a), np.sin(np.arange(2000) / b)) for a, b in ((9, 40), (70, 8), (20, 5))
+    ]
+    photo = Image.fromarray((np.stack(waves, -1) * 60 + 128).astype(np.uint8))
+    buffer = io.BytesIO()
+    photo.save(buffer, "JPEG", quality=95)
+    assert open_image(buffer.getvalue(), 200).size == (500, 375)
+    stored = encode_image(buffer.getvalue(), ShardSettings(max_side=200))[1]
+    expected = open_image(buffer.getvalue()).resize((200, 150), Image.Resampling.LANCZOS)
+    error = np.asarray(Image.open(io.BytesIO(stored)), float) - np.asarray(expected, float)
+    assert np.abs(error).mean() < 1.5
+
+
+def test_the_shorter_side_is_judged_before_large_images_are_reduced():
+    buffer = io.BytesIO()
+    Image.new("RGB", (3000, 60)).save(buffer, "JPEG")
+    assert encode_image(buffer.getvalue(), ShardSettings(max_side=200, min_side=60))[0] == "jpg"
+    with pytest.raises(ImageFault, match="too small: 3000x60"):
+        encode_image(buffer.getvalue(), ShardSettings(max_side=200, min_side=61))

@@ -1,4 +1,4 @@
-"""Images per second and peak memory."""
+"""Images per second, time lost to waiting for data, and peak memory."""
 
 from __future__ import annotations
 
@@ -20,10 +20,11 @@ def peak_memory_gb(device: torch.device) -> float:
 
 
 class Throughput(L.Callback):
-    """Log `train/images_per_second` over all ranks and `train/peak_memory_gb` whenever Lightning logs.
+    """Log `train/images_per_second`, `train/data_wait_fraction` and `train/peak_memory_gb` whenever Lightning logs.
 
-    Time spent in validation is left out. On a GPU the clock is read without waiting for the device: over a logging
-    interval the queue's length is small beside the time measured.
+    Images are counted over all ranks. The fraction is the share of this rank's time, in [0, 1], that it waited for its
+    loader's next batch. Time spent in validation is left out. On a GPU the clock is read without waiting for the
+    device: over a logging interval the queue's length is small beside the time measured.
     """
 
     def __init__(self) -> None:
@@ -31,10 +32,12 @@ class Throughput(L.Callback):
         self.seconds = 0.0
         self.started = 0.0
         self.step = 0
+        self.waited = 0.0
 
     def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         """Start the clock."""
         self.step = trainer.global_step
+        self.waited = trainer.train_dataloader.waited
         self.started = time.perf_counter()
 
     def on_validation_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
@@ -55,7 +58,8 @@ class Throughput(L.Callback):
         if not stepped or trainer.global_step % trainer.log_every_n_steps:
             return
         now = time.perf_counter()
-        rate = self.images / (self.seconds + now - self.started)
-        module.log("train/images_per_second", rate, prog_bar=True)
+        seconds, waited = self.seconds + now - self.started, trainer.train_dataloader.waited
+        module.log("train/images_per_second", self.images / seconds, prog_bar=True)
+        module.log("train/data_wait_fraction", (waited - self.waited) / seconds)
         module.log("train/peak_memory_gb", peak_memory_gb(module.device))
-        self.images, self.seconds, self.started = 0, 0.0, now
+        self.images, self.seconds, self.started, self.waited = 0, 0.0, now, waited

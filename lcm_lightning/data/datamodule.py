@@ -11,6 +11,7 @@ from pathlib import Path
 
 from lightning.pytorch import LightningDataModule
 
+from lcm_lightning.data.latents import LatentCache, LatentChoice, LatentStream, latent_cache
 from lcm_lightning.data.layouts import DOWNLOADS, data_options, recognise
 from lcm_lightning.data.shards import (
     Sample,
@@ -25,6 +26,24 @@ from lcm_lightning.data.stream import Augmentation, ShardLoader, ShardStream
 from lcm_lightning.errors import UserError
 
 log = logging.getLogger(__name__)
+
+
+def locate_images(name: str, source: str | None) -> ShardIndex:
+    """The shards of images of a data set: as `locate`, or those that cached latents were made of.
+
+    Raises:
+        UserError: there are none.
+    """
+    index = locate(name, source)
+    if index.latents is None:
+        return index
+    images = find_shards(index.latents["images"])
+    if images is None:
+        raise UserError(
+            f"data.source={source}: holds latents of the images in {index.latents['images']}, which are not there any "
+            "more; give the shards of the images themselves: data.source=/path/to/them"
+        )
+    return images
 
 
 def locate(name: str, source: str | None) -> ShardIndex:
@@ -65,7 +84,7 @@ def iterate_split(
     Raises:
         UserError: no such shards or split.
     """
-    shards = open_split(locate(name, source), split, cache_dir)
+    shards = open_split(locate_images(name, source), split, cache_dir)
     total = sum(shard.samples for shard in shards)
     chosen = None if limit is None or limit >= total else frozenset(random.Random(0).sample(range(total), limit))
     return iterate_shards(shards, chosen, lambda key, reason: log.warning("left out: sample %s: %s", key, reason))
@@ -82,6 +101,11 @@ class CaptionedImages(LightningDataModule):
         keys          list of B str, the samples' names
         seed          int64 [B], 63-bit hash of (seed, epoch, sample): source of all random numbers of the sample
         weight        float32 [B], 1 in full steps; see `lcm_lightning.data.plan.valid_weight` for the last one
+
+    From cached latents (`lcm_lightning.data.latents`) the same, with, in place of `pixel_values`:
+
+        moments       float16 [B, 2, C, h, w], mean and standard deviation of the VAE's posterior, unscaled
+        text          float16 [B, L, D], embeddings of the captions
     """
 
     def __init__(
@@ -139,6 +163,11 @@ class CaptionedImages(LightningDataModule):
         return locate(self.name, self.source)
 
     @cached_property
+    def cache(self) -> LatentCache | None:
+        """The cached latents that stand in for the images; None where there are images."""
+        return latent_cache(self.index, self.source or self.name)
+
+    @cached_property
     def train_shards(self) -> tuple[Shard, ...]:
         """Shards of the training split."""
         return open_split(self.index, "train", self.cache_dir)
@@ -191,28 +220,49 @@ class CaptionedImages(LightningDataModule):
         """Download and count the shards, once per machine."""
         if not self.train_samples:
             raise UserError(f"data.source={self.source}: the training shards hold no samples")
+        if self.cache is not None:
+            self.cache.check_flips(self.flip_probability)
         _ = self.val_samples
 
     def train_dataloader(self) -> ShardLoader:
         """Shuffled and augmented batches."""
-        augment = Augmentation(self.resolution, True, self.flip_probability, self.caption_dropout)
-        return self.loader(self.train_shards, augment, shuffle_buffer=self.shuffle_buffer)
+        return self.loader(self.train_shards, self.augmentation(True), shuffle_buffer=self.shuffle_buffer)
 
     def val_dataloader(self) -> ShardLoader | list[ShardLoader]:
         """The first `val_limit` validation samples, always the same and with the same seeds; [] for `val_limit=0`."""
         if self.val_limit == 0:
             return []
-        return self.loader(self.val_shards, Augmentation(self.resolution, False), limit=self.val_limit)
+        return self.loader(self.val_shards, self.augmentation(False), limit=self.val_limit)
 
     def test_dataloader(self) -> ShardLoader:
         """The whole test split without augmentation."""
-        return self.loader(self.test_shards, Augmentation(self.resolution, False))
+        return self.loader(self.test_shards, self.augmentation(False))
+
+    def augmentation(self, train: bool) -> Augmentation | LatentChoice:
+        """How samples become examples, in training or otherwise."""
+        flip_probability, caption_dropout = (self.flip_probability, self.caption_dropout) if train else (0.0, 0.0)
+        if self.cache is None:
+            return Augmentation(self.resolution, train, flip_probability, caption_dropout)
+        return LatentChoice(
+            train,
+            self.cache.crops if train else 1,
+            self.cache.flips and train,
+            flip_probability,
+            caption_dropout,
+            self.cache.empty_text(self.cache_dir),
+            self.cache.latent_shape,
+        )
 
     def loader(
-        self, shards: tuple[Shard, ...], augment: Augmentation, *, shuffle_buffer: int = 0, limit: int | None = None
+        self,
+        shards: tuple[Shard, ...],
+        augment: Augmentation | LatentChoice,
+        *,
+        shuffle_buffer: int = 0,
+        limit: int | None = None,
     ) -> ShardLoader:
         """A loader over shards; without `shuffle_buffer` in their order."""
-        stream = ShardStream(
+        stream = (LatentStream if isinstance(augment, LatentChoice) else ShardStream)(
             shards,
             augment,
             batch_size=self.batch_size,

@@ -16,8 +16,12 @@ class ImageFault(ValueError):
     """An image that cannot be used; the message is the reason, in a few words."""
 
 
-def open_image(data: bytes) -> Image.Image:
+def open_image(data: bytes, max_side: int | None = None) -> Image.Image:
     """Open and fully decode the first frame of an image.
+
+    Args:
+        max_side: what the longer side is going to be reduced to. A JPEG of at least four times that is decoded at a
+            half, a quarter or an eighth of its size, never below twice `max_side`: faster, and hardly to be told apart.
 
     Raises:
         ImageFault: the bytes are no image, are truncated, or announce more than `MAX_PIXELS` pixels.
@@ -28,6 +32,9 @@ def open_image(data: bytes) -> Image.Image:
             image = Image.open(io.BytesIO(data))
             if image.width * image.height > MAX_PIXELS:
                 raise ImageFault(f"too large: {image.width}x{image.height} pixels")
+            if max_side is not None:
+                scale = 2 * max_side / max(image.size)
+                image.draft(None, (max(1, int(image.width * scale)), max(1, int(image.height * scale))))
             image.load()
     except ImageFault:
         raise

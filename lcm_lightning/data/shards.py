@@ -58,11 +58,13 @@ class ShardIndex:
         name: name of the data set.
         locations: paths or addresses of the shards of each split.
         known: `Shard` fields "samples" and "sha256" by location, as the index file of prepared shards gives them.
+        latents: what the index file of cached latents says of them; None for shards of images.
     """
 
     name: str
     locations: Mapping[str, tuple[str, ...]]
     known: Mapping[str, Mapping[str, Any]]
+    latents: Mapping[str, Any] | None = None
 
 
 def member_suffix(name: str) -> str:
@@ -171,7 +173,10 @@ def index_from_json(content: Mapping[str, Any], locate: Callable[[str], str]) ->
         split: {locate(shard["file"]): shard for shard in part["shards"]} for split, part in content["splits"].items()
     }
     known = {location: shard for part in entries.values() for location, shard in part.items()}
-    return ShardIndex(content["name"], {split: tuple(part) for split, part in entries.items()}, known)
+    latents = content.get("latents")
+    if latents is not None:
+        latents = {**latents, "empty_caption": locate(latents["empty_caption"])}
+    return ShardIndex(content["name"], {split: tuple(part) for split, part in entries.items()}, known, latents)
 
 
 def index_folder(folder: Path) -> ShardIndex | None:

@@ -68,7 +68,12 @@ def read_directory(folder: Path) -> Source:
 
 
 def read_shards(index: ShardIndex) -> Source:
-    """Existing shards, to be cut anew. Their splits are kept."""
+    """Existing shards, to be cut anew. Their splits are kept. Raises `UserError` for shards of cached latents."""
+    if index.latents is not None:
+        raise UserError(
+            f"data.source: holds cached latents, not images; give the images they were made of: "
+            f"data.source={index.latents['images']}"
+        )
     splits = {split: open_split(index, split) for split in index.locations}
 
     def records() -> Iterator[Record]:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import logging
+import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -31,6 +32,14 @@ from lcm_lightning.data.shards import Shard, fingerprint, image_bytes, sample_ca
 from lcm_lightning.errors import UserError
 
 log = logging.getLogger(__name__)
+
+
+class SampleReader(Protocol):
+    """Reads raw samples of one shard by number."""
+
+    def read(self, number: int) -> dict[str, Any]:
+        """Raw sample `number`. Raises `tarfile.TarError` or `OSError` where the shard does not give it."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -70,8 +79,7 @@ class Augmentation:
 
     def __call__(self, image: Image.Image, captions: Sequence[str], key: str, seed: int) -> Example:
         """Resize the shorter side, crop, flip, normalise; choose and perhaps drop the caption."""
-        # Always five draws, in this order: switching one augmentation off leaves the others as they were.
-        choice, dropout, flip, u, v = np.random.default_rng(seed).random(5)
+        choice, dropout, flip, u, v = augmentation_draws(seed)
         if not self.random:
             choice, u, v = 0.0, 0.5, 0.5
         image = crop_square(resize_shorter_side(image, self.resolution), self.resolution, u, v)
@@ -81,11 +89,19 @@ class Augmentation:
         return Example(normalise(image), caption, key, seed)
 
 
+def augmentation_draws(seed: int) -> np.ndarray:
+    """Uniform numbers in [0, 1) for the choice of caption, its dropout, mirror image, crop from left and from top.
+
+    Always five, in this order: switching one augmentation off leaves the others as they were. Shape float64 [5].
+    """
+    return np.random.default_rng(seed).random(5)
+
+
 def read_planned(
-    shards: Sequence[Shard], plan: StreamPlan, open_shard: Callable[[Path], ShardReader]
+    shards: Sequence[Shard], plan: StreamPlan, open_shard: Callable[[Path], SampleReader]
 ) -> Iterator[dict[str, Any] | Fault]:
     """Stage 1: the raw samples of the plan, one by one; a fault in the place of each that its shard fails to give."""
-    readers: dict[int, ShardReader] = {}
+    readers: dict[int, SampleReader] = {}
     for shard, number in zip(plan.shards.tolist(), plan.numbers.tolist(), strict=True):
         path = shards[shard].path
         try:
@@ -113,15 +129,17 @@ def decode(samples: Iterable[dict[str, Any] | Fault], augment: Augmentation, see
 
 
 def batch(
-    examples: Iterable[Example | Fault], planned: Iterable[PlannedBatch], batch_size: int, resolution: int
+    examples: Iterable[Any | Fault],
+    planned: Iterable[PlannedBatch],
+    collate: Callable[[Sequence[Any], float], dict[str, Any]],
 ) -> Iterator[dict[str, Any]]:
-    """Stage 3: the planned batches, each of exactly `batch_size` samples."""
+    """Stage 3: the planned batches, made by `collate` of their valid examples and weight."""
     source = iter(examples)
     for plan in planned:
         taken = [next(source) for _ in range(plan.valid)]
         faults = [example for example in taken if isinstance(example, Fault)]
-        valid = [example for example in taken if isinstance(example, Example)]
-        yield collate(valid, plan.weight, batch_size, resolution) | {"faults": faults}
+        valid = [example for example in taken if not isinstance(example, Fault)]
+        yield collate(valid, plan.weight) | {"faults": faults}
 
 
 def collate(valid: Sequence[Example], weight: float, batch_size: int, resolution: int) -> dict[str, Any]:
@@ -148,7 +166,7 @@ class ShardStream(IterableDataset):
     keep the copy of the dataset they were started with, and would otherwise repeat their first epoch for ever.
     """
 
-    open_shard = ShardReader
+    open_shard: Callable[[Path], SampleReader] = ShardReader
 
     def __init__(
         self,
@@ -191,12 +209,19 @@ class ShardStream(IterableDataset):
             shuffle_buffer=self.shuffle_buffer,
             start=start,
         )
-        resolution = self.augment.resolution
         return [
             partial(read_planned, self.shards, plan, self.open_shard),
-            partial(decode, augment=self.augment, seed=self.seed, epoch=epoch),
-            partial(batch, planned=plan.batches, batch_size=self.batch_size, resolution=resolution),
+            self.decoder(epoch),
+            partial(batch, planned=plan.batches, collate=self.collate()),
         ]
+
+    def decoder(self, epoch: int) -> Callable[..., Iterator[Any]]:
+        """Stage 2 of an epoch."""
+        return partial(decode, augment=self.augment, seed=self.seed, epoch=epoch)
+
+    def collate(self) -> Callable[[Sequence[Any], float], dict[str, Any]]:
+        """Makes a batch of valid examples and their weight."""
+        return partial(collate, batch_size=self.batch_size, resolution=self.augment.resolution)
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         # Not a generator: the plan must be made now, before the main process moves `start` on.
@@ -222,6 +247,7 @@ class ShardLoader:
 
     Attributes:
         start: samples of the next epoch to leave out, without reading them; 0 again afterwards.
+        waited: seconds this process has waited for batches so far.
         batch_sampler: None, as in a `DataLoader` that does not batch; Lightning asks for it.
     """
 
@@ -238,6 +264,7 @@ class ShardLoader:
         self.epoch = 0
         self.epoch_offset = 0
         self.loaded_epoch: int | None = None
+        self.waited = 0.0
         self.loader = DataLoader(
             stream,
             batch_size=None,
@@ -287,10 +314,18 @@ class ShardLoader:
         self.consumed, self.start, self.loaded_epoch = self.start, 0, None
         of_rank = rank_samples(self.stream.samples, world_size, self.batch_size, rank)
         faults = FaultCount(of_rank, self.max_bad_fraction)
-        for content in self.loader:
+        for content in self.timed():
             faults.add(content.pop("faults"))
             self.consumed = min(self.consumed + world_size * self.batch_size, self.stream.samples)
             yield content
+
+    def timed(self) -> Iterator[dict[str, Any]]:
+        """The `DataLoader`'s batches, the time each is waited for added to `waited`."""
+        started = time.perf_counter()
+        for content in self.loader:
+            self.waited += time.perf_counter() - started
+            yield content
+            started = time.perf_counter()
 
     def order_settings(self) -> dict[str, int | str]:
         """All that decides the order of an epoch's samples, beside the epoch."""

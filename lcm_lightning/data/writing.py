@@ -16,7 +16,7 @@ import multiprocessing
 import os
 import tarfile
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Executor, Future, ProcessPoolExecutor, wait
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -303,12 +303,13 @@ def encode_image(data: bytes, settings: ShardSettings) -> tuple[str, bytes]:
     Raises:
         ImageFault: the image cannot be decoded or is too small.
     """
-    image = open_image(data)
-    if min(image.size) < settings.min_side:
-        raise ImageFault(f"too small: {image.width}x{image.height}, prepare.min_side={settings.min_side}")
+    image = open_image(data, settings.max_side)
+    width, height = announced_size(data)
+    if min(width, height) < settings.min_side:
+        raise ImageFault(f"too small: {width}x{height}, prepare.min_side={settings.min_side}")
     source = image.format
     upright = orientation(image) == 1 and getattr(image, "n_frames", 1) == 1
-    fits = settings.max_side is None or max(image.size) <= settings.max_side
+    fits = settings.max_side is None or max(width, height) <= settings.max_side
     plain = image.mode in ("RGB", "L") and not image.has_transparency_data
     if source in KEPT_FORMATS and upright and fits and plain:
         return KEPT_FORMATS[source], data
@@ -318,6 +319,12 @@ def encode_image(data: bytes, settings: ShardSettings) -> tuple[str, bytes]:
     if source in ("JPEG", "MPO"):
         return "jpg", encoded(image, "JPEG", quality=settings.quality, subsampling=0)
     return "png", encoded(image, "PNG")
+
+
+def announced_size(data: bytes) -> tuple[int, int]:
+    """Width and height of an image that can be opened, in pixels, as its header has them."""
+    with Image.open(io.BytesIO(data)) as image:
+        return image.size
 
 
 def encoded(image: Image.Image, format: str, **options: Any) -> bytes:
@@ -348,11 +355,15 @@ def write_index(
     output: Path,
     name: str,
     split_origin: str,
-    settings: ShardSettings,
+    settings: Any,
     written: Iterable[Written],
     outside: Iterable[Skipped],
+    more: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """Write `skipped.csv`, remove what earlier runs left over, then write `index.json` and return its content."""
+    """Write `skipped.csv`, remove what earlier runs left over, then write `index.json` and return its content.
+
+    `settings` is a dataclass; `more` goes into the index as it is.
+    """
     written = sorted(written, key=lambda shard: shard.file)
     skipped = [*outside, *(skipped for shard in written for skipped in shard.skipped)]
     replace_text(output / SKIPPED_NAME, skipped_table(skipped))
@@ -372,6 +383,7 @@ def write_index(
         "fingerprint": hashlib.sha256("\n".join(shard.sha256 for shard in filled).encode()).hexdigest(),
         "skipped": dict(sorted(Counter(skip.reason for skip in skipped).items())),
         "splits": {split: split_entry(filled, split) for split in SPLITS if any(s.split == split for s in filled)},
+        **(more or {}),
     }
     replace_text(output / INDEX_NAME, json.dumps(index, indent=1) + "\n")
     return index

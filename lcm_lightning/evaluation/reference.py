@@ -17,7 +17,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from lcm_lightning.data.datamodule import iterate_split, locate
+from lcm_lightning.data.datamodule import iterate_split, locate_images
 from lcm_lightning.data.images import crop_square, resize_shorter_side
 from lcm_lightning.data.shards import Sample, cache_folder, fingerprint, open_split
 from lcm_lightning.errors import UserError
@@ -55,7 +55,7 @@ class RealImages:
 
     def digest(self) -> str:
         """Hex digest of everything the pixels depend on."""
-        shards = open_split(locate(self.name, self.source), self.split, self.cache_dir)
+        shards = open_split(locate_images(self.name, self.source), self.split, self.cache_dir)
         text = f"{fingerprint(shards)} {self.split} {self.num_images} {self.resolution} crop-2"
         return hashlib.sha256(text.encode()).hexdigest()
 

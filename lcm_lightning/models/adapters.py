@@ -309,10 +309,11 @@ def save_lora(state_dict: dict[str, Tensor], path: Path) -> None:
 
 
 def as_pipeline(model: StableDiffusion) -> StableDiffusionPipeline:
-    """The model's own networks (no copies) as a diffusers pipeline."""
+    """The model's own networks (no copies) as a diffusers pipeline; without those that are still deferred."""
+    networks = dict(model.named_children())
     return StableDiffusionPipeline(
-        vae=model.vae,
-        text_encoder=model.text_encoder,
+        vae=networks.get("vae"),
+        text_encoder=networks.get("text_encoder"),
         tokenizer=model.tokenizer,
         unet=model.unet,
         scheduler=make_scheduler("ddim", model.scheduler_config),

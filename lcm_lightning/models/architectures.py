@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -58,25 +60,46 @@ SD15_SCHEDULER = {
 }
 
 
-def build_sd15(dtype: torch.dtype) -> dict[str, Any]:
-    """All networks of SD v1-5 with random weights, and a tokenizer that spells captions in bytes.
-
-    UNet 859,520,964 parameters, VAE 83,653,863, text encoder 123,060,480. Weights are drawn from the global torch
-    generator directly in `dtype`. Returns the arguments of `StableDiffusion` other than `dtype`.
-    """
-    default = torch.get_default_dtype()
+@contextmanager
+def default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    """New floating point tensors are of type `dtype` for the duration of a block."""
+    before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:
-        return {
-            "tokenizer": byte_tokenizer(SD15_TEXT["vocab_size"], SD15_TEXT["max_position_embeddings"]),
-            "text_encoder": CLIPTextModel(CLIPTextConfig(**SD15_TEXT)),
-            "vae": AutoencoderKL(**SD15_VAE),
-            "unet": UNet2DConditionModel(**SD15_UNET),
-            "scheduler_config": dict(SD15_SCHEDULER),
-            "name_or_path": "random/stable-diffusion-v1-5",
-        }
+        yield
     finally:
-        torch.set_default_dtype(default)
+        torch.set_default_dtype(before)
+
+
+def build_text_encoder(dtype: torch.dtype) -> CLIPTextModel:
+    """SD v1-5's text encoder with random weights, 123,060,480 parameters."""
+    with default_dtype(dtype):
+        return CLIPTextModel(CLIPTextConfig(**SD15_TEXT))
+
+
+def build_vae(dtype: torch.dtype) -> AutoencoderKL:
+    """SD v1-5's VAE with random weights, 83,653,863 parameters."""
+    with default_dtype(dtype):
+        return AutoencoderKL(**SD15_VAE)
+
+
+def build_sd15(dtype: torch.dtype, encoders: Mapping[str, Any]) -> dict[str, Any]:
+    """All networks of SD v1-5 with random weights, and a tokenizer that spells captions in bytes.
+
+    The UNet has 859,520,964 parameters. Weights are drawn from the global torch generator directly in `dtype`.
+    `encoders` may hold a "text_encoder" and a "vae" to take instead. Returns the arguments of `StableDiffusion` other
+    than `dtype`.
+    """
+    encoders = encoders or {"text_encoder": build_text_encoder(dtype), "vae": build_vae(dtype)}
+    with default_dtype(dtype):
+        unet = UNet2DConditionModel(**SD15_UNET)
+    return {
+        "tokenizer": byte_tokenizer(SD15_TEXT["vocab_size"], SD15_TEXT["max_position_embeddings"]),
+        **encoders,
+        "unet": unet,
+        "scheduler_config": dict(SD15_SCHEDULER),
+        "name_or_path": "random/stable-diffusion-v1-5",
+    }
 
 
 def byte_tokenizer(vocab_size: int, max_length: int) -> CLIPTokenizer:

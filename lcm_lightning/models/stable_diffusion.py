@@ -15,35 +15,70 @@ from transformers import CLIPTextModel, CLIPTokenizer
 from lcm_lightning.diffusion.schedule import PredictionType, unsupported_schedule
 from lcm_lightning.errors import UserError, first_line
 from lcm_lightning.models.architectures import build_sd15
+from lcm_lightning.models.deferred import Deferred, deferred_encoders
 
 
 class StableDiffusion(nn.Module):
     """The networks of a `StableDiffusionPipeline`, frozen, with the three maps training needs.
 
     Every map runs outside autocast in `dtype`, the type the frozen weights are stored in, so that no weight is cast
-    on each pass.
+    on each pass. VAE and text encoder may be `Deferred`: a training on cached latents needs neither until it draws.
+
+    Attributes:
+        folder: the pipeline's folder on this machine; None for networks that come from no file.
+        known_texts: embeddings [L, D] of captions for which the text encoder need not run.
     """
 
     def __init__(
         self,
         *,
         tokenizer: CLIPTokenizer,
-        text_encoder: CLIPTextModel,
-        vae: AutoencoderKL,
+        text_encoder: CLIPTextModel | Deferred,
+        vae: AutoencoderKL | Deferred,
         unet: UNet2DConditionModel,
         scheduler_config: Mapping[str, Any],
         name_or_path: str,
         dtype: torch.dtype,
+        folder: Path | None = None,
     ) -> None:
         super().__init__()
         self.tokenizer = tokenizer
-        self.text_encoder = text_encoder
-        self.vae = vae
+        self.vae_config = vae.config
+        self.deferred: dict[str, Deferred] = {}
+        self.memory_format: torch.memory_format | None = None
+        for name, network in (("text_encoder", text_encoder), ("vae", vae)):
+            if isinstance(network, Deferred):
+                self.deferred[name] = network
+            else:
+                self.add_module(name, network)
         self.unet = unet
+        self.folder = folder
+        self.known_texts: dict[str, Tensor] = {}
         self.scheduler_config = dict(scheduler_config)
         self.name_or_path = name_or_path
         self.dtype = dtype
         self.requires_grad_(False).eval()
+
+    def __getattr__(self, name: str) -> Any:
+        # Called for what is not there yet, such as a deferred network.
+        if name in self.__dict__.get("deferred", {}):
+            self._read_deferred(name)
+        return super().__getattr__(name)
+
+    def _read_deferred(self, name: str) -> None:
+        # In Lightning's validation the weights would otherwise be inference tensors, and the random numbers of a
+        # training must not depend on when this happens.
+        with torch.inference_mode(False), torch.random.fork_rng(devices=[]):
+            network = self.deferred[name].read()
+        del self.deferred[name]
+        if self.memory_format is not None:
+            network.to(memory_format=self.memory_format)
+        self.add_module(name, network.requires_grad_(False).eval().to(self.device))
+
+    def set_memory_format(self, memory_format: torch.memory_format) -> None:
+        """Lay out the weights of the convolutions in `memory_format`."""
+        self.memory_format = memory_format
+        self.to(memory_format=memory_format)
 
     @property
     def prediction_type(self) -> PredictionType:
@@ -53,7 +88,7 @@ class StableDiffusion(nn.Module):
     @property
     def vae_scale_factor(self) -> int:
         """Pixels per latent along one side."""
-        return 2 ** (len(self.vae.config.block_out_channels) - 1)
+        return 2 ** (len(self.vae_config.block_out_channels) - 1)
 
     @property
     def default_resolution(self) -> int:
@@ -78,6 +113,8 @@ class StableDiffusion(nn.Module):
     @torch.no_grad()
     def encode_text(self, captions: Sequence[str]) -> Tensor:
         """Text embeddings [B, L, D] in `dtype`; captions longer than the tokenizer's limit are cut."""
+        if self.known_texts.keys() >= set(captions):
+            return torch.stack([self.known_texts[caption] for caption in captions]).to(self.device, self.dtype)
         tokens = self.tokenizer(
             list(captions),
             padding="max_length",
@@ -104,25 +141,32 @@ class StableDiffusion(nn.Module):
     def encode_images(self, pixel_values: Tensor, noise: Tensor) -> Tensor:
         """Scaled latents [B, C, h, w], float32: a draw from the VAE's posterior with the given standard `noise`.
 
-        `pixel_values` [B, 3, H, W] in [-1, 1]. ``z = (mean + std noise) s`` with ``s`` the VAE's scaling factor
-        (Rombach et al. 2022, appendix G).
+        `pixel_values` [B, 3, H, W] in [-1, 1]; see `sample_posterior`.
         """
+        return self.sample_posterior(*self.posterior(pixel_values), noise)
+
+    @torch.no_grad()
+    def posterior(self, pixel_values: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and standard deviation [B, C, h, w], float32, unscaled, of the VAE's posterior of images in [-1, 1]."""
         with self._no_autocast():
             posterior = self.vae.encode(pixel_values.to(self.dtype)).latent_dist
-        latents = posterior.mean.float() + posterior.std.float() * noise
-        return (latents - self._shift) * self.vae.config.scaling_factor
+        return posterior.mean.float(), posterior.std.float()
+
+    def sample_posterior(self, mean: Tensor, std: Tensor, noise: Tensor) -> Tensor:
+        """Scaled latents ``z = (mean + std noise) s``, ``s`` the VAE's scaling factor (Rombach et al. 2022, app. G)."""
+        return (mean + std * noise - self._shift) * self.vae_config.scaling_factor
 
     @torch.no_grad()
     def decode_latents(self, latents: Tensor) -> Tensor:
         """Images [B, 3, H, W] in [0, 1], float32, of scaled `latents`."""
-        latents = latents.float() / self.vae.config.scaling_factor + self._shift
+        latents = latents.float() / self.vae_config.scaling_factor + self._shift
         with self._no_autocast():
             images = self.vae.decode(latents.to(self.dtype)).sample
         return (images.float() / 2 + 0.5).clamp(0, 1)
 
     @property
     def _shift(self) -> float:
-        return self.vae.config.get("shift_factor") or 0.0
+        return self.vae_config.get("shift_factor") or 0.0
 
     def _no_autocast(self) -> torch.autocast:
         return torch.autocast(self.device.type, enabled=False)
@@ -141,6 +185,7 @@ def load_stable_diffusion(
     revision: str | None = None,
     channels_last: bool = False,
     gradient_checkpointing: bool = False,
+    defer_encoders: bool = False,
 ) -> StableDiffusion:
     """Read a `StableDiffusionPipeline` from a local diffusers folder or the Hugging Face hub.
 
@@ -151,28 +196,29 @@ def load_stable_diffusion(
         revision: branch, tag or commit on the hub.
         channels_last: keep convolution weights in NHWC, what tensor cores read.
         gradient_checkpointing: recompute the UNet's activations in the backward pass, for less memory.
+        defer_encoders: read VAE and text encoder on first use only.
 
     Raises:
         UserError: nothing is found there, it is no Stable Diffusion v1/v2 pipeline, or its schedule cannot be trained.
     """
     if unet_init == "random":
-        model = build_sd15(dtype)
+        model = build_sd15(dtype, deferred_encoders(None, dtype) if defer_encoders else {})
     elif unet_init == "pretrained":
-        model = _read_pipeline(path, dtype, revision)
+        model = _read_pipeline(path, dtype, revision, defer_encoders)
     else:
         raise UserError(f"model.unet_init={unet_init}: expected pretrained or random")
     wrapped = StableDiffusion(**model, dtype=dtype)
     if reason := unsupported_schedule(wrapped.scheduler_config):
         raise UserError(f"model.path={path}: {reason}; give a pipeline whose scheduler config is one of those")
     if channels_last:
-        wrapped.unet.to(memory_format=torch.channels_last)
-        wrapped.vae.to(memory_format=torch.channels_last)
+        wrapped.set_memory_format(torch.channels_last)
     if gradient_checkpointing:
         wrapped.unet.enable_gradient_checkpointing()
     return wrapped
 
 
-def _read_pipeline(path: str, dtype: torch.dtype, revision: str | None) -> dict[str, Any]:
+def _read_pipeline(path: str, dtype: torch.dtype, revision: str | None, defer_encoders: bool) -> dict[str, Any]:
+    left_out = {"safety_checker": None, "requires_safety_checker": False, "feature_extractor": None}
     folder = Path(path).expanduser()
     if folder.is_dir():
         _check_pipeline_class(folder, path)
@@ -182,15 +228,12 @@ def _read_pipeline(path: str, dtype: torch.dtype, revision: str | None) -> dict[
             "such as stable-diffusion-v1-5/stable-diffusion-v1-5"
         )
     try:
-        pipeline = StableDiffusionPipeline.from_pretrained(
-            folder if folder.is_dir() else path,
-            revision=revision,
-            dtype=dtype,
-            use_safetensors=True,
-            safety_checker=None,
-            requires_safety_checker=False,
-            feature_extractor=None,
-        )
+        if not folder.is_dir():
+            options = {"revision": revision, "use_safetensors": True, **left_out}
+            folder = Path(StableDiffusionPipeline.download(path, **options))
+        encoders = deferred_encoders(folder, dtype) if defer_encoders else {}
+        left_out |= dict.fromkeys(encoders)
+        pipeline = StableDiffusionPipeline.from_pretrained(folder, dtype=dtype, use_safetensors=True, **left_out)
     except (OSError, ValueError) as error:
         raise UserError(
             f"model.path={path}: cannot be loaded ({first_line(error)}). Without network, give a local copy: "
@@ -200,11 +243,12 @@ def _read_pipeline(path: str, dtype: torch.dtype, revision: str | None) -> dict[
         ) from error
     return {
         "tokenizer": pipeline.tokenizer,
-        "text_encoder": pipeline.text_encoder,
-        "vae": pipeline.vae,
+        "text_encoder": encoders.get("text_encoder", pipeline.text_encoder),
+        "vae": encoders.get("vae", pipeline.vae),
         "unet": pipeline.unet,
         "scheduler_config": pipeline.scheduler.config,
         "name_or_path": path,
+        "folder": folder,
     }
 
 

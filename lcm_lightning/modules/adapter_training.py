@@ -34,8 +34,9 @@ class AdapterTraining(L.LightningModule, ABC):
     """Train the adapter `adapter_name` of a frozen Stable Diffusion model.
 
     A batch holds `pixel_values` float32 [B, 3, H, W] in [-1, 1], `captions` (B strings), `seed` int64 [B] and `weight`
-    float32 [B]; see `lcm_lightning.data`. The mean of weight times loss over all ranks is the mean over the step's
-    samples, each once.
+    float32 [B]; or, in place of `pixel_values`, what VAE and text encoder have made of images and captions: `moments`
+    [B, 2, C, h, w] and `text` [B, L, D]. See `lcm_lightning.data`. The mean of weight times loss over all ranks is the
+    mean over the step's samples, each once.
 
     Args:
         model: frozen; its UNet gets the adapter.
@@ -97,6 +98,10 @@ class AdapterTraining(L.LightningModule, ABC):
 
     def _batch_losses(self, batch: dict[str, Any]) -> Tensor:
         randomness = SampleRandomness(batch["seed"], self.device)
+        if "moments" in batch:
+            mean, std = batch["moments"].float().unbind(dim=1)
+            latents = self.model.sample_posterior(mean, std, randomness.normal(mean.shape[1:]))
+            return self.losses(latents, batch["text"].to(self.model.dtype), randomness)
         pixel_values = batch["pixel_values"]
         posterior_noise = randomness.normal(self.model.latent_shape(pixel_values.shape[-1]))
         latents = self.model.encode_images(pixel_values, posterior_noise)

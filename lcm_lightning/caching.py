@@ -1,0 +1,302 @@
+"""Run VAE and text encoder over shards of images once and keep what training needs of them.
+
+The shards of latents mirror those of the images in number, order and keys, so that a sample meets the same seed, noise
+and timestep in both. `lcm_lightning.data.latents` reads them and says what they hold.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import tarfile
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from safetensors.numpy import save
+from torch import Tensor
+
+from lcm_lightning.data.images import ImageFault, crop_square, decode_image, normalise, resize_shorter_side
+from lcm_lightning.data.latents import MOMENTS, TEXT, TRANSFORM
+from lcm_lightning.data.plan import stable_hash
+from lcm_lightning.data.records import INDEX_NAME, PARTS_NAME
+from lcm_lightning.data.shards import Shard, ShardIndex, image_bytes, open_split, read_samples, sample_captions
+from lcm_lightning.data.writing import (
+    OnShard,
+    Skipped,
+    Task,
+    Written,
+    add_member,
+    check_whole_number,
+    kept_shard,
+    replace_text,
+    sha256_of,
+    write_index,
+)
+from lcm_lightning.errors import UserError
+from lcm_lightning.models.identity import encoder_key
+from lcm_lightning.models.stable_diffusion import StableDiffusion
+
+FORMAT = 1
+EMPTY_CAPTION = "empty_caption.safetensors"
+
+# Number of samples done since the last call.
+OnSamples = Callable[[int], None]
+
+
+@dataclass(frozen=True)
+class CacheSettings:
+    """What is cached of each image, and how.
+
+    Attributes:
+        crops: of each training image: the centre, then random places.
+        flips: mirror images of all crops too.
+        dtype: VAE and text encoder compute in it; float16 is stored.
+
+    Raises:
+        UserError: a value is out of range.
+    """
+
+    crops: int = 1
+    flips: bool = False
+    dtype: str = "bfloat16"
+
+    def __post_init__(self) -> None:
+        check_whole_number("cache.crops", self.crops, 1, advice="1 is the centre crop alone")
+        if not isinstance(self.flips, bool):
+            raise UserError(
+                f"cache.flips={self.flips}: expected true or false, or null to follow data.flip_probability"
+            )
+
+    def of_split(self, split: str) -> CacheSettings:
+        """Held-out samples are only seen at the centre, not mirrored."""
+        return self if split == "train" else CacheSettings(1, False, self.dtype)
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A sample before the networks: captions, and float32 [V, 3, R, R] in [-1, 1] of its crops and mirror images."""
+
+    key: str
+    captions: tuple[str, ...]
+    pixel_values: np.ndarray
+
+
+def cache_key(model: StableDiffusion, resolution: int, teacher_lora: str | None) -> dict[str, str]:
+    """All that the latents and embeddings of given images and captions depend on, but rounding."""
+    return {**encoder_key(model, teacher_lora), "resolution": str(resolution), "transform": TRANSFORM}
+
+
+def cached_splits(index: ShardIndex) -> list[str]:
+    """The splits training looks at: train, and val or, where there is none, test."""
+    held_out = [split for split in ("val", "test") if split in index.locations][:1]
+    return [split for split in ("train", *held_out) if split in index.locations]
+
+
+def cache_latents(
+    index: ShardIndex,
+    output: Path,
+    *,
+    images: str,
+    model: StableDiffusion,
+    key: Mapping[str, str],
+    settings: CacheSettings,
+    batch_size: int = 8,
+    workers: int | None = None,
+    cache_dir: str | None = None,
+    on_samples: OnSamples | None = None,
+    on_shard: OnShard | None = None,
+) -> dict[str, Any]:
+    """Write the latents and text embeddings of `index`'s images and captions as shards into `output`.
+
+    Shards that an earlier run finished are kept if images, key and settings are the same.
+
+    Args:
+        images: path or address `index` was found at, for those who need the images themselves.
+        model: whose VAE and text encoder run, where the model is.
+        key: from `cache_key`.
+        batch_size: images, and images' captions, at a time.
+        workers: threads that decode; None for one per core.
+        on_samples: called with the number of samples after each batch.
+        on_shard: called with (`Written`, whether it was kept) after each shard.
+
+    Returns:
+        The content of `index.json`.
+
+    Raises:
+        UserError: `output` holds something else, or not one image can be used.
+    """
+    check_whole_number("cache.batch_size", batch_size, 1, advice="try 8")
+    check_output(output, key)
+    (output / PARTS_NAME).mkdir(parents=True, exist_ok=True)
+    (output / INDEX_NAME).unlink(missing_ok=True)
+    empty_text = to_half(model.encode_text([""]))[0]
+    replace_bytes(output / EMPTY_CAPTION, save({TEXT: empty_text.numpy()}))
+    written = []
+    for split in cached_splits(index):
+        for number, shard in enumerate(open_split(index, split, cache_dir)):
+            file, of_split = f"{split}-{number:06d}.tar", settings.of_split(split)
+            content = [FORMAT, dict(key), asdict(of_split), shard.identity, shard.path.name]
+            task = Task(file, split, (), hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest())
+            kept = kept_shard(task, output)
+            if kept is None:
+                encoder = Encoder(model, int(key["resolution"]), of_split, batch_size, workers or os.cpu_count() or 1)
+                written.append(write_latents(task, output, encoder.encode(shard), on_samples))
+            else:
+                written.append(kept)
+            if on_shard is not None:
+                on_shard(written[-1], kept is not None)
+    latents = {
+        "key": dict(key),
+        "crops": settings.crops,
+        "flips": settings.flips,
+        "latent_shape": model.latent_shape(int(key["resolution"])),
+        "empty_caption": EMPTY_CAPTION,
+        "images": images,
+    }
+    return write_index(output, index.name, "the images'", settings, written, [], {"latents": latents})
+
+
+def check_output(output: Path, key: Mapping[str, str]) -> None:
+    """Raise a `UserError` where hours of another cache, or images, would be overwritten."""
+    if not (output / INDEX_NAME).is_file():
+        return
+    latents = json.loads((output / INDEX_NAME).read_text()).get("latents")
+    if latents is None:
+        raise UserError(f"cache.output={output}: holds shards of images; set it to another folder")
+    if latents["key"] != dict(key):
+        different = ", ".join(sorted(part for part, value in key.items() if latents["key"].get(part) != value))
+        raise UserError(
+            f"cache.output={output}: holds latents made with another {different}; set cache.output to another folder, "
+            "or delete this one"
+        )
+
+
+@dataclass(frozen=True)
+class Encoder:
+    """VAE and text encoder over the samples of a shard, with threads that decode ahead of them."""
+
+    model: StableDiffusion
+    resolution: int
+    settings: CacheSettings
+    batch_size: int
+    workers: int
+
+    def encode(self, shard: Shard) -> Iterator[list[tuple[str, list[tuple[str, bytes]]] | Skipped]]:
+        """Batches of (key, tar members) or what is wrong with a sample, in the shard's order."""
+        prepared = self.prepare(shard)
+        while batch := list(islice(prepared, self.batch_size)):
+            good = [sample for sample in batch if isinstance(sample, Prepared)]
+            encoded = iter(self.encode_batch(good, shard.path.name))
+            yield [next(encoded) if isinstance(sample, Prepared) else sample for sample in batch]
+
+    def prepare(self, shard: Shard) -> Iterator[Prepared | Skipped]:
+        """The samples of a shard, decoded by other threads (Pillow lets them run at once)."""
+        pending: deque[Future[Prepared | Skipped]] = deque()
+        with ThreadPoolExecutor(self.workers) as pool:
+            for sample in read_samples(shard.path):
+                pending.append(pool.submit(self.prepare_sample, sample, shard.path.name))
+                if len(pending) > 2 * self.batch_size:
+                    yield pending.popleft().result()
+            while pending:
+                yield pending.popleft().result()
+
+    def prepare_sample(self, sample: Mapping[str, Any], shard: str) -> Prepared | Skipped:
+        """Captions and pixels of one raw sample."""
+        key = sample["__key__"]
+        try:
+            captions, image = sample_captions(sample), decode_image(image_bytes(sample))
+        except ImageFault as fault:
+            reason, _, detail = str(fault).partition(": ")
+            return Skipped(key, shard, "", reason, detail)
+        pixels = [normalise(variant) for variant in self.variants(image, f"{shard} {key}")]
+        return Prepared(key, captions, np.stack(pixels))
+
+    def variants(self, image: Image.Image, name: str) -> Iterator[Image.Image]:
+        """Crops and mirror images, in the order of `lcm_lightning.data.latents`."""
+        image = resize_shorter_side(image, self.resolution)
+        for crop in range(self.settings.crops):
+            place = np.random.default_rng(stable_hash("crop", name, crop)).random(2) if crop else (0.5, 0.5)
+            square = crop_square(image, self.resolution, *place)
+            yield square
+            if self.settings.flips:
+                yield square.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+
+    def encode_batch(
+        self, samples: Sequence[Prepared], shard: str
+    ) -> Iterator[tuple[str, list[tuple[str, bytes]]] | Skipped]:
+        """Tar members of each sample, or why it has none."""
+        if not samples:
+            return
+        pixel_values = torch.from_numpy(np.concatenate([sample.pixel_values for sample in samples]))
+        moments = [
+            torch.stack(self.model.posterior(part.to(self.model.device)), dim=1)
+            for part in pixel_values.split(self.batch_size)
+        ]
+        text = self.model.encode_text([caption for sample in samples for caption in sample.captions])
+        by_sample = zip(
+            samples,
+            to_half(torch.cat(moments)).split([len(sample.pixel_values) for sample in samples]),
+            to_half(text).split([len(sample.captions) for sample in samples]),
+            strict=True,
+        )
+        for sample, sample_moments, sample_text in by_sample:
+            tensors = {MOMENTS: sample_moments.numpy(), TEXT: sample_text.numpy()}
+            if all(np.isfinite(tensor).all() for tensor in tensors.values()):
+                described = {"captions": sample.captions, "image_shard": shard}
+                content = json.dumps(described, ensure_ascii=False).encode()
+                yield sample.key, [("json", content), ("safetensors", save(tensors))]
+            else:
+                yield Skipped(sample.key, shard, "", "latents not finite", f"in {self.settings.dtype}")
+
+
+def to_half(tensor: Tensor) -> Tensor:
+    """The tensor in float16 on the CPU: all that bfloat16 holds of the magnitudes met here, and more of float32."""
+    return tensor.to("cpu", torch.float16)
+
+
+def write_latents(
+    task: Task,
+    output: Path,
+    batches: Iterator[list[tuple[str, list[tuple[str, bytes]]] | Skipped]],
+    on_samples: OnSamples | None,
+) -> Written:
+    """Write one shard under a temporary name, rename it, then leave its note."""
+    skipped: list[Skipped] = []
+    temporary = output / f"{task.file}.{os.getpid()}.tmp"
+    samples = 0
+    try:
+        with tarfile.open(temporary, "w", format=tarfile.PAX_FORMAT) as archive:
+            for batch in batches:
+                for result in batch:
+                    if isinstance(result, Skipped):
+                        skipped.append(result)
+                        continue
+                    key, members = result
+                    for suffix, content in members:
+                        add_member(archive, f"{key}.{suffix}", content)
+                    samples += 1
+                if on_samples is not None:
+                    on_samples(len(batch))
+        digest, size = sha256_of(temporary), temporary.stat().st_size
+        temporary.replace(output / task.file)
+    finally:
+        temporary.unlink(missing_ok=True)
+    written = Written(task.file, task.split, samples, size, digest, task.digest, tuple(skipped))
+    replace_text(output / PARTS_NAME / f"{task.file}.json", json.dumps(asdict(written)))
+    return written
+
+
+def replace_bytes(path: Path, content: bytes) -> None:
+    """Write a file under a temporary name, then rename it."""
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    temporary.write_bytes(content)
+    temporary.replace(path)

@@ -1,0 +1,258 @@
+"""Shards of cached latents and text embeddings, read in place of images and captions.
+
+A sample is two tar members: `<key>.json` with its captions and the file name of the shard its image lies in, and
+`<key>.safetensors` with, in float16,
+
+    moments  [V, 2, C, h, w]  mean and standard deviation of the VAE's posterior, unscaled, of V crops and mirror images
+    text     [K, L, D]        embeddings of its K captions
+
+Number ``crop * (1 + flips) + mirrored`` of V is a crop (0: the centre) and its mirror image. A step needs one of V and
+one of K, so only those rows are read, when their turn comes: the shuffle buffer holds places in files.
+"""
+
+from __future__ import annotations
+
+import json
+import struct
+import tarfile
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.numpy import load_file
+from webdataset.tariterators import base_plus_ext
+
+from lcm_lightning.data.downloads import download, is_url
+from lcm_lightning.data.images import ImageFault
+from lcm_lightning.data.plan import stable_hash
+from lcm_lightning.data.shards import ShardIndex, cache_folder
+from lcm_lightning.data.stream import Fault, ShardStream, augmentation_draws
+from lcm_lightning.errors import UserError
+
+MOMENTS, TEXT = "moments", "text"
+# What happens to an image before the VAE sees it. Change it with `lcm_lightning.data.images`: old caches are refused.
+TRANSFORM = "shorter side bicubic, square crop, [-1, 1]"
+
+
+@dataclass(frozen=True)
+class LatentCache:
+    """What a folder of cached latents says of itself.
+
+    Attributes:
+        source: where it lies, as the user wrote it.
+        key: what its contents depend on, by part: "vae", "text_encoder", "tokenizer", "resolution", "transform".
+        crops: crops of each training image, the first at the centre.
+        flips: whether each is there mirrored too.
+        latent_shape: (C, h, w).
+        empty_caption: path or address of the embedding of the empty caption.
+        images: path or address of the shards the images lie in.
+    """
+
+    source: str
+    key: Mapping[str, str]
+    crops: int
+    flips: bool
+    latent_shape: tuple[int, int, int]
+    empty_caption: str
+    images: str
+
+    def check(self, key: Mapping[str, str]) -> None:
+        """Raise a `UserError` unless the cache was made with `key`."""
+        different = [part for part in self.key.keys() | key.keys() if self.key.get(part) != key.get(part)]
+        if different:
+            parts = "\n".join(
+                f"  {part}: the cache has {self.key.get(part)}, this run {key.get(part)}" for part in sorted(different)
+            )
+            raise UserError(
+                f"data.source={self.source}: its latents were made with another model or resolution\n{parts}\nset "
+                "model, method.teacher_lora and data.resolution as they were then, or make another cache with\n"
+                "  python -m lcm_lightning.prepare data=... cache=latents model=... data.resolution=..."
+            )
+
+    def check_flips(self, flip_probability: float) -> None:
+        """Raise a `UserError` if mirror images are asked for that the cache lacks."""
+        if flip_probability > 0 and not self.flips:
+            raise UserError(
+                f"data.flip_probability={flip_probability}: {self.source} has no mirror images; set "
+                "data.flip_probability=0 or cache them with cache.flips=true"
+            )
+
+    def empty_text(self, cache_dir: str | None) -> np.ndarray:
+        """Embedding of the empty caption, float16 [L, D]."""
+        place = self.empty_caption
+        return load_file(download(place, cache_folder(cache_dir)) if is_url(place) else place)[TEXT]
+
+
+def latent_cache(index: ShardIndex, source: str) -> LatentCache | None:
+    """The cache an index describes; None where its shards hold images."""
+    if index.latents is None:
+        return None
+    content = index.latents
+    return LatentCache(source, **{**content, "latent_shape": tuple(content["latent_shape"])})
+
+
+@dataclass(frozen=True)
+class LatentExample:
+    """One training example: moments float16 [2, C, h, w], text embedding float16 [L, D], its caption, key and seed."""
+
+    moments: np.ndarray
+    text: np.ndarray
+    caption: str
+    key: str
+    seed: int
+
+
+@dataclass(frozen=True)
+class LatentChoice:
+    """Which crop, mirror image and caption of a sample become an example, from the sample's seed alone.
+
+    The draws are those of `Augmentation`: caption, dropout and mirror image come out as they would from images.
+
+    Attributes:
+        random: random choice among crops and captions; otherwise the first of both, not mirrored.
+        crops, flips: of the cache; 1 and False for a split that has centre crops only.
+        flip_probability, caption_dropout: see `Augmentation`.
+        empty_text: embedding of the empty caption, float16 [L, D].
+        latent_shape: (C, h, w).
+    """
+
+    random: bool
+    crops: int
+    flips: bool
+    flip_probability: float
+    caption_dropout: float
+    empty_text: np.ndarray
+    latent_shape: tuple[int, int, int]
+
+    def __call__(self, sample: Mapping[str, Any], seed: int) -> LatentExample:
+        """Read what was chosen. Raises `ImageFault` when the sample is damaged."""
+        choice, dropout, flip, place, _ = augmentation_draws(seed)
+        if not self.random:
+            choice, place = 0.0, 0.0
+        captions = sample["captions"]
+        row = int(place * self.crops) * (1 + self.flips) + bool(self.flips and flip < self.flip_probability)
+        caption = int(choice * len(captions))
+        dropped = dropout < self.caption_dropout
+        rows = {MOMENTS: row} if dropped else {MOMENTS: row, TEXT: caption}
+        read = read_rows(sample["__shard__"], sample["offset"], rows)
+        text = self.empty_text if dropped else read[TEXT]
+        if read[MOMENTS].shape[1:] != self.latent_shape or text.shape != self.empty_text.shape:
+            raise ImageFault("damaged latents: shapes other than the index says")
+        return LatentExample(read[MOMENTS], text, "" if dropped else captions[caption], sample["__key__"], seed)
+
+
+def read_rows(path: str | Path, offset: int, rows: Mapping[str, int]) -> dict[str, np.ndarray]:
+    """One row of each of some tensors of a safetensors file that lies at `offset` in another file.
+
+    The format: the header's length as 8 bytes, a JSON header with type, shape and place of every tensor, the tensors.
+
+    Raises:
+        ImageFault: these bytes are no safetensors file with such float16 tensors.
+    """
+    try:
+        with Path(path).open("rb", buffering=0) as file:
+            file.seek(offset)
+            (length,) = struct.unpack("<Q", file.read(8))
+            header = json.loads(file.read(length))
+            found = {}
+            for name, row in rows.items():
+                (count, *shape), (begin, end) = header[name]["shape"], header[name]["data_offsets"]
+                if header[name]["dtype"] != "F16" or not row < count:
+                    raise ImageFault(f"damaged latents: {name} is {header[name]['dtype']} with {count} rows")
+                size = (end - begin) // count
+                file.seek(offset + 8 + length + begin + row * size)
+                found[name] = np.frombuffer(file.read(size), np.float16).reshape(shape)
+            return found
+    except (OSError, struct.error, ValueError, KeyError, TypeError, MemoryError, OverflowError) as error:
+        if isinstance(error, ImageFault):
+            raise
+        raise ImageFault(f"damaged latents: {error}") from error
+
+
+class PlaceReader:
+    """Key, captions, the image's shard and the place of the tensors of a shard's samples, by number.
+
+    What describes the samples is read once, on first use; a damaged shard has the samples before the damage.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.places: list[dict[str, Any]] = []
+        self.damage = "the shard holds fewer samples than were counted"
+        try:
+            self.places.extend(read_places(path))
+        except Exception as error:  # tarfile and zlib raise many types on damaged archives
+            self.damage = str(error)
+
+    def read(self, number: int) -> dict[str, Any]:
+        """Place number `number`. Raises `tarfile.ReadError` where the shard ends before it."""
+        if number >= len(self.places):
+            raise tarfile.ReadError(self.damage)
+        return self.places[number]
+
+
+def read_places(path: Path) -> Iterator[dict[str, Any]]:
+    """What describes each sample of a shard, in order: its JSON, and the offset of its safetensors file."""
+    with tarfile.open(path) as archive:
+        described: dict[str, Any] = {}
+        for member in archive:
+            key, suffix = base_plus_ext(member.name)
+            if suffix == "json":
+                described = {"__key__": key, **json.load(archive.extractfile(member))}
+            elif suffix == "safetensors":
+                if described.get("__key__") != key:
+                    raise tarfile.ReadError(f"{member.name} follows no {key}.json")
+                yield described | {"offset": member.offset_data}
+
+
+def decode_latents(
+    samples: Iterable[dict[str, Any] | Fault], choice: LatentChoice, seed: int, epoch: int
+) -> Iterator[LatentExample | Fault]:
+    """Stage 2: places to examples; a sample that cannot be read becomes a fault."""
+    for sample in samples:
+        if isinstance(sample, Fault):
+            yield sample
+            continue
+        try:
+            # As from images: by the name of the shard the image lies in.
+            yield choice(sample, stable_hash(seed, epoch, sample["image_shard"], sample["__key__"]))
+        except ImageFault as fault:
+            yield Fault(sample["__shard__"], sample["__key__"], str(fault))
+
+
+def collate_latents(
+    valid: Sequence[LatentExample], weight: float, batch_size: int, choice: LatentChoice
+) -> dict[str, Any]:
+    """A batch of `batch_size` from at most that many examples, filled up with repeats of weight 0.
+
+    With no example at all the filling is latents of zeros without caption.
+    """
+    zeros = LatentExample(np.zeros((2, *choice.latent_shape), np.float16), choice.empty_text, "", "", 0)
+    source = list(valid) or [zeros]
+    rows = [source[index % len(source)] for index in range(batch_size)]
+    return {
+        "moments": torch.from_numpy(np.stack([row.moments for row in rows])),
+        "text": torch.from_numpy(np.stack([row.text for row in rows])),
+        "captions": [row.caption for row in rows],
+        "keys": [row.key for row in rows],
+        "seed": torch.tensor([row.seed for row in rows], dtype=torch.int64),
+        "weight": torch.tensor([weight] * len(valid) + [0.0] * (batch_size - len(valid))),
+    }
+
+
+class LatentStream(ShardStream):
+    """`ShardStream` over shards of latents: the same plan and the same seeds. `augment` is a `LatentChoice`."""
+
+    augment: LatentChoice
+    open_shard = PlaceReader
+
+    def decoder(self, epoch: int) -> Any:
+        """Stage 2."""
+        return partial(decode_latents, choice=self.augment, seed=self.seed, epoch=epoch)
+
+    def collate(self) -> Any:
+        """What stage 3 makes batches with."""
+        return partial(collate_latents, batch_size=self.batch_size, choice=self.augment)
