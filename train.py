@@ -9,11 +9,12 @@ import lightning as L
 from lightning.pytorch.loggers import CSVLogger, Logger
 from omegaconf import DictConfig, OmegaConf
 
-from lcm_lightning.errors import report_user_errors
+from lcm_lightning.errors import report_configuration_errors, report_user_errors
 from lcm_lightning.resolvers import register_resolvers
 from lcm_lightning.training import (
     TRAIN_KEYS,
     build_module,
+    check_settings,
     find_checkpoint,
     instantiate_each,
     instantiate_group,
@@ -25,6 +26,7 @@ from lcm_lightning.training import (
 register_resolvers()
 
 
+@report_configuration_errors
 @hydra.main(version_base="1.3", config_path="conf", config_name="train")
 @report_user_errors
 def main(cfg: DictConfig) -> float | None:
@@ -35,9 +37,10 @@ def main(cfg: DictConfig) -> float | None:
     L.seed_everything(cfg.seed, workers=True, verbose=False)
     checkpoint = find_checkpoint(cfg.resume)
     data = instantiate_group(cfg, "data")
-    data.prepare_data()
     loggers: list[Logger] = [CSVLogger(run_dir, name="", version=""), *instantiate_each(cfg, "logger")]
     trainer = instantiate_group(cfg, "trainer", logger=loggers, callbacks=instantiate_each(cfg, "callbacks"))
+    check_settings(cfg)
+    data.prepare_data()
     module = build_module(cfg, trainer.precision)
     if trainer.is_global_zero:
         OmegaConf.save(cfg, run_dir / "config.yaml")

@@ -9,7 +9,8 @@ import hydra
 import torch
 from omegaconf import DictConfig
 
-from lcm_lightning.errors import UserError, report_user_errors
+from lcm_lightning.configuration import check_writable
+from lcm_lightning.errors import UserError, report_configuration_errors, report_user_errors
 from lcm_lightning.evaluation.contenders import STUDENT
 from lcm_lightning.evaluation.subject import load_subject
 from lcm_lightning.models.adapters import merged_adapters
@@ -47,14 +48,13 @@ def write_images(images: torch.Tensor, folder: Path, stem: str, seed: int) -> li
     return [folder / name for name in pictures]
 
 
+@report_configuration_errors
 @hydra.main(config_path="../conf", config_name="generate", version_base="1.3")
 @report_user_errors
 def main(cfg: DictConfig) -> None:
     """Entry point."""
     quiet_known_warnings()
     resolve(cfg, GENERATE_KEYS)
-    if cfg.num_images < 1:
-        raise UserError(f"num_images={cfg.num_images}: expected at least 1")
     device = make_fabric(cfg.accelerator, 1).device
     subject = load_subject(cfg)
     model = subject.model.to(device)
@@ -64,6 +64,9 @@ def main(cfg: DictConfig) -> None:
     guidance_scale = default_guidance if cfg.guidance_scale is None else cfg.guidance_scale
     if cfg.negative_prompt and guidance_scale <= 1:
         raise UserError(f"negative_prompt={cfg.negative_prompt}: acts with guidance_scale above 1 only")
+    resolution = model.default_resolution if cfg.resolution is None else cfg.resolution
+    model.check_resolution(resolution, "resolution")
+    check_writable("output", Path(cfg.output))
     with image_progress() as progress, merged_adapters(model, subject.adapters):
         bar = progress.add_task("drawing", total=cfg.num_images)
         images = sample(
@@ -73,7 +76,7 @@ def main(cfg: DictConfig) -> None:
             steps=steps,
             guidance_scale=guidance_scale,
             sampler="lcm" if distilled else "ddim",
-            resolution=model.default_resolution if cfg.resolution is None else cfg.resolution,
+            resolution=resolution,
             negative_prompt=cfg.negative_prompt,
             batch_size=cfg.batch_size,
             on_batch=lambda number: progress.advance(bar, number),
