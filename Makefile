@@ -6,11 +6,12 @@ NOW := $(shell date +%Y-%m-%d_%H-%M-%S)
 SLOW := slow or multiprocess
 PRETRAIN := outputs/pretrain
 
-.PHONY: help setup quickstart test test-fast eval lint pretrain
+.PHONY: help setup quickstart test test-fast test-faults eval lint pretrain
 
 help:
 	@echo "make quickstart        fine-tune, distil and evaluate the embedded pipeline, about 8 minutes"
 	@echo "make test              all tests; make test-fast leaves out the slow ones"
+	@echo "make test-faults       the long tests of faults: damaged files and networks"
 	@echo "make eval RUN=...      evaluate a run folder; more arguments in ARGS=..."
 	@echo "make lint              style"
 	@echo "make pretrain          train the embedded pipeline from scratch, hours; goes on where it was stopped"
@@ -32,7 +33,10 @@ test: $(READY)
 	$(BIN)/python -m pytest $(ARGS)
 
 test-fast: $(READY)
-	$(BIN)/python -m pytest -m "not ($(SLOW))" $(ARGS)
+	$(BIN)/python -m pytest -m "not ($(SLOW) or faults)" $(ARGS)
+
+test-faults: $(READY)
+	$(BIN)/python -m pytest -m faults $(ARGS)
 
 eval: $(READY)
 	$(if $(RUN),,$(error give RUN=outputs/<experiment>/<date_time>))

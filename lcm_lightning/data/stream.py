@@ -107,8 +107,8 @@ def raw_samples(shard: Shard, segment: Segment) -> Iterator[dict[str, Any] | Fau
             given += 1
             if given == len(segment):
                 return
-    except Exception as error:  # tarfile and zlib raise many types on damaged archives
-        reason = f"damaged shard: {error}"
+    except OSError as error:
+        reason = f"unreadable shard: {error}"
     for _ in range(len(segment) - given):
         yield Fault(str(shard.path), "", reason)
 
@@ -133,11 +133,12 @@ def decode(samples: Iterable[dict[str, Any] | Fault], augment: Augmentation, see
         key, shard = sample["__key__"], sample["__shard__"]
         try:
             captions, image = sample_captions(sample), decode_image(image_bytes(sample))
+            # Keys repeat from shard to shard in some published sets; the shard's file name tells them apart.
+            example = augment(image, captions, key, stable_hash(seed, epoch, shard.rpartition("/")[2], key))
         except ImageFault as fault:
             yield Fault(shard, key, str(fault))
             continue
-        # Keys repeat from shard to shard in some published sets; the shard's file name tells them apart.
-        yield augment(image, captions, key, stable_hash(seed, epoch, shard.rpartition("/")[2], key))
+        yield example
 
 
 def batch(
@@ -237,6 +238,19 @@ def rank_and_world_size() -> tuple[int, int]:
     return 0, 1
 
 
+def check_ranks_agree(fingerprint: str) -> None:
+    """Raise a `UserError` if the ranks see different shards: they would run different steps and wait for ever."""
+    if not torch.distributed.is_initialized():
+        return
+    fingerprints: list[str] = [""] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(fingerprints, fingerprint)
+    if len(set(fingerprints)) > 1:
+        raise UserError(
+            "data.source: the machines have different shards, since one of them lost some (its log names them); start "
+            "again, or copy the same shards to each"
+        )
+
+
 class ShardLoader:
     """Iterates over one rank's batches of an epoch; `len()` is the true number of them.
 
@@ -248,6 +262,7 @@ class ShardLoader:
 
     Attributes:
         start_batch: batches of the next epoch to leave out, without decoding them; 0 again afterwards.
+        faults: samples that were left out in this process, by shard; those of missing or cut off shards included.
         batch_sampler: None, as in a `DataLoader` that does not batch; Lightning asks for it.
     """
 
@@ -264,6 +279,7 @@ class ShardLoader:
         self.epoch_offset = 0
         self.loaded_epoch: int | None = None
         self.consumed = 0
+        self.faults = Counter({str(shard.path): shard.lost for shard in stream.shards if shard.lost})
         self.loader = DataLoader(
             stream,
             batch_size=None,
@@ -313,7 +329,9 @@ class ShardLoader:
         self.consumed, self.start_batch, self.loaded_epoch = self.start_batch, 0, None
         faults = FaultCount(self.rank_samples(rank, world_size), self.max_bad_fraction)
         for content in self.loader:
-            faults.add(content.pop("faults"))
+            new = content.pop("faults")
+            self.faults.update(fault.shard for fault in new)
+            faults.add(new)
             self.consumed += 1
             yield content
 
