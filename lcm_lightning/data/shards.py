@@ -25,7 +25,7 @@ from PIL import Image
 from lcm_lightning.data.downloads import DownloadError, download, fetch_json, is_url, list_hub_shards
 from lcm_lightning.data.images import ImageFault, decode_image
 from lcm_lightning.data.records import IMAGE_SUFFIXES, INDEX_NAME, PARTS_NAME, SPLIT_NAMES, clean_caption
-from lcm_lightning.data.tar import Member, members, read_at
+from lcm_lightning.data.tar import MAX_MEMBER_BYTES, Member, members, read_at
 from lcm_lightning.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -130,16 +130,24 @@ def count_samples(path: Path) -> Count:
 
 
 def read_samples(path: Path, start: int = 0) -> Iterator[dict[str, Any]]:
-    """Raw samples of a shard from number `start` on: "__key__", and the bytes of each member by suffix.
-
-    The members of the samples before `start` are passed over without being read. A sample with a damaged member has
-    a "__fault__", from which `image_bytes` and `sample_captions` make an `ImageFault`.
-    """
+    """`read_sample` of the samples of a shard from number `start` on; those before are passed over without reading."""
     with path.open("rb") as archive:
         for key, sample in islice(grouped(archive), start, None):
-            faults = [f"{member.name} {member.fault}".strip() for member in sample.values() if member.fault]
-            content = {} if faults else {suffix: read_at(archive, m.offset, m.size) for suffix, m in sample.items()}
-            yield {"__key__": key, **content} | ({"__fault__": faults[0]} if faults else {})
+            yield read_sample(archive, key, sample)
+
+
+def read_sample(archive: IO[bytes], key: str, sample: Mapping[str, Member]) -> dict[str, Any]:
+    """A raw sample: "__key__", and the bytes of each member by suffix.
+
+    One with a damaged member has a "__fault__" instead, from which `image_bytes` and `sample_captions` make an
+    `ImageFault`.
+    """
+    for member in sample.values():
+        if member.fault:
+            return {"__key__": key, "__fault__": f"{member.name} {member.fault}".strip()}
+    if (size := sum(member.size for member in sample.values())) > MAX_MEMBER_BYTES:
+        return {"__key__": key, "__fault__": f"too large: {size} bytes"}
+    return {"__key__": key} | {suffix: read_at(archive, m.offset, m.size) for suffix, m in sample.items()}
 
 
 def image_bytes(sample: Mapping[str, Any]) -> bytes:

@@ -18,6 +18,8 @@ WINDOW = 1 << 20
 # A caption or an image of half a gigabyte is none; its bytes are never asked for.
 MAX_MEMBER_BYTES = 1 << 29
 MAX_NAME_BYTES = 1 << 16
+# A file made of nothing but the magic of headers would otherwise keep a reader busy for hours.
+MAX_CANDIDATES = 100_000
 MAGIC, MAGIC_OFFSET = b"ustar", 257
 REGULAR = (tarfile.REGTYPE, tarfile.AREGTYPE, tarfile.CONTTYPE)
 GNU_NAME, PAX = tarfile.GNUTYPE_LONGNAME, tarfile.XHDTYPE
@@ -76,6 +78,8 @@ def members(archive: IO[bytes]) -> Iterator[Member]:
             if info.type in REGULAR:
                 yield regular(name or info.name, content, content_size, length)
             name, size = None, None
+        if content + content_size > length:  # a header that announces more than there is may stand before good ones
+            offset = next_header(archive, behind) or length
     if not ended:
         yield Member("", offset, 0, "cut off before the end-of-archive block", True)
 
@@ -123,11 +127,14 @@ def longer_name(kind: bytes, extension: bytes, name: str | None, size: int | Non
 
 def next_header(archive: IO[bytes], offset: int) -> int | None:
     """Where the first header from `offset` on starts, found by its magic and proven by its checksum; None if none."""
-    start = offset + MAGIC_OFFSET
+    start, candidates = offset + MAGIC_OFFSET, 0
     while window := read_at(archive, start, WINDOW):
         place = window.find(MAGIC)
         while place >= 0:
             candidate = start + place - MAGIC_OFFSET
+            candidates += 1
+            if candidates > MAX_CANDIDATES:
+                return None
             if parse(read_at(archive, candidate, BLOCK)) is not None:
                 return candidate
             place = window.find(MAGIC, place + 1)
