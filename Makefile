@@ -11,7 +11,7 @@ PRETRAIN := outputs/pretrain
 help:
 	@echo "make quickstart        fine-tune, distil and evaluate the embedded pipeline, about 8 minutes"
 	@echo "make test              all tests; make test-fast leaves out the slow ones"
-	@echo "make test-faults       kill training 50 times at random moments, and compare the ends bit by bit"
+	@echo "make test-faults       the long tests of faults: runs killed at random, damaged files and networks"
 	@echo "make eval RUN=...      evaluate a run folder; more arguments in ARGS=..."
 	@echo "make lint              style"
 	@echo "make pretrain          train the embedded pipeline from scratch, hours; goes on where it was stopped"

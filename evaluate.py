@@ -10,7 +10,8 @@ from lightning.pytorch.loggers import Logger, WandbLogger
 from omegaconf import DictConfig, OmegaConf
 from rich import print as rich_print
 
-from lcm_lightning.errors import report_user_errors
+from lcm_lightning.configuration import check_writable
+from lcm_lightning.errors import report_configuration_errors, report_user_errors
 from lcm_lightning.evaluation.evaluation import evaluate_models
 from lcm_lightning.evaluation.reference import RealImages
 from lcm_lightning.evaluation.report import console_table
@@ -24,6 +25,7 @@ EVALUATE_KEYS = ("models", "run", "model", "lora", "lora_role", "data", "evaluat
 EVALUATE_KEYS += ("accelerator", "devices", "dtype", "name", "run_dir")
 
 
+@report_configuration_errors
 @hydra.main(version_base="1.3", config_path="conf", config_name="evaluate")
 @report_user_errors
 def main(cfg: DictConfig) -> None:
@@ -37,6 +39,8 @@ def main(cfg: DictConfig) -> None:
     data = evaluation_data(cfg, sources)
     loggers = instantiate_each(cfg, "logger") if fabric.is_global_zero else []
     folder = Path(fabric.broadcast(cfg.run_dir))
+    if fabric.is_global_zero:
+        check_writable("run_dir", folder)
     metrics = evaluate_models(
         sources,
         protocol=protocol,

@@ -12,12 +12,13 @@ from omegaconf import DictConfig, OmegaConf
 
 from lcm_lightning.callbacks.loggers import MetricsFile
 from lcm_lightning.checkpoints import find_checkpoint, global_step, write_atomic
-from lcm_lightning.errors import report_user_errors
+from lcm_lightning.errors import report_configuration_errors, report_user_errors
 from lcm_lightning.preemption import Preempted, requeue_slurm_job
 from lcm_lightning.resolvers import register_resolvers
 from lcm_lightning.training import (
     TRAIN_KEYS,
     build_module,
+    check_settings,
     instantiate_each,
     instantiate_group,
     next_commands,
@@ -28,6 +29,7 @@ from lcm_lightning.training import (
 register_resolvers()
 
 
+@report_configuration_errors
 @hydra.main(version_base="1.3", config_path="conf", config_name="train")
 @report_user_errors
 def main(cfg: DictConfig) -> float | None:
@@ -38,11 +40,12 @@ def main(cfg: DictConfig) -> float | None:
     L.seed_everything(cfg.seed, workers=True, verbose=False)
     checkpoint = find_checkpoint(cfg.resume, run_dir)
     data = instantiate_group(cfg, "data")
-    data.prepare_data()
     goes_on = checkpoint is not None and checkpoint.resolve().is_relative_to(run_dir.resolve())
     metrics = MetricsFile(run_dir, global_step(checkpoint) if goes_on else 0)
     loggers: list[Logger] = [metrics, *instantiate_each(cfg, "logger")]
     trainer = instantiate_group(cfg, "trainer", logger=loggers, callbacks=instantiate_each(cfg, "callbacks"))
+    check_settings(cfg)
+    data.prepare_data()
     module = build_module(cfg, trainer.precision, data.cache)
     if trainer.is_global_zero:
         write_atomic(run_dir / "config.yaml", OmegaConf.to_yaml(cfg).encode())

@@ -3,9 +3,16 @@
 from __future__ import annotations
 
 import functools
+import os
 import sys
+import traceback
 from collections.abc import Callable
-from typing import ParamSpec, TypeVar
+from pathlib import Path
+from typing import NoReturn, ParamSpec, TypeVar
+
+from hydra.core.hydra_config import HydraConfig
+from hydra.errors import HydraException, MissingConfigException, OverrideParseException
+from omegaconf.errors import OmegaConfBaseException
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -25,24 +32,92 @@ def first_line(error: BaseException) -> str:
 
 
 def innermost(error: BaseException) -> BaseException:
-    """What `error` was raised from, and that from, to the first: Hydra wraps an error at each level of the tree."""
-    while error.__cause__ is not None:
+    """What `error` was raised from, and that from, to the first or to a `UserError`: Hydra wraps an error by levels."""
+    while error.__cause__ is not None and not isinstance(error, UserError):
         error = error.__cause__
     return error
 
 
 def report_user_errors(entry_point: Callable[P, R]) -> Callable[P, R]:
-    """Decorate an entry point so that a `UserError` ends it with one line on stderr and status 2.
+    """Decorate an entry point so that a `UserError` ends it with one message on stderr and status 2.
 
-    Goes under `@hydra.main`: Hydra would otherwise print the traceback of its own machinery.
+    Goes under `@hydra.main`: Hydra would otherwise print the traceback of its own machinery. A run folder that holds
+    nothing yet is removed.
     """
 
     @functools.wraps(entry_point)
-    def run(*args: P.args, **kwargs: P.kwargs) -> R:
+    def run_task(*args: P.args, **kwargs: P.kwargs) -> R:
         try:
             return entry_point(*args, **kwargs)
         except UserError as error:
-            print(f"error: {error}", file=sys.stderr)
-            sys.exit(2)
+            remove_unused_run_folder()
+            fail(str(error))
 
-    return run
+    return run_task
+
+
+def report_configuration_errors(entry_point: Callable[P, R]) -> Callable[P, R]:
+    """Decorate an entry point so that what Hydra cannot compose ends it as a `UserError` does.
+
+    Goes over `@hydra.main`, which prints some such errors in several lines that end with advice to look at its
+    traceback, and others as a traceback.
+    """
+
+    @functools.wraps(entry_point)
+    def run_hydra(*args: P.args, **kwargs: P.kwargs) -> R:
+        before = os.environ.get("HYDRA_FULL_ERROR")
+        os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra raises then what it would print
+        try:
+            return entry_point(*args, **kwargs)
+        except (HydraException, OmegaConfBaseException, OSError) as error:
+            if any(frame.name == "run_task" for frame in traceback.extract_tb(error.__traceback__)):
+                raise
+            fail(explain(error))
+        finally:
+            os.environ.pop("HYDRA_FULL_ERROR")
+            if before is not None:
+                os.environ["HYDRA_FULL_ERROR"] = before
+
+    return run_hydra
+
+
+def explain(error: Exception) -> str:
+    """What was wrong with the command line that Hydra could not compose, with its remedy."""
+    show = f"`python {Path(sys.argv[0]).name} --cfg job` shows all keys"
+    if isinstance(error, MissingConfigException) and error.missing_cfg_file and error.options:
+        group, _, option = error.missing_cfg_file.rpartition("/")
+        return f"{group}={option}: there is no such file in conf/{group}; there are {', '.join(error.options)}"
+    if isinstance(error, OverrideParseException):
+        return f"{error.override}: {first_line(error)}; quote values with other signs: 'key=\"a,b\"'"
+    if isinstance(error, OSError) and not isinstance(error, HydraException):
+        return f"hydra.run.dir: the run folder cannot be made ({error}); set hydra.run.dir=... to a place with room"
+    message = first_line(error)
+    for override in sys.argv[1:]:
+        key = override.lstrip("+~").partition("=")[0]
+        if f"'{key}'" in message or key == getattr(error, "full_key", None):
+            return f"{override}: {message}; {show}"
+    return f"{message}; {show}"
+
+
+def remove_unused_run_folder() -> None:
+    """Remove the folder Hydra made for a run if it holds only what Hydra wrote there."""
+    if not HydraConfig.initialized() or HydraConfig.get().output_subdir is None:
+        return
+    folder = Path(HydraConfig.get().runtime.output_dir)
+    notes = folder / HydraConfig.get().output_subdir
+    log = folder / f"{HydraConfig.get().job.name}.log"
+    if not folder.is_dir() or not set(folder.iterdir()) <= {notes, log}:
+        return
+    for file in (*notes.glob("*.yaml"), log):
+        file.unlink(missing_ok=True)
+    here = Path.cwd()
+    for empty in (notes, folder, *(parent for parent in folder.parents if here in parent.parents)):
+        if any(empty.iterdir()):
+            return
+        empty.rmdir()
+
+
+def fail(message: str) -> NoReturn:
+    """End the program with one message and status 2."""
+    print(f"error: {message}", file=sys.stderr)
+    sys.exit(2)

@@ -14,7 +14,8 @@ from omegaconf import DictConfig, OmegaConf
 from PIL import Image
 from torch import Tensor
 
-from lcm_lightning.errors import UserError, report_user_errors
+from lcm_lightning.configuration import check_writable
+from lcm_lightning.errors import UserError, report_configuration_errors, report_user_errors
 from lcm_lightning.evaluation.contenders import STUDENT
 from lcm_lightning.evaluation.subject import load_subject
 from lcm_lightning.models.adapters import merged_adapters
@@ -74,14 +75,13 @@ def pictures_by_name(images: Tensor, prompts: Sequence[str], seeds: Sequence[int
     return pictures
 
 
+@report_configuration_errors
 @hydra.main(config_path="../conf", config_name="generate", version_base="1.3")
 @report_user_errors
 def main(cfg: DictConfig) -> None:
     """Entry point."""
     quiet_known_warnings()
     resolve(cfg, GENERATE_KEYS)
-    if cfg.num_images < 1:
-        raise UserError(f"num_images={cfg.num_images}: expected at least 1")
     device = make_fabric(cfg.accelerator, 1).device
     subject = load_subject(cfg)
     model = subject.model.to(device)
@@ -96,6 +96,9 @@ def main(cfg: DictConfig) -> None:
         raise UserError("prompt=[]: expected at least one prompt, such as prompt=cat or 'prompt=[cat,dog]'")
     prompts = [str(prompt) for prompt in wanted for _ in range(cfg.num_images)]
     seeds = list(range(cfg.seed, cfg.seed + cfg.num_images)) * len(wanted)
+    resolution = model.default_resolution if cfg.resolution is None else cfg.resolution
+    model.check_resolution(resolution, "resolution")
+    check_writable("output", Path(cfg.output))
     with image_progress() as progress, merged_adapters(model, subject.adapters):
         bar = progress.add_task("drawing", total=len(prompts))
         images = sample(
@@ -105,7 +108,7 @@ def main(cfg: DictConfig) -> None:
             steps=steps,
             guidance_scale=guidance_scale,
             sampler=default_sampler if cfg.sampler is None else cfg.sampler,
-            resolution=model.default_resolution if cfg.resolution is None else cfg.resolution,
+            resolution=resolution,
             negative_prompt=cfg.negative_prompt,
             batch_size=cfg.batch_size,
             on_batch=lambda number: progress.advance(bar, number),

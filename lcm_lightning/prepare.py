@@ -20,8 +20,9 @@ from omegaconf import DictConfig
 from rich.console import Console
 from rich.table import Table
 
+from lcm_lightning.configuration import check_types, interpolate
 from lcm_lightning.data.writing import SKIPPED_NAME, ShardSettings, Written, write_shards
-from lcm_lightning.errors import UserError, report_user_errors
+from lcm_lightning.errors import UserError, report_configuration_errors, report_user_errors
 from lcm_lightning.progress import image_progress
 from lcm_lightning.resolvers import register_resolvers
 
@@ -96,6 +97,7 @@ def summary(index: dict[str, Any]) -> Table:
     return table
 
 
+@report_configuration_errors
 @hydra.main(config_path="../conf", config_name="prepare", version_base="1.3")
 @report_user_errors
 def main(config: DictConfig) -> None:
@@ -118,6 +120,7 @@ def prepare_images(config: DictConfig, console: Console) -> Path:
     # Imported here: the worker processes import this module anew and need no torch.
     from lcm_lightning.data.sources import read_source
 
+    check_command(config)
     options = config.prepare
     name = config.data.name
     settings = ShardSettings(options.samples_per_shard, options.max_side, options.min_side, options.quality)
@@ -133,6 +136,17 @@ def prepare_images(config: DictConfig, console: Console) -> Path:
         console=console,
     )
     return output
+
+
+def check_command(config: DictConfig) -> None:
+    """Raise a `UserError` for keys that nothing reads, and for values of a wrong type."""
+    register_resolvers()
+    for override in HydraConfig.get().overrides.task:
+        if override.startswith("+"):
+            raise UserError(f"{override}: nothing reads a key that conf/prepare.yaml and conf/data/ do not have")
+    interpolate(config, ("data", "prepare", "seed"))
+    texts = {"data.source": str | None, "data.name": str, "prepare.output": str | None}
+    check_types(config, {**texts, "data": DictConfig, "prepare": DictConfig})
 
 
 def check_output(source: Source, location: str, output: Path) -> None:

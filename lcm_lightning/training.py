@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import inspect
 import logging
-import sys
 import warnings
-from collections.abc import Collection
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,11 +16,12 @@ from hydra.utils import instantiate
 from lightning.fabric import Fabric
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 from torch.optim import Optimizer
 from transformers.utils import logging as transformers_logging
 
 from lcm_lightning.caching import cache_key
+from lcm_lightning.configuration import SHOW_KEYS
+from lcm_lightning.configuration import resolve as resolve  # for the entry points
 from lcm_lightning.data.latents import LatentCache
 from lcm_lightning.errors import UserError, first_line, innermost
 from lcm_lightning.resolvers import package_file
@@ -35,7 +33,6 @@ FROZEN_DTYPES = {
 }
 GROUPS = ("model", "method", "optimizer", "data", "trainer", "logger", "callbacks")
 TRAIN_KEYS = (*GROUPS, "name", "seed", "max_steps", "val_every", "resume", "run_dir")
-SHOW_KEYS = f"python {Path(sys.argv[0]).name} --cfg job"
 
 
 def frozen_dtype(precision: str) -> torch.dtype:
@@ -52,25 +49,15 @@ def frozen_dtype(precision: str) -> torch.dtype:
     return FROZEN_DTYPES[precision]
 
 
-def resolve(cfg: DictConfig, known: Collection[str]) -> None:
-    """Compute the interpolations of a composed configuration in place and refuse what nothing would read.
+def check_settings(cfg: DictConfig) -> None:
+    """Raise a `UserError` for settings of method and optimizer that are wrong whatever model and data are.
 
-    Args:
-        known: the keys at the top that the entry point reads.
-
-    Raises:
-        UserError: an unknown key at the top, one without a value, or a value that cannot be computed with.
+    Data sets and models take minutes to fetch; a mistake should be told before.
     """
-    for key in cfg:
-        if key not in known:
-            raise UserError(f"{key}={cfg[key]}: nothing reads this key; there are {', '.join(known)}")
-    try:
-        missing = sorted(OmegaConf.missing_keys(cfg))
-        if missing:
-            raise UserError(f"{missing[0]}: has no value; set {missing[0]}=... (its meaning is in conf/)")
-        OmegaConf.resolve(cfg)
-    except OmegaConfBaseException as error:
-        raise UserError(f"{error.full_key or 'configuration'}: {first_line(error)}; `{SHOW_KEYS}` shows it") from error
+    build_optimizer(cfg)
+    method = instantiate_group(cfg, "method", _partial_=True)
+    if hasattr(method.func, "check_settings"):
+        method.func.check_settings(**method.keywords)
 
 
 def build_module(cfg: DictConfig, precision: str, cache: LatentCache | None = None) -> L.LightningModule:
@@ -90,6 +77,8 @@ def build_module(cfg: DictConfig, precision: str, cache: LatentCache | None = No
     deferred = {"defer_encoders": True} if cache is not None else {}
     model = instantiate_group(cfg, "model", dtype=frozen_dtype(precision), **deferred)
     model.check_resolution(cfg.data.resolution)
+    if (drawn := OmegaConf.select(cfg, "callbacks.samples.resolution")) is not None:
+        model.check_resolution(drawn, "callbacks.samples.resolution")
     if cache is not None:
         cache.check(cache_key(model, cfg.data.resolution, cfg.method.get("teacher_lora")))
         model.known_texts[""] = torch.from_numpy(cache.empty_text(cfg.data.get("cache_dir")))
@@ -100,13 +89,13 @@ def build_optimizer(cfg: DictConfig) -> partial[Optimizer]:
     """The optimizer, wanting its parameters.
 
     Raises:
-        UserError: a key it does not take. It would be called, and fail, in the middle of Lightning's set-up.
+        UserError: a setting it does not take. It would be called, and fail, in the middle of Lightning's set-up.
     """
     optimizer = instantiate_group(cfg, "optimizer")
     try:
-        inspect.signature(optimizer.func).bind([], **optimizer.keywords)
-    except TypeError as error:
-        raise UserError(f"optimizer: {error}; `{SHOW_KEYS}` shows its keys") from error
+        optimizer([torch.nn.Parameter(torch.zeros(1))])
+    except (TypeError, ValueError, RuntimeError, IndexError) as error:
+        raise UserError(f"optimizer: {first_line(error)}; `{SHOW_KEYS}` shows its keys") from error
     return optimizer
 
 
@@ -142,7 +131,7 @@ def instantiate_group(cfg: DictConfig, group: str, **arguments: object) -> Any:
             raise UserError(
                 f"{group}: {first_line(cause)}; conf/{group.partition('.')[0]}/ says what it needs"
             ) from error
-        if isinstance(cause, TypeError | InstantiationException):
+        if isinstance(cause, TypeError | ValueError | RuntimeError | OSError | InstantiationException):
             raise UserError(f"{group}: {first_line(cause)}; `{SHOW_KEYS}` shows its keys") from error
         raise
 

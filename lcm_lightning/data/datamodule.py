@@ -22,7 +22,7 @@ from lcm_lightning.data.shards import (
     iterate_shards,
     open_split,
 )
-from lcm_lightning.data.stream import Augmentation, ShardLoader, ShardStream
+from lcm_lightning.data.stream import Augmentation, ShardLoader, ShardStream, check_ranks_agree
 from lcm_lightning.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -139,7 +139,8 @@ class CaptionedImages(LightningDataModule):
             flip_probability: probability of a mirror image in training.
             caption_dropout: probability of an empty caption in training.
             val_limit: validate on the first so many samples; None for all, 0 for no validation.
-            max_bad_fraction: share of unreadable samples in an epoch above which training stops.
+            max_bad_fraction: share of samples that are lost with missing or cut off shards, or that are unreadable in
+                an epoch, above which training stops.
             cache_dir: folder for downloads and counts; None for `~/.cache/lcm-lightning`.
         """
         super().__init__()
@@ -170,7 +171,7 @@ class CaptionedImages(LightningDataModule):
     @cached_property
     def train_shards(self) -> tuple[Shard, ...]:
         """Shards of the training split."""
-        return open_split(self.index, "train", self.cache_dir)
+        return open_split(self.index, "train", self.cache_dir, self.max_bad_fraction)
 
     @cached_property
     def val_shards(self) -> tuple[Shard, ...]:
@@ -183,7 +184,7 @@ class CaptionedImages(LightningDataModule):
         """
         for split in ("val", "test"):
             if split in self.index.locations:
-                return open_split(self.index, split, self.cache_dir)
+                return open_split(self.index, split, self.cache_dir, self.max_bad_fraction)
         raise UserError(
             f"data.source={self.source}: shards without val or test split; name some val-*.tar (or put them in val/), "
             "prepare the data set again, or train without validation with data.val_limit=0"
@@ -226,6 +227,7 @@ class CaptionedImages(LightningDataModule):
 
     def train_dataloader(self) -> ShardLoader:
         """Shuffled and augmented batches."""
+        check_ranks_agree(self.fingerprint)
         return self.loader(self.train_shards, self.augmentation(True), shuffle_buffer=self.shuffle_buffer)
 
     def val_dataloader(self) -> ShardLoader | list[ShardLoader]:

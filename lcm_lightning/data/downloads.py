@@ -3,12 +3,20 @@
 from __future__ import annotations
 
 import hashlib
+import http.client
 import json
+import logging
 import re
+import socket
+import tempfile
+import time
 import urllib.error
+import urllib.parse
 import urllib.request
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 from uuid import uuid4
 
 from huggingface_hub import HfApi, hf_hub_download
@@ -16,7 +24,18 @@ from rich.progress import Progress
 
 from lcm_lightning.errors import UserError
 
+log = logging.getLogger(__name__)
+
 CHUNK = 1 << 20
+ATTEMPTS = 5
+FIRST_PAUSE, LONGEST_PAUSE = 0.5, 30.0  # seconds; doubled from attempt to attempt
+TIMEOUT = 60.0  # seconds without a byte, or in which SLOWEST is judged
+SLOWEST = 1024  # bytes a second
+NETWORK_ERRORS = (urllib.error.URLError, http.client.HTTPException, ConnectionError, TimeoutError)
+
+
+class DownloadError(UserError):
+    """A file that a server does not give: one shard's misfortune, where others may be had."""
 
 
 def is_url(location: str) -> bool:
@@ -37,20 +56,30 @@ def list_hub_shards(repo: str) -> list[str]:
 
 
 def download(location: str, cache: Path, sha256: str | None = None) -> Path:
-    """Local file of a shard, downloaded on first use. Raises `UserError` when that fails."""
+    """Local file of a shard, downloaded on first use.
+
+    Raises:
+        DownloadError: the server does not give it, or gives another file than its index speaks of.
+        UserError: it cannot be written.
+    """
     if location.startswith("hf://"):
         return download_from_hub(location)
     digest = hashlib.sha256(location.encode()).hexdigest()[:16]
-    path = cache / "shards" / f"{digest}-{Path(location).name}"
-    if not path.is_file():
+    name = re.sub(r"[^\w.-]+", "_", Path(urllib.parse.urlsplit(location).path).name)[-100:]
+    path = cache / "shards" / f"{digest}-{name}"
+    if path.is_file():
+        return path
+    temporary = path.with_name(f"{path.name}.{uuid4().hex}.tmp")  # process ids repeat from machine to machine
+    try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f"{path.name}.{uuid4().hex}.tmp")  # process ids repeat from machine to machine
-        try:
-            found = stream_to_file(location, temporary)
-            if sha256 not in (None, found):
-                raise UserError(f"{location}: the file does not have the sha256 of its index; publish both together")
-            temporary.replace(path)
-        finally:
+        found = fetch_file(location, temporary)
+        if sha256 not in (None, found):
+            raise DownloadError(f"{location}: the file does not have the sha256 of its index; publish both together")
+        temporary.replace(path)
+    except OSError as error:
+        raise UserError(f"data.cache_dir={cache}: cannot be written ({error}); set it to a folder with room") from error
+    finally:
+        with suppress(OSError):
             temporary.unlink(missing_ok=True)
     return path
 
@@ -64,37 +93,91 @@ def download_from_hub(location: str) -> Path:
     try:
         return Path(hf_hub_download(repo, file, repo_type="dataset", revision=revision))
     except Exception as error:  # network, authentication and not-found errors of several libraries
-        raise UserError(f"data.source={location}: download failed ({first_line(error)})") from error
+        raise DownloadError(f"data.source={location}: download failed ({first_line(error)})") from error
 
 
-def stream_to_file(address: str, path: Path) -> str:
-    """Download `address` to `path` with a progress bar; returns the sha256 of the bytes.
+def fetch_file(address: str, path: Path) -> str:
+    """Download `address` to `path` with a progress bar, trying again with growing pauses; the sha256 of the bytes.
+
+    A connection that drops is taken up where it broke where the server can do that (RFC 9110, section 14.2).
 
     Raises:
-        UserError: the server refuses, or closes the connection before the length it announced.
+        DownloadError: the server refuses, or fails `ATTEMPTS` times.
+        OSError: the file cannot be written.
     """
+    with path.open("wb") as file, Progress(transient=True) as progress:
+        bar = progress.add_task(Path(address).name, total=None)
+        for attempt in range(1, ATTEMPTS + 1):
+            try:
+                fetch_rest(address, file, lambda done, total: progress.update(bar, completed=done, total=total))
+                break
+            except NETWORK_ERRORS as error:
+                wait = pause(error, attempt)
+                if attempt == ATTEMPTS or wait is None:
+                    tries = f" after {attempt} attempts" if attempt > 1 else ""
+                    raise DownloadError(f"data.source={address}: download failed{tries} ({error})") from error
+                log.warning("%s: %s; trying again in %.1f s (%d of %d)", address, error, wait, attempt, ATTEMPTS)
+                time.sleep(wait)
     digest = hashlib.sha256()
-    try:
-        with urllib.request.urlopen(address, timeout=60) as response, path.open("wb") as file, Progress() as progress:
-            length = response.headers.get("Content-Length")
-            bar = progress.add_task(Path(address).name, total=int(length) if length else None)
-            while chunk := response.read(CHUNK):
-                file.write(chunk)
-                digest.update(chunk)
-                progress.update(bar, advance=len(chunk))
-    except (urllib.error.URLError, OSError) as error:
-        raise UserError(f"data.source={address}: download failed ({error})") from error
-    if length and path.stat().st_size != int(length):
-        raise UserError(f"data.source={address}: the connection closed after {path.stat().st_size} of {length} bytes")
+    with path.open("rb") as file:
+        while chunk := file.read(CHUNK):
+            digest.update(chunk)
     return digest.hexdigest()
+
+
+def fetch_rest(address: str, file: IO[bytes], on_progress: Callable[[int, int | None], None]) -> None:
+    """Append what `file` lacks of `address`. Raises one of `NETWORK_ERRORS` when the server does not give it all."""
+    had = file.tell()
+    request = urllib.request.Request(address, headers={"Range": f"bytes={had}-"} if had else {})
+    with urllib.request.urlopen(request, timeout=TIMEOUT) as response:
+        if had and not response.headers.get("Content-Range", "").startswith(f"bytes {had}-"):  # it sends all again
+            file.seek(0)
+            file.truncate()
+            had = 0
+        length = response.headers.get("Content-Length")
+        total = had + int(length) if length and length.isdigit() else None
+        started = time.monotonic()
+        while chunk := receive(response):
+            file.write(chunk)
+            on_progress(file.tell(), total)
+            elapsed = time.monotonic() - started
+            if elapsed > TIMEOUT and file.tell() - had < SLOWEST * elapsed:
+                raise TimeoutError(f"slower than {SLOWEST} bytes/s")
+    if total is not None and file.tell() != total:
+        raise ConnectionError(f"the connection closed after {file.tell()} of {total} bytes")
+
+
+def receive(response: http.client.HTTPResponse) -> bytes:
+    """What has arrived, b"" at the end: `read` would wait for a whole chunk, however slowly it trickles."""
+    try:
+        return response.read1(CHUNK)
+    except OSError as error:
+        raise ConnectionError(str(error) or type(error).__name__) from error
+
+
+def pause(error: Exception, attempt: int) -> float | None:
+    """Seconds to wait before trying again, as the server wishes (at most `LONGEST_PAUSE`); None: trying is no use."""
+    if isinstance(error, urllib.error.HTTPError):
+        if error.code not in (408, 429) and error.code < 500:
+            return None
+        wish = error.headers.get("Retry-After", "")
+        if wish.isdigit():
+            return min(float(wish), LONGEST_PAUSE)
+    elif isinstance(getattr(error, "reason", None), socket.gaierror | ConnectionRefusedError):
+        return None  # nobody is there
+    return min(FIRST_PAUSE * 2 ** (attempt - 1), LONGEST_PAUSE)
 
 
 def fetch_json(address: str) -> Any:
     """The JSON document at an address. Raises `UserError`."""
     try:
-        with urllib.request.urlopen(address, timeout=60) as response:
-            return json.load(response)
-    except (urllib.error.URLError, OSError, ValueError) as error:
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / "document.json"
+            fetch_file(address, path)
+            return json.loads(path.read_bytes())
+    except DownloadError as error:
+        raise UserError(f"{error}; no index of prepared shards there") from error
+    except ValueError as error:
         raise UserError(f"data.source={address}: no index of prepared shards there ({error})") from error
 
 

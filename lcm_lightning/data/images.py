@@ -6,10 +6,26 @@ import io
 import warnings
 
 import numpy as np
-from PIL import ExifTags, Image, ImageOps
+from PIL import ExifTags, Image
 
-# A JPEG of a few kilobytes can announce an image of a terabyte; no training photo is near 90 megapixels.
+# A JPEG of a few kilobytes can announce an image of a terabyte; few training photos are near 90 megapixels. Larger
+# JPEGs are decoded at a fraction of their size, up to Pillow's own limit (178 megapixels).
 MAX_PIXELS = 90_000_000
+# Below that an image is smaller than one latent.
+MIN_SIDE = 8
+# Pillow judges by content: a .jpg may hold PostScript, which it would hand to Ghostscript, and other rarities.
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
+
+# How to turn an image upright, by its EXIF orientation.
+TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 
 
 class ImageFault(ValueError):
@@ -17,24 +33,27 @@ class ImageFault(ValueError):
 
 
 def open_image(data: bytes, max_side: int | None = None) -> Image.Image:
-    """Open and fully decode the first frame of an image.
+    """Open and fully decode the first frame of an image; a baseline JPEG above `MAX_PIXELS` reduced.
 
     Args:
         max_side: what the longer side is going to be reduced to. A JPEG of at least four times that is decoded at a
             half, a quarter or an eighth of its size, never below twice `max_side`: faster, and hardly to be told apart.
 
     Raises:
-        ImageFault: the bytes are no image, are truncated, or announce more than `MAX_PIXELS` pixels.
+        ImageFault: the bytes are no image of `FORMATS`, are truncated, announce more than `MAX_PIXELS` pixels, or are
+            smaller than `MIN_SIDE`.
     """
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            image = Image.open(io.BytesIO(data))
+            warnings.simplefilter("ignore")  # of bombs and of damaged metadata
+            image = Image.open(io.BytesIO(data), formats=FORMATS)
             if image.width * image.height > MAX_PIXELS:
-                raise ImageFault(f"too large: {image.width}x{image.height} pixels")
-            if max_side is not None:
+                reduce_jpeg(image)
+            elif max_side is not None:
                 scale = 2 * max_side / max(image.size)
                 image.draft(None, (max(1, int(image.width * scale)), max(1, int(image.height * scale))))
+            if min(image.size) < MIN_SIDE:
+                raise ImageFault(f"too small: {image.width}x{image.height} pixels")
             image.load()
     except ImageFault:
         raise
@@ -43,6 +62,26 @@ def open_image(data: bytes, max_side: int | None = None) -> Image.Image:
     except Exception as error:  # Pillow's decoders raise nearly anything on damaged bytes
         raise ImageFault(f"undecodable: {error}") from error
     return image
+
+
+def reduce_jpeg(image: Image.Image) -> None:
+    """Let an unread JPEG above `MAX_PIXELS` be decoded at the largest fraction of its size below that.
+
+    Raises:
+        ImageFault: it is of another format, or progressive: its coefficients are held at full size.
+    """
+    width, height = image.size
+    if image.format in ("JPEG", "MPO") and not image.info.get("progressive"):
+        image.draft(None, (width // 2, height // 2))
+    if image.width * image.height > MAX_PIXELS:
+        raise ImageFault(f"too large: {width}x{height} pixels")
+
+
+def announced_size(data: bytes) -> tuple[int, int]:
+    """Width and height in pixels that an image's header announces; the image can be opened."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return Image.open(io.BytesIO(data), formats=FORMATS).size
 
 
 def orientation(image: Image.Image) -> int:
@@ -54,11 +93,27 @@ def orientation(image: Image.Image) -> int:
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """Upright RGB image: EXIF orientation applied, transparency laid on white, CMYK, grey and palettes converted."""
-    if orientation(image) != 1:
-        image = ImageOps.exif_transpose(image)
-    if image.mode in ("I;16", "I;16L", "I;16B"):
-        return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert("RGB")
+    """Upright RGB image: EXIF orientation applied, transparency laid on white, CMYK, grey and palettes converted.
+
+    Raises:
+        ImageFault: the pixels are floating-point numbers, whose range nobody knows, or cannot be converted.
+    """
+    try:
+        return _to_rgb(image)
+    except ImageFault:
+        raise
+    except Exception as error:  # a palette or a transparency that its mode cannot have
+        raise ImageFault(f"unconvertible: {error}") from error
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    turn = TURNS.get(orientation(image))
+    if turn is not None:
+        image = image.transpose(turn)
+    if image.mode == "F":
+        raise ImageFault("floating-point pixels")
+    if image.mode == "I" or image.mode.startswith("I;16"):
+        return Image.fromarray(np.clip(np.asarray(image).astype(np.int64) >> 8, 0, 255).astype(np.uint8)).convert("RGB")
     if image.has_transparency_data:
         image = image.convert("RGBA")
         white = Image.new("RGBA", image.size, "white")
@@ -72,9 +127,15 @@ def decode_image(data: bytes) -> Image.Image:
 
 
 def resize_shorter_side(image: Image.Image, resolution: int) -> Image.Image:
-    """Resize so that the shorter side is `resolution` pixels, the longer one at least that (bicubic, antialiased)."""
+    """Resize so that the shorter side is `resolution` pixels, the longer one at least that (bicubic, antialiased).
+
+    Raises:
+        ImageFault: the result would have more than `MAX_PIXELS`: a hair of 8 x 100,000 pixels, say.
+    """
     width, height = image.size
     scale = resolution / min(width, height)
+    if width * height * scale**2 > MAX_PIXELS:
+        raise ImageFault(f"too elongated: {width}x{height} pixels")
     size = (max(resolution, round(width * scale)), max(resolution, round(height * scale)))
     return image if size == image.size else image.resize(size, Image.Resampling.BICUBIC)
 

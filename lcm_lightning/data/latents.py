@@ -188,9 +188,9 @@ class PlaceReader:
             self.damage = str(error)
 
     def read(self, number: int) -> dict[str, Any]:
-        """Place number `number`. Raises `tarfile.ReadError` where the shard ends before it."""
+        """Place number `number`. Raises `OSError` where the shard ends before it."""
         if number >= len(self.places):
-            raise tarfile.ReadError(self.damage)
+            raise OSError(self.damage)
         return self.places[number]
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -260,8 +261,17 @@ def folder_captions(folder: Path) -> dict[Path, tuple[str, ...]]:
     """Captions by image path: from metadata files where there are any, else from the .txt beside each image."""
     tables = [path for name in METADATA_FILES for path in sorted(folder.rglob(name))]
     if tables:
-        return {path.parent / row["file_name"]: row_captions(row) for path in tables for row in metadata_rows(path)}
+        rows = [(path, row) for path in tables for row in metadata_rows(path)]
+        return {inside(folder, path, row["file_name"]): row_captions(row) for path, row in rows}
     return {path: beside(path) for path in sorted(folder.rglob("*")) if is_image_name(path.name)}
+
+
+def inside(folder: Path, table: Path, name: str) -> Path:
+    """The path of an image named by a table. Raises `UserError` when it is not in `folder`: tables come from others."""
+    path = Path(os.path.normpath(table.parent / name))
+    if not path.is_relative_to(os.path.normpath(folder)):
+        raise UserError(f"data.source={folder}: {table} names {name}, outside the folder; move the image into it")
+    return path
 
 
 def beside(image: Path) -> tuple[str, ...]:

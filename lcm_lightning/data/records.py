@@ -63,8 +63,8 @@ def sample_key(name: str) -> str:
 
 
 def clean_caption(caption: object) -> str:
-    """A caption on one line without outer blanks; "" for a missing value."""
-    return " ".join(str(caption).split()) if caption is not None else ""
+    """A caption on one line without outer blanks; "" for a missing value. Half characters of JSON become "?"."""
+    return " ".join(str(caption).encode("utf-8", "replace").decode().split()) if caption is not None else ""
 
 
 def hash_split(key: str) -> str:

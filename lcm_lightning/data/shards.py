@@ -9,36 +9,49 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 import re
-import tarfile
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from itertools import groupby
+from dataclasses import asdict, dataclass, replace
+from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 from uuid import uuid4
 
-import webdataset as wds
 from braceexpand import braceexpand
 from PIL import Image
-from webdataset.tariterators import base_plus_ext
 
-from lcm_lightning.data.downloads import download, fetch_json, is_url, list_hub_shards
+from lcm_lightning.data.downloads import DownloadError, download, fetch_json, is_url, list_hub_shards
 from lcm_lightning.data.images import ImageFault, decode_image
 from lcm_lightning.data.records import IMAGE_SUFFIXES, INDEX_NAME, PARTS_NAME, SPLIT_NAMES, clean_caption
+from lcm_lightning.data.tar import MAX_MEMBER_BYTES, Member, members, read_at
 from lcm_lightning.errors import UserError
 
+log = logging.getLogger(__name__)
+
 CAPTION_SUFFIXES = ("json", "txt")
+UNKNOWN = -1
+COUNTING = 2  # changes when samples are counted in another way, so that remembered counts are made anew
 
 
 @dataclass(frozen=True)
 class Shard:
-    """A shard on this machine: its file, its samples, and an identity (sha256 of its bytes where that is known)."""
+    """A shard on this machine.
+
+    Attributes:
+        path: its file.
+        samples: that can be read from it, or at least tried: damaged stretches between whole samples count as one.
+        identity: sha256 of its bytes where that is known.
+        lost: samples that it should hold and does not; an estimate where nobody knows.
+        fault: why they are lost.
+    """
 
     path: Path
     samples: int
     identity: str
+    lost: int = 0
+    fault: str = ""
 
 
 @dataclass(frozen=True)
@@ -78,70 +91,132 @@ def is_sample_member(name: str) -> bool:
     return not hidden and member_suffix(name) in (*IMAGE_SUFFIXES, *CAPTION_SUFFIXES)
 
 
-def count_samples(path: Path) -> int:
-    """Number of samples in a shard, from its tar headers alone.
+def grouped(archive: IO[bytes]) -> Iterator[tuple[str, dict[str, Member]]]:
+    """The samples of an archive in order: their key, and their members by suffix.
 
-    Raises:
-        UserError: the file is no tar archive, or is cut off.
+    A sample ends where the next name has another key, or a suffix it has already: keys that come twice are two samples.
+    A damaged stretch is a sample of its own, without a key.
     """
-    try:
-        with tarfile.open(path) as archive:
-            names = [member.name for member in archive if member.isreg() and is_sample_member(member.name)]
-    except (tarfile.TarError, EOFError, OSError) as error:
-        raise UserError(f"shard {path}: not a complete tar file ({error}); delete it and fetch it again") from error
-    return sum(1 for _ in groupby(names, key=lambda name: base_plus_ext(name)[0]))
+    key, sample = "", {}
+    for member in members(archive):
+        if member.name and not is_sample_member(member.name):
+            continue
+        folder, slash, file = member.name.rpartition("/")
+        stem, _, suffix = file.partition(".")
+        if (name := folder + slash + stem) != key or suffix.lower() in sample or not member.name:
+            if sample:
+                yield key, sample
+            key, sample = name, {}
+        sample[suffix.lower()] = member
+    if sample:
+        yield key, sample
+
+
+@dataclass(frozen=True)
+class Count:
+    """Samples of a shard, damaged ones included, and what is wrong with its end ("" if nothing: all are counted)."""
+
+    samples: int
+    cut_off: str = ""
+
+
+def count_samples(path: Path) -> Count:
+    """Count the samples of a shard by its tar headers alone."""
+    samples, last = 0, None
+    with path.open("rb") as archive:
+        for _, sample in grouped(archive):
+            samples, last = samples + 1, next(reversed(sample.values()))
+    if last is None:
+        return Count(0, "" if path.stat().st_size else "an empty file")
+    return Count(samples, last.fault if last.last else "")
 
 
 def read_samples(path: Path, start: int = 0) -> Iterator[dict[str, Any]]:
-    """Raw samples of a shard from number `start` on: webdataset's dictionaries of bytes, nothing decoded.
+    """`read_sample` of the samples of a shard from number `start` on; those before are passed over without reading."""
+    with path.open("rb") as archive:
+        for key, sample in islice(grouped(archive), start, None):
+            yield read_sample(archive, key, sample)
 
-    The members of the samples before `start` are passed over without being read into memory.
+
+def read_sample(archive: IO[bytes], key: str, sample: Mapping[str, Member]) -> dict[str, Any]:
+    """A raw sample: "__key__", and the bytes of each member by suffix.
+
+    One with a damaged member has a "__fault__" instead, from which `image_bytes` and `sample_captions` make an
+    `ImageFault`.
     """
-    previous: str | None = None
-    number = -1
+    for member in sample.values():
+        if member.fault:
+            return {"__key__": key, "__fault__": f"{member.name} {member.fault}".strip()}
+    if (size := sum(member.size for member in sample.values())) > MAX_MEMBER_BYTES:
+        return {"__key__": key, "__fault__": f"too large: {size} bytes"}
+    return {"__key__": key} | {suffix: read_at(archive, m.offset, m.size) for suffix, m in sample.items()}
 
-    def select(name: str) -> bool:
-        nonlocal previous, number
-        if not is_sample_member(name):
-            return False
-        key = base_plus_ext(name)[0]
-        number += key != previous
-        previous = key
-        return number >= start
 
-    yield from wds.tarfile_samples([{"url": str(path.absolute())}], select_files=select)
+class ShardReader:
+    """Reads samples of one shard by number; the tar headers are read once, on first use."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        with path.open("rb") as archive:
+            self.samples = list(grouped(archive))
+
+    def read(self, number: int) -> dict[str, Any]:
+        """`read_sample` of number `number`. Raises `OSError` where the file is gone, or has changed."""
+        if number >= len(self.samples):
+            raise OSError("the shard holds fewer samples than were counted")
+        with self.path.open("rb") as archive:
+            return read_sample(archive, *self.samples[number])
 
 
 def image_bytes(sample: Mapping[str, Any]) -> bytes:
     """Encoded image of a raw sample. Raises `ImageFault` when it has none."""
-    for suffix, value in sample.items():
-        if not suffix.startswith("__") and member_suffix("." + suffix) in IMAGE_SUFFIXES:
+    for suffix, value in members_of(sample):
+        if member_suffix("." + suffix) in IMAGE_SUFFIXES:
             return value
     raise ImageFault("no image")
 
 
+def members_of(sample: Mapping[str, Any]) -> list[tuple[str, bytes]]:
+    """Suffix and bytes of the members of a raw sample. Raises `ImageFault` when it is damaged."""
+    if "__fault__" in sample:
+        raise ImageFault(sample["__fault__"])
+    return [(suffix, value) for suffix, value in sample.items() if not suffix.startswith("__")]
+
+
 def parse_captions(suffix: str, value: bytes) -> list[object]:
-    """Captions of one member: the lines of a `.txt`, or "captions", "caption" or "text" of a `.json`."""
-    text = value.decode("utf-8", errors="replace")
+    """Captions of one member: the lines of a `.txt`, or "captions", "caption" or "text" of a `.json`.
+
+    Raises:
+        ImageFault: they are not UTF-8, or no JSON.
+    """
+    try:
+        text = value.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ImageFault(f"captions are not UTF-8: {error}") from error
     if suffix == "txt":
         return list(text.splitlines())
-    content = json.loads(text)
+    try:
+        content = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ImageFault(f"captions are no JSON: {error}") from error
     if isinstance(content, dict):
         content = next((content[key] for key in ("captions", "caption", "text") if key in content), [])
-    return list(content) if isinstance(content, list) else [content]
+    return [caption for caption in (content if isinstance(content, list) else [content]) if not is_nested(caption)]
+
+
+def is_nested(value: object) -> bool:
+    """True for lists and dictionaries, which are no captions."""
+    return isinstance(value, list | dict)
 
 
 def sample_captions(sample: Mapping[str, Any]) -> tuple[str, ...]:
     """All non-empty captions of a raw sample. Raises `ImageFault` when it has none."""
     for wanted in CAPTION_SUFFIXES:
-        for suffix, value in sample.items():
-            if not suffix.startswith("__") and member_suffix("." + suffix) == wanted:
-                try:
-                    captions = [clean_caption(caption) for caption in parse_captions(wanted, value)]
-                except json.JSONDecodeError as error:
-                    raise ImageFault(f"captions are no JSON: {error}") from error
-                if any(captions):
-                    return tuple(filter(None, captions))
+        for suffix, value in members_of(sample):
+            if member_suffix("." + suffix) == wanted:
+                captions = tuple(filter(None, map(clean_caption, parse_captions(wanted, value))))
+                if captions:
+                    return captions
     raise ImageFault("no caption")
 
 
@@ -168,7 +243,16 @@ def group_by_split(locations: Iterable[str]) -> dict[str, tuple[str, ...]]:
 
 
 def index_from_json(content: Mapping[str, Any], locate: Callable[[str], str]) -> ShardIndex:
-    """The index that `prepare` wrote; `locate` turns its file names into paths or addresses."""
+    """The index that `prepare` wrote; `locate` turns its file names into paths or addresses. Raises `UserError`."""
+    try:
+        return _index_from_json(content, locate)
+    except (KeyError, TypeError, AttributeError) as error:
+        raise UserError(
+            f"data.source: {locate(INDEX_NAME)} is not what `prepare` writes (no {error}); run prepare again"
+        ) from error
+
+
+def _index_from_json(content: Mapping[str, Any], locate: Callable[[str], str]) -> ShardIndex:
     entries = {
         split: {locate(shard["file"]): shard for shard in part["shards"]} for split, part in content["splits"].items()
     }
@@ -186,7 +270,10 @@ def index_folder(folder: Path) -> ShardIndex | None:
         UserError: `prepare` was interrupted there, so the shards are not all of the data set.
     """
     if (folder / INDEX_NAME).is_file():
-        content = json.loads((folder / INDEX_NAME).read_text())
+        try:
+            content = json.loads((folder / INDEX_NAME).read_text())
+        except ValueError as error:
+            raise UserError(f"data.source={folder}: {INDEX_NAME} is damaged ({error}); run prepare again") from error
         return index_from_json(content, lambda file: str(folder / file))
     if (folder / PARTS_NAME).is_dir():
         raise UserError(
@@ -241,39 +328,82 @@ def write_atomic(path: Path, text: str) -> None:
 
 
 def counted_shard(path: Path, cache: Path) -> Shard:
-    """A shard without an index: counted once, remembered in the cache until its size or time changes."""
+    """A shard without an index: counted once, remembered in the cache until its size or time changes.
+
+    Raises:
+        UserError: the cache cannot be written.
+    """
     stat = path.stat()
     state = [str(path.resolve()), stat.st_size, stat.st_mtime_ns]
-    record = cache / "counts" / f"{hashlib.sha256(json.dumps(state).encode()).hexdigest()}.json"
-    if not record.is_file():
-        write_atomic(record, json.dumps({"path": state[0], "samples": count_samples(path)}))
-    samples = json.loads(record.read_text())["samples"]
-    return Shard(path, samples, f"{path.name}:{stat.st_size}:{samples}")
+    record = cache / "counts" / f"{hashlib.sha256(json.dumps([COUNTING, *state]).encode()).hexdigest()}.json"
+    try:
+        if not record.is_file():
+            write_atomic(record, json.dumps({"path": state[0], "count": asdict(count_samples(path))}))
+        count = Count(**json.loads(record.read_text())["count"])
+    except OSError as error:
+        raise UserError(f"data.cache_dir={cache}: cannot be used ({error}); set it to a folder with room") from error
+    identity = f"{path.name}:{stat.st_size}:{count.samples}"
+    if count.cut_off:
+        return Shard(path, count.samples, identity, UNKNOWN, f"not a complete tar file: {count.cut_off}")
+    return Shard(path, count.samples, identity)
 
 
-def open_split(index: ShardIndex, split: str, cache_dir: str | Path | None = None) -> tuple[Shard, ...]:
+def open_split(
+    index: ShardIndex, split: str, cache_dir: str | Path | None = None, max_bad_fraction: float = 0.0
+) -> tuple[Shard, ...]:
     """Bring the shards of a split onto this machine (a no-op for local ones) and count them.
 
     Raises:
-        UserError: the data set has no such split, a shard is missing, or a download failed.
+        UserError: the data set has no such split, or more than `max_bad_fraction` of its samples cannot be had since
+            shards are missing, cut off or out of reach.
     """
     if split not in index.locations:
         raise UserError(f"data {index.name}: no split {split!r}; it has {', '.join(sorted(index.locations))}")
     cache = cache_folder(cache_dir)
-    return tuple(open_shard(index, location, cache) for location in index.locations[split])
+    return accepted([open_shard(index, location, cache) for location in index.locations[split]], max_bad_fraction)
+
+
+def accepted(shards: Sequence[Shard], max_bad_fraction: float) -> tuple[Shard, ...]:
+    """The shards, with unknown losses estimated by the others' mean size, and every loss logged.
+
+    Raises:
+        UserError: more than `max_bad_fraction` of all samples are lost.
+    """
+    whole = [shard.samples for shard in shards if not shard.fault] or [shard.samples for shard in shards]
+    mean = round(sum(whole) / len(whole))
+    shards = [replace(s, lost=max(1, mean - s.samples)) if s.lost == UNKNOWN else s for s in shards]
+    damaged = [shard for shard in shards if shard.fault]
+    for shard in damaged:
+        log.warning("left out: about %d samples of shard %s: %s", shard.lost, shard.path, shard.fault)
+    lost = sum(shard.lost for shard in shards)
+    samples = lost + sum(shard.samples for shard in shards)
+    if lost > max_bad_fraction * samples:
+        worst = max(damaged, key=lambda shard: shard.lost)
+        allowed = f"data.max_bad_fraction={max_bad_fraction}: " if max_bad_fraction else ""
+        raise UserError(
+            f"{allowed}shard {worst.path}: {worst.fault}; about {lost} of {samples} samples are lost by it and "
+            f"{len(damaged) - 1} other shards. Fetch or prepare them again"
+        )
+    return tuple(shards)
 
 
 def open_shard(index: ShardIndex, location: str, cache: Path) -> Shard:
-    """One shard of the index as a local file with its count."""
+    """One shard of the index as a local file with its count; a missing or damaged one says so in `fault`."""
     known = index.known.get(location, {})
-    path = download(location, cache, known.get("sha256")) if is_url(location) else Path(location)
+    expected = known.get("samples", UNKNOWN)
+    try:
+        path = download(location, cache, known.get("sha256")) if is_url(location) else Path(location)
+    except DownloadError as error:
+        return Shard(Path(location), 0, f"missing:{location}", expected, str(error))
     if not path.is_file():
-        raise UserError(f"data {index.name}: shard {path} of the index is missing; run prepare again")
+        return Shard(path, 0, f"missing:{location}", expected, f"{path} of the index is missing; run prepare again")
     if not known:
         return counted_shard(path, cache)
     if path.stat().st_size != known["bytes"]:
-        raise UserError(f"data {index.name}: shard {path} differs from the index in size; run prepare again")
-    return Shard(path, known["samples"], known["sha256"])
+        found = counted_shard(path, cache)
+        fault = "differs from the index in size; run prepare again"
+        return replace(found, lost=max(1, expected - found.samples), fault=fault)
+    return Shard(path, expected, known["sha256"])
 
 
 def fingerprint(shards: Sequence[Shard]) -> str:

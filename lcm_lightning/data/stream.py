@@ -18,7 +18,6 @@ from PIL import Image
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from lcm_lightning.data.images import ImageFault, crop_square, decode_image, normalise, resize_shorter_side
-from lcm_lightning.data.offsets import ShardReader
 from lcm_lightning.data.plan import (
     PlannedBatch,
     StreamPlan,
@@ -28,7 +27,7 @@ from lcm_lightning.data.plan import (
     stable_hash,
     steps_per_epoch,
 )
-from lcm_lightning.data.shards import Shard, fingerprint, image_bytes, sample_captions
+from lcm_lightning.data.shards import Shard, ShardReader, fingerprint, image_bytes, sample_captions
 from lcm_lightning.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -38,7 +37,7 @@ class SampleReader(Protocol):
     """Reads raw samples of one shard by number."""
 
     def read(self, number: int) -> dict[str, Any]:
-        """Raw sample `number`. Raises `tarfile.TarError` or `OSError` where the shard does not give it."""
+        """Raw sample `number`. Raises `OSError` where the shard does not give it."""
         ...
 
 
@@ -108,8 +107,8 @@ def read_planned(
             if shard not in readers:
                 readers[shard] = open_shard(path)
             yield readers[shard].read(number) | {"__shard__": str(path)}
-        except Exception as error:  # tarfile and zlib raise many types on damaged archives
-            yield Fault(str(path), "", f"damaged shard: {error}")
+        except OSError as error:
+            yield Fault(str(path), "", f"unreadable shard: {error}")
 
 
 def decode(samples: Iterable[dict[str, Any] | Fault], augment: Augmentation, seed: int, epoch: int) -> Iterator[Any]:
@@ -121,11 +120,12 @@ def decode(samples: Iterable[dict[str, Any] | Fault], augment: Augmentation, see
         key, shard = sample["__key__"], sample["__shard__"]
         try:
             captions, image = sample_captions(sample), decode_image(image_bytes(sample))
+            # Keys repeat from shard to shard in some published sets; the shard's file name tells them apart.
+            example = augment(image, captions, key, stable_hash(seed, epoch, shard.rpartition("/")[2], key))
         except ImageFault as fault:
             yield Fault(shard, key, str(fault))
             continue
-        # Keys repeat from shard to shard in some published sets; the shard's file name tells them apart.
-        yield augment(image, captions, key, stable_hash(seed, epoch, shard.rpartition("/")[2], key))
+        yield example
 
 
 def batch(
@@ -235,6 +235,19 @@ def rank_and_world_size() -> tuple[int, int]:
     return 0, 1
 
 
+def check_ranks_agree(fingerprint: str) -> None:
+    """Raise a `UserError` if the ranks see different shards: they would run different steps and wait for ever."""
+    if not torch.distributed.is_initialized():
+        return
+    fingerprints: list[str] = [""] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(fingerprints, fingerprint)
+    if len(set(fingerprints)) > 1:
+        raise UserError(
+            "data.source: the machines have different shards, since one of them lost some (its log names them); start "
+            "again, or copy the same shards to each"
+        )
+
+
 class ShardLoader:
     """Iterates over one rank's batches of an epoch; `len()` is the true number of them.
 
@@ -248,6 +261,7 @@ class ShardLoader:
     Attributes:
         start: samples of the next epoch to leave out, without reading them; 0 again afterwards.
         waited: seconds this process has waited for batches so far.
+        faults: samples that were left out in this process, by shard; those of missing or cut off shards included.
         batch_sampler: None, as in a `DataLoader` that does not batch; Lightning asks for it.
     """
 
@@ -265,6 +279,7 @@ class ShardLoader:
         self.epoch_offset = 0
         self.loaded_epoch: int | None = None
         self.waited = 0.0
+        self.faults = Counter({str(shard.path): shard.lost for shard in stream.shards if shard.lost})
         self.loader = DataLoader(
             stream,
             batch_size=None,
@@ -315,7 +330,9 @@ class ShardLoader:
         of_rank = rank_samples(self.stream.samples, world_size, self.batch_size, rank)
         faults = FaultCount(of_rank, self.max_bad_fraction)
         for content in self.timed():
-            faults.add(content.pop("faults"))
+            new = content.pop("faults")
+            self.faults.update(fault.shard for fault in new)
+            faults.add(new)
             self.consumed = min(self.consumed + world_size * self.batch_size, self.stream.samples)
             yield content
 

@@ -24,7 +24,7 @@ from typing import Any
 
 from PIL import Image
 
-from lcm_lightning.data.images import ImageFault, open_image, orientation, to_rgb
+from lcm_lightning.data.images import ImageFault, announced_size, open_image, orientation, to_rgb
 from lcm_lightning.data.records import INDEX_NAME, PARTS_NAME, SPLITS, Record, clean_caption
 from lcm_lightning.errors import UserError
 
@@ -309,22 +309,17 @@ def encode_image(data: bytes, settings: ShardSettings) -> tuple[str, bytes]:
         raise ImageFault(f"too small: {width}x{height}, prepare.min_side={settings.min_side}")
     source = image.format
     upright = orientation(image) == 1 and getattr(image, "n_frames", 1) == 1
-    fits = settings.max_side is None or max(width, height) <= settings.max_side
+    whole = image.size == (width, height)  # huge ones are decoded smaller, and kept so
+    fits = whole and (settings.max_side is None or max(width, height) <= settings.max_side)
     plain = image.mode in ("RGB", "L") and not image.has_transparency_data
     if source in KEPT_FORMATS and upright and fits and plain:
         return KEPT_FORMATS[source], data
     image = to_rgb(image)
-    if not fits:
+    if settings.max_side is not None:
         image.thumbnail((settings.max_side, settings.max_side), Image.Resampling.LANCZOS)
     if source in ("JPEG", "MPO"):
         return "jpg", encoded(image, "JPEG", quality=settings.quality, subsampling=0)
     return "png", encoded(image, "PNG")
-
-
-def announced_size(data: bytes) -> tuple[int, int]:
-    """Width and height of an image that can be opened, in pixels, as its header has them."""
-    with Image.open(io.BytesIO(data)) as image:
-        return image.size
 
 
 def encoded(image: Image.Image, format: str, **options: Any) -> bytes:

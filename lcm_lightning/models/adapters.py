@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +13,7 @@ from huggingface_hub import HfApi, hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError
 from peft import LoraConfig, get_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
@@ -194,6 +194,8 @@ def load_lora(model: StableDiffusion, source: str | Path, name: str) -> None:
     """
     path = locate_lora(source)
     try:
+        with safe_open(path, "pt") as file:
+            _refuse_more_than_lora(file.keys(), source)
         state_dict, alphas, metadata = StableDiffusionPipeline.lora_state_dict(
             str(path.parent),
             weight_name=path.name,
@@ -201,7 +203,6 @@ def load_lora(model: StableDiffusion, source: str | Path, name: str) -> None:
             local_files_only=True,
             return_lora_metadata=True,
         )
-        _refuse_more_than_lora(state_dict, source)
         StableDiffusionPipeline.load_lora_into_unet(
             state_dict, alphas, model.unet, adapter_name=name, metadata=metadata
         )
@@ -223,9 +224,9 @@ def load_lora(model: StableDiffusion, source: str | Path, name: str) -> None:
         parameter.requires_grad_(False)
 
 
-def _refuse_more_than_lora(state_dict: dict[str, Tensor], source: str | Path) -> None:
-    """Raise a `UserError` for a DoRA, whose magnitudes no sum of weights can hold."""
-    for key in state_dict:
+def _refuse_more_than_lora(keys: Iterable[str], source: str | Path) -> None:
+    """Raise a `UserError` for a DoRA, whose magnitudes no sum of weights can hold. diffusers drops some of its keys."""
+    for key in keys:
         if "lora_magnitude_vector" in key or "dora_scale" in key:
             raise UserError(f"lora={source}: is a DoRA (it has {key}); only LoRA is supported")
 

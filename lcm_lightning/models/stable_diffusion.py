@@ -100,13 +100,13 @@ class StableDiffusion(nn.Module):
         """Where the networks are."""
         return self.unet.conv_in.weight.device
 
-    def check_resolution(self, resolution: int) -> None:
-        """Raise a `UserError` unless images of `resolution` px pass through VAE and UNet without remainder."""
+    def check_resolution(self, resolution: int, key: str = "data.resolution") -> None:
+        """Raise a `UserError` that names `key` unless images of `resolution` px pass VAE and UNet without remainder."""
         multiple = self.vae_scale_factor * 2 ** (len(self.unet.config.block_out_channels) - 1)
         if resolution <= 0 or resolution % multiple:
             nearest = max(multiple, round(resolution / multiple) * multiple)
             raise UserError(
-                f"data.resolution={resolution}: expected a positive multiple of {multiple} (the VAE divides by "
+                f"{key}={resolution}: expected a positive multiple of {multiple} (the VAE divides by "
                 f"{self.vae_scale_factor}, the UNet by {multiple // self.vae_scale_factor}); try {nearest}"
             )
 
@@ -256,7 +256,12 @@ def _check_pipeline_class(folder: Path, path: str) -> None:
     index = folder / "model_index.json"
     if not index.is_file():
         raise UserError(f"model.path={path}: holds no model_index.json; give a diffusers pipeline folder")
-    name = json.loads(index.read_text()).get("_class_name")
+    try:
+        name = json.loads(index.read_text()).get("_class_name")
+    except (ValueError, AttributeError) as error:
+        raise UserError(
+            f"model.path={path}: model_index.json is damaged ({error}); download the folder again"
+        ) from error
     if name != "StableDiffusionPipeline":
         raise UserError(
             f"model.path={path}: is a {name}; only StableDiffusionPipeline (v1 and v2 architectures) is supported"

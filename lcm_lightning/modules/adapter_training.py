@@ -22,6 +22,9 @@ from lcm_lightning.models.sampling import SamplingSetup
 from lcm_lightning.models.stable_diffusion import StableDiffusion
 from lcm_lightning.modules.randomness import SampleRandomness
 
+# Piecewise constant ones would need rules of their own.
+SCHEDULES = tuple(schedule.value for schedule in SchedulerType if schedule != SchedulerType.PIECEWISE_CONSTANT)
+
 OptimizerFactory = Callable[[Iterable[nn.Parameter]], Optimizer]
 
 
@@ -58,11 +61,7 @@ class AdapterTraining(L.LightningModule, ABC):
         warmup_steps: int = 0,
     ) -> None:
         super().__init__()
-        if lr_scheduler not in {schedule.value for schedule in SchedulerType}:
-            names = ", ".join(schedule.value for schedule in SchedulerType)
-            raise UserError(f"method.lr_scheduler={lr_scheduler}: expected one of {names}")
-        if warmup_steps < 0:
-            raise UserError(f"method.warmup_steps={warmup_steps}: expected at least 0")
+        AdapterTraining.check_settings(lr_scheduler=lr_scheduler, warmup_steps=warmup_steps)
         self.strict_loading = False
         self.model = model
         self.make_optimizer = optimizer
@@ -73,6 +72,16 @@ class AdapterTraining(L.LightningModule, ABC):
         add_lora(model.unet, self.adapter_name, lora)
         model.unet.train()
         self.register_buffer("alphas_cumprod", alphas_cumprod_from_config(model.scheduler_config), persistent=False)
+
+    @classmethod
+    def check_settings(
+        cls, *, lr_scheduler: str = "constant_with_warmup", warmup_steps: int = 0, **others: object
+    ) -> None:
+        """Raise a `UserError` for a setting that is wrong whatever the model is, before one is loaded."""
+        if lr_scheduler not in SCHEDULES:
+            raise UserError(f"method.lr_scheduler={lr_scheduler}: expected one of {', '.join(SCHEDULES)}")
+        if warmup_steps < 0:
+            raise UserError(f"method.warmup_steps={warmup_steps}: expected at least 0, such as 100")
 
     @abstractmethod
     def losses(self, latents: Tensor, text: Tensor, randomness: SampleRandomness) -> Tensor:

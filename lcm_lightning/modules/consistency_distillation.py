@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lcm_lightning.diffusion.consistency import ConsistencyDistillation
 from lcm_lightning.errors import UserError
-from lcm_lightning.models.adapters import active_adapters, fuse_lora
+from lcm_lightning.models.adapters import active_adapters, fuse_lora, locate_lora
 from lcm_lightning.models.sampling import SamplingSetup
 from lcm_lightning.models.stable_diffusion import StableDiffusion
 from lcm_lightning.modules.adapter_training import AdapterTraining
@@ -44,11 +44,8 @@ class LcmLoraDistillation(AdapterTraining):
         teacher_lora: str | None = None,
         **training: Any,
     ) -> None:
-        if not 0 <= w_min <= w_max:
-            raise UserError(
-                f"method.w_min={w_min}, method.w_max={w_max}: expected 0 <= w_min <= w_max, such as 5 and 15"
-            )
-        self._check(distillation, model)
+        self.check_settings(distillation=distillation, w_min=w_min, w_max=w_max)
+        self._check_steps(distillation, model)
         if teacher_lora is not None:
             fuse_lora(model, teacher_lora)
         super().__init__(model, **training)
@@ -57,19 +54,38 @@ class LcmLoraDistillation(AdapterTraining):
         self.teacher_lora = teacher_lora
         self.register_buffer("unconditional", model.encode_text([""]), persistent=False)
 
-    @staticmethod
-    def _check(distillation: ConsistencyDistillation, model: StableDiffusion) -> None:
-        train_timesteps = model.scheduler_config["num_train_timesteps"]
-        if not 1 <= distillation.num_ode_steps <= train_timesteps:
+    @classmethod
+    def check_settings(
+        cls,
+        *,
+        distillation: ConsistencyDistillation,
+        w_min: float = 5.0,
+        w_max: float = 15.0,
+        teacher_lora: str | None = None,
+        **training: Any,
+    ) -> None:
+        """See `AdapterTraining.check_settings`; a teacher's LoRA must be there."""
+        if not 0 <= w_min <= w_max:
             raise UserError(
-                f"method.distillation.num_ode_steps={distillation.num_ode_steps}: expected 1 to {train_timesteps}, the "
-                "model's train timesteps; LCM uses 50"
+                f"method.w_min={w_min}, method.w_max={w_max}: expected 0 <= w_min <= w_max, such as 5 and 15"
             )
         if distillation.loss not in ("huber", "l2"):
             raise UserError(f"method.distillation.loss={distillation.loss}: expected huber or l2")
         if distillation.huber_c <= 0:
             raise UserError(
                 f"method.distillation.huber_c={distillation.huber_c}: expected a positive number; try 0.001"
+            )
+        if teacher_lora is not None:
+            locate_lora(teacher_lora)
+        super().check_settings(**training)
+
+    @staticmethod
+    def _check_steps(distillation: ConsistencyDistillation, model: StableDiffusion) -> None:
+        train_timesteps = model.scheduler_config["num_train_timesteps"]
+        if not 1 <= distillation.num_ode_steps <= train_timesteps:
+            raise UserError(
+                f"method.distillation.num_ode_steps={distillation.num_ode_steps}: expected 1 to {train_timesteps}, the "
+                "model's train timesteps; LCM uses 50"
             )
 
     def losses(self, latents: Tensor, text: Tensor, randomness: SampleRandomness) -> Tensor:

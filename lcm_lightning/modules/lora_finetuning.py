@@ -31,15 +31,21 @@ class LoraFinetuning(AdapterTraining):
     def __init__(
         self, model: StableDiffusion, *, min_snr_gamma: float | None = None, noise_offset: float = 0.0, **training: Any
     ) -> None:
+        self.check_settings(min_snr_gamma=min_snr_gamma, noise_offset=noise_offset)
+        super().__init__(model, **training)
+        self.min_snr_gamma = min_snr_gamma
+        self.noise_offset = noise_offset
+
+    @classmethod
+    def check_settings(cls, *, min_snr_gamma: float | None = None, noise_offset: float = 0.0, **training: Any) -> None:
+        """See `AdapterTraining.check_settings`."""
         if min_snr_gamma is not None and min_snr_gamma <= 0:
             raise UserError(
                 f"method.min_snr_gamma={min_snr_gamma}: expected a positive number, or null for no weighting"
             )
         if noise_offset < 0:
-            raise UserError(f"method.noise_offset={noise_offset}: expected at least 0")
-        super().__init__(model, **training)
-        self.min_snr_gamma = min_snr_gamma
-        self.noise_offset = noise_offset
+            raise UserError(f"method.noise_offset={noise_offset}: expected at least 0, such as 0.05")
+        super().check_settings(**training)
 
     def losses(self, latents: Tensor, text: Tensor, randomness: SampleRandomness) -> Tensor:
         """Squared error per sample on what the UNet predicts, at a uniform timestep."""
