@@ -11,8 +11,7 @@ import pytest
 from PIL import Image
 
 from lcm_lightning.data.datamodule import CaptionedImages
-from lcm_lightning.data.offsets import ShardReader
-from lcm_lightning.data.shards import read_samples
+from lcm_lightning.data.shards import ShardReader, read_samples
 
 Members = list[tuple[str, bytes]]
 
@@ -28,8 +27,8 @@ MEMBERS: Members = [
 ]
 
 
-def tar(path: Path, members: Members, mode: str = "w", format: int = tarfile.PAX_FORMAT) -> Path:
-    with tarfile.open(path, mode, format=format) as archive:
+def tar(path: Path, members: Members, format: int = tarfile.PAX_FORMAT) -> Path:
+    with tarfile.open(path, "w", format=format) as archive:
         for name, content in members:
             member = tarfile.TarInfo(name)
             member.size = len(content)
@@ -38,14 +37,10 @@ def tar(path: Path, members: Members, mode: str = "w", format: int = tarfile.PAX
 
 
 @pytest.mark.parametrize("format", [tarfile.PAX_FORMAT, tarfile.GNU_FORMAT])
-@pytest.mark.parametrize("mode", ["w", "w:gz"])
-def test_every_sample_is_what_webdataset_reads(tmp_path: Path, mode: str, format: int):
-    path = tar(tmp_path / "0.tar", MEMBERS, mode, format)
+def test_every_sample_is_what_reading_in_order_gives(tmp_path: Path, format: int):
+    path = tar(tmp_path / "0.tar", MEMBERS, format)
     reader = ShardReader(path)
-    expected = [
-        {key: value for key, value in sample.items() if key == "__key__" or not key.startswith("__")}
-        for sample in read_samples(path)
-    ]
+    expected = list(read_samples(path))
     assert len(expected) == 3
     assert [reader.read(number) for number in (2, 0, 1)] == [expected[2], expected[0], expected[1]]
 
@@ -56,9 +51,9 @@ def test_a_cut_off_shard_gives_the_samples_before_the_cut(tmp_path: Path):
     reader = ShardReader(path)
     assert [reader.read(number)["__key__"] for number in range(4)] == ["k0", "k1", "k2", "k3"]
     assert "txt" not in reader.read(4)
-    for number in range(5, 8):
-        with pytest.raises(tarfile.TarError):
-            reader.read(number)
+    assert "damaged" in reader.read(5)["__fault__"]
+    with pytest.raises(OSError, match="fewer samples than were counted"):
+        reader.read(6)
 
 
 @pytest.mark.slow
