@@ -32,7 +32,7 @@ GENERATE_KEYS = (
     "steps",
     "guidance_scale",
 )
-GENERATE_KEYS += ("resolution", "seed", "batch_size", "accelerator", "dtype", "output")
+GENERATE_KEYS += ("resolution", "seed", "batch_size", "accelerator", "dtype", "output", "preview")
 
 
 def write_images(images: torch.Tensor, folder: Path, stem: str, seed: int) -> list[Path]:
@@ -64,6 +64,8 @@ def main(cfg: DictConfig) -> None:
     guidance_scale = default_guidance if cfg.guidance_scale is None else cfg.guidance_scale
     if cfg.negative_prompt and guidance_scale <= 1:
         raise UserError(f"negative_prompt={cfg.negative_prompt}: acts with guidance_scale above 1 only")
+    if cfg.preview and model.preview_vae is None:
+        raise UserError("preview=true: needs a small decoder; set model.preview_vae=madebyollin/taesd beside model=...")
     with image_progress() as progress, merged_adapters(model, subject.adapters):
         bar = progress.add_task("drawing", total=cfg.num_images)
         images = sample(
@@ -77,6 +79,7 @@ def main(cfg: DictConfig) -> None:
             negative_prompt=cfg.negative_prompt,
             batch_size=cfg.batch_size,
             on_batch=lambda number: progress.advance(bar, number),
+            preview=cfg.preview,
         )
     stem = re.sub(r"[^0-9a-z]+", "-", str(cfg.prompt).lower()).strip("-")[:60] or "image"
     for path in write_images(images, Path(cfg.output), stem, cfg.seed):

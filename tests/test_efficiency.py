@@ -137,3 +137,14 @@ def test_switching_adapters_changes_nothing_that_trains(pipeline_folder: Path):
         assert all(layer.disable_adapters for layer in lora_layers(model.unet))
         assert trainable == {name: p.requires_grad for name, p in model.named_parameters()}
     assert all(layer.active_adapters == ["lcm"] and not layer.disable_adapters for layer in lora_layers(model.unet))
+
+
+@pytest.mark.slow
+def test_a_compiled_unet_keeps_the_curve_and_is_compiled_once_for_each_use(pipeline_folder: Path):
+    torch._dynamo.reset()
+    compiled = torch._dynamo.utils.counters["stats"]
+    before = compiled["unique_graphs"]
+    found = loss_curve(pipeline_folder, compile=True)
+    # teacher, target and student
+    assert compiled["unique_graphs"] - before == 3
+    assert_same_curve(found, loss_curve(pipeline_folder), FLOAT32)

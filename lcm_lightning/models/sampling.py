@@ -73,6 +73,7 @@ def sample(
     negative_prompt: str = "",
     batch_size: int | None = None,
     on_batch: Callable[[int], None] | None = None,
+    preview: bool = False,
 ) -> Tensor:
     """Images [N, 3, H, W] in [0, 1], float32 on the CPU, of `prompts`, with the adapters that are active.
 
@@ -83,6 +84,7 @@ def sample(
         guidance_scale: diffusers' form, ``uncond + g (cond - uncond)``; at most 1 means no guidance and one pass.
         batch_size: images at a time; all at once if None.
         on_batch: called with the number of images finished in each batch, for progress bars.
+        preview: decode with the model's `preview_vae` where it has one.
     """
     if steps < 1:
         raise UserError(f"steps={steps}: expected at least 1")
@@ -103,7 +105,7 @@ def sample(
         generators = [torch.Generator().manual_seed(seed) for seed in seeds[start : start + batch_size]]
         scheduler = make_scheduler(sampler, model.scheduler_config)
         latents = _denoise(model, scheduler, text, generators, steps, guidance_scale, resolution)
-        images.append(model.decode_latents(latents).cpu())
+        images.append(model.decode_latents(latents, preview=preview).cpu())
         if on_batch is not None:
             on_batch(len(chunk))
     return torch.cat(images) if images else torch.empty(0, 3, resolution, resolution)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import AutoencoderKL, AutoencoderTiny, StableDiffusionPipeline, UNet2DConditionModel
 from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTokenizer
 
@@ -34,11 +34,13 @@ class StableDiffusion(nn.Module):
         scheduler_config: Mapping[str, Any],
         name_or_path: str,
         dtype: torch.dtype,
+        preview_vae: AutoencoderTiny | None = None,
     ) -> None:
         super().__init__()
         self.tokenizer = tokenizer
         self.text_encoder = text_encoder
         self.vae = vae
+        self.preview_vae = preview_vae
         self.unet = unet
         self.scheduler_config = dict(scheduler_config)
         self.name_or_path = name_or_path
@@ -113,11 +115,16 @@ class StableDiffusion(nn.Module):
         return (latents - self._shift) * self.vae.config.scaling_factor
 
     @torch.no_grad()
-    def decode_latents(self, latents: Tensor) -> Tensor:
-        """Images [B, 3, H, W] in [0, 1], float32, of scaled `latents`."""
-        latents = latents.float() / self.vae.config.scaling_factor + self._shift
+    def decode_latents(self, latents: Tensor, *, preview: bool = False) -> Tensor:
+        """Images [B, 3, H, W] in [0, 1], float32, of scaled `latents`; by the `preview_vae`, if there is one, for a `preview`.
+
+        A distilled autoencoder (`AutoencoderTiny`, of TAESD) takes scaled latents as they are and loses fine detail.
+        """
+        vae = self.preview_vae if preview and self.preview_vae is not None else self.vae
+        shift = self._shift if vae is self.vae else 0.0
+        latents = latents.float() / vae.config.scaling_factor + shift
         with self._no_autocast():
-            images = self.vae.decode(latents.to(self.dtype)).sample
+            images = vae.decode(latents.to(self.dtype)).sample
         return (images.float() / 2 + 0.5).clamp(0, 1)
 
     @property
@@ -142,6 +149,7 @@ def load_stable_diffusion(
     channels_last: bool = False,
     gradient_checkpointing: bool = False,
     compile: bool = False,
+    preview_vae: str | None = None,
 ) -> StableDiffusion:
     """Read a `StableDiffusionPipeline` from a local diffusers folder or the Hugging Face hub.
 
@@ -154,6 +162,8 @@ def load_stable_diffusion(
         gradient_checkpointing: recompute the UNet's activations in the backward pass, for less memory.
         compile: let torch.compile fuse the UNet. One graph for each use (teacher, target, student) and batch size, made
             on first use: minutes at the size of Stable Diffusion, which only long runs win back.
+        preview_vae: folder or hub id of an `AutoencoderTiny` for the same latents, such as `madebyollin/taesd`, to
+            decode previews with.
 
     Raises:
         UserError: nothing is found there, it is no Stable Diffusion v1/v2 pipeline, or its schedule cannot be trained.
@@ -164,7 +174,7 @@ def load_stable_diffusion(
         model = _read_pipeline(path, dtype, revision)
     else:
         raise UserError(f"model.unet_init={unet_init}: expected pretrained or random")
-    wrapped = StableDiffusion(**model, dtype=dtype)
+    wrapped = StableDiffusion(**model, dtype=dtype, preview_vae=_read_preview_vae(preview_vae, dtype))
     if reason := unsupported_schedule(wrapped.scheduler_config):
         raise UserError(f"model.path={path}: {reason}; give a pipeline whose scheduler config is one of those")
     if channels_last:
@@ -175,6 +185,18 @@ def load_stable_diffusion(
     if compile:
         wrapped.unet.compile(dynamic=False)
     return wrapped
+
+
+def _read_preview_vae(path: str | None, dtype: torch.dtype) -> AutoencoderTiny | None:
+    if path is None:
+        return None
+    try:
+        return AutoencoderTiny.from_pretrained(path, use_safetensors=True).to(dtype)
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"model.preview_vae={path}: cannot be loaded ({first_line(error)}); give a folder or hub id of diffusers' "
+            "AutoencoderTiny such as madebyollin/taesd, or null"
+        ) from error
 
 
 def _read_pipeline(path: str, dtype: torch.dtype, revision: str | None) -> dict[str, Any]:
