@@ -1,4 +1,4 @@
-"""Tables and a plot of results.json."""
+"""Tables and a plot of results.json; ``python -m benchmarks.report RESULTS.json PAGE.md`` puts them into a page."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
+BEGIN, END = "<!-- figures -->", "<!-- end of figures -->"
 TITLES = {
     "batch_size": "batch size",
     "resolution": "resolution, px",
@@ -129,6 +130,19 @@ def write(results: dict[str, Any], folder: Path) -> str:
     return text
 
 
+def insert(results: dict[str, Any], page: Path) -> None:
+    """Put the tables between the page's lines `BEGIN` and `END`, and the plot beside the page.
+
+    Raises:
+        ValueError: the page has no such lines.
+    """
+    before, rest = page.read_text().split(BEGIN)
+    _, after = rest.split(END)
+    plot = page.with_suffix(".png")
+    plot_growth(results, plot)
+    picture = f"\n![Seconds a step as one thing grows]({plot.name})\n" if growth_parts(results) else ""
+    page.write_text(f"{before}{BEGIN}\n{markdown(results)}{picture}{END}{after}")
+
+
 if __name__ == "__main__":
-    source = Path(sys.argv[1])
-    print(write(json.loads(source.read_text()), source.parent))
+    insert(json.loads(Path(sys.argv[1]).read_text()), Path(sys.argv[2]))

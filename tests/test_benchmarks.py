@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.limits import step_flops
-from benchmarks.report import markdown, plot_growth
+from benchmarks.report import BEGIN, END, insert, markdown
 
 ROOT = Path(__file__).parent.parent
 # As diffusers' script looks from outside: it takes --max_train_steps and steps an optimizer of torch.
@@ -112,5 +112,11 @@ def test_the_tables_say_ratio_spread_and_utilisation(tmp_path: Path):
     assert "| ours, from cached latents | 6 [6, 6] | 6 | 0.333 | 1.7% | 400 | 6 | 50% |" in text
     assert "| ours, from images | 0.50 [0.40, 0.60] | 0.50 [0.40, 0.60] | 0.50 |" in text
     assert "samples in the data set" not in text
-    plot_growth(results, tmp_path / "growth.png")
-    assert (tmp_path / "growth.png").stat().st_size > 1000
+    page = tmp_path / "page.md"
+    page.write_text(f"before\n{BEGIN}\nold\n{END}\nafter\n")
+    for _ in range(2):
+        insert(results, page)
+    written = page.read_text()
+    assert written.startswith("before\n") and written.endswith("\nafter\n") and "old" not in written
+    assert written.count(text) == 1 and "(page.png)" in written
+    assert (tmp_path / "page.png").stat().st_size > 1000

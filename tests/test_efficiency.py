@@ -6,10 +6,12 @@ import copy
 from functools import partial
 from pathlib import Path
 
+import lightning as L
 import pytest
 import torch
 from peft import LoraConfig, inject_adapter_in_model
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 
 from lcm_lightning.diffusion.consistency import ConsistencyDistillation
 from lcm_lightning.models import adapters
@@ -37,15 +39,19 @@ def batch(seed: int) -> dict[str, object]:
     }
 
 
-def loss_curve(folder: Path, dtype: torch.dtype = torch.float32, **options: object) -> Tensor:
-    """Losses of the first steps of a distillation, float32 [STEPS]."""
-    torch.manual_seed(0)
-    module = LcmLoraDistillation(
+def distillation(folder: Path, dtype: torch.dtype = torch.float32, **options: object) -> LcmLoraDistillation:
+    return LcmLoraDistillation(
         load_stable_diffusion(str(folder), dtype=dtype, **options),
         distillation=ConsistencyDistillation(),
         lora=LoraSettings(rank=4, alpha=8),
         optimizer=partial(torch.optim.AdamW, lr=1e-3),
     )
+
+
+def loss_curve(folder: Path, dtype: torch.dtype = torch.float32, **options: object) -> Tensor:
+    """Losses of the first steps of a distillation, float32 [STEPS]."""
+    torch.manual_seed(0)
+    module = distillation(folder, dtype, **options)
     module.log = lambda *_, **__: None
     optimizer = module.make_optimizer(module.adapter_parameters())
     losses = []
@@ -137,6 +143,29 @@ def test_switching_adapters_changes_nothing_that_trains(pipeline_folder: Path):
         assert all(layer.disable_adapters for layer in lora_layers(model.unet))
         assert trainable == {name: p.requires_grad for name, p in model.named_parameters()}
     assert all(layer.active_adapters == ["lcm"] and not layer.disable_adapters for layer in lora_layers(model.unet))
+
+
+def test_gradients_are_freed_with_the_step_and_kept_until_then(pipeline_folder: Path):
+    module = distillation(pipeline_folder)
+    held = []
+
+    class Watch(L.Callback):
+        def on_train_batch_end(self, *_: object) -> None:
+            held.append(any(p.grad is not None for p in module.parameters()))
+
+    trainer = L.Trainer(
+        accelerator="cpu",
+        max_epochs=1,
+        accumulate_grad_batches=2,
+        gradient_clip_val=1.0,
+        callbacks=[Watch()],
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    trainer.fit(module, DataLoader([batch(seed) for seed in range(4)], batch_size=None))
+    assert held == [True, False, True, False]
 
 
 @pytest.mark.slow

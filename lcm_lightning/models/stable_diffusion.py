@@ -116,9 +116,10 @@ class StableDiffusion(nn.Module):
 
     @torch.no_grad()
     def decode_latents(self, latents: Tensor, *, preview: bool = False) -> Tensor:
-        """Images [B, 3, H, W] in [0, 1], float32, of scaled `latents`; by the `preview_vae`, if there is one, for a `preview`.
+        """Images [B, 3, H, W] in [0, 1], float32, of scaled `latents`.
 
-        A distilled autoencoder (`AutoencoderTiny`, of TAESD) takes scaled latents as they are and loses fine detail.
+        A `preview` is decoded by the `preview_vae` if there is one. A distilled autoencoder (`AutoencoderTiny`,
+        of TAESD) takes scaled latents as they are and loses fine detail.
         """
         vae = self.preview_vae if preview and self.preview_vae is not None else self.vae
         shift = self._shift if vae is self.vae else 0.0
