@@ -6,13 +6,14 @@ NOW := $(shell date +%Y-%m-%d_%H-%M-%S)
 SLOW := slow or multiprocess
 PRETRAIN := outputs/pretrain
 
-.PHONY: help setup quickstart test test-fast test-faults eval lint pretrain
+.PHONY: help setup quickstart test test-fast test-faults eval bench lint pretrain
 
 help:
 	@echo "make quickstart        fine-tune, distil and evaluate the embedded pipeline, about 8 minutes"
 	@echo "make test              all tests; make test-fast leaves out the slow ones"
 	@echo "make test-faults       the long tests of faults: runs killed at random, damaged files and networks"
 	@echo "make eval RUN=...      evaluate a run folder; more arguments in ARGS=..."
+	@echo "make bench             step time, memory, FLOPs; peer=PATH runs diffusers' script beside; more in ARGS=..."
 	@echo "make lint              style"
 	@echo "make pretrain          train the embedded pipeline from scratch, hours; goes on where it was stopped"
 
@@ -41,6 +42,9 @@ test-faults: $(READY)
 eval: $(READY)
 	$(if $(RUN),,$(error give RUN=outputs/<experiment>/<date_time>))
 	$(BIN)/python evaluate.py run=$(RUN) $(ARGS)
+
+bench: $(READY)
+	$(BIN)/python -m benchmarks $(if $(peer),peer=$(peer)) $(ARGS)
 
 lint: $(READY)
 	$(BIN)/ruff check .

@@ -39,7 +39,7 @@ GENERATE_KEYS = (
     "steps",
     "guidance_scale",
 )
-GENERATE_KEYS += ("resolution", "seed", "batch_size", "accelerator", "dtype", "output")
+GENERATE_KEYS += ("resolution", "seed", "batch_size", "accelerator", "dtype", "output", "preview")
 
 
 def file_stems(prompts: Iterable[str]) -> dict[str, str]:
@@ -99,6 +99,8 @@ def main(cfg: DictConfig) -> None:
     resolution = model.default_resolution if cfg.resolution is None else cfg.resolution
     model.check_resolution(resolution, "resolution")
     check_writable("output", Path(cfg.output))
+    if cfg.preview and model.preview_vae is None:
+        raise UserError("preview=true: needs a small decoder; set model.preview_vae=madebyollin/taesd beside model=...")
     with image_progress() as progress, merged_adapters(model, subject.adapters):
         bar = progress.add_task("drawing", total=len(prompts))
         images = sample(
@@ -112,6 +114,7 @@ def main(cfg: DictConfig) -> None:
             negative_prompt=cfg.negative_prompt,
             batch_size=cfg.batch_size,
             on_batch=lambda number: progress.advance(bar, number),
+            preview=cfg.preview,
         )
     pictures = pictures_by_name(images, prompts, seeds)
     write_pictures(pictures, Path(cfg.output))

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, LCMScheduler, StableDiffusionPipeline
+from diffusers import AutoencoderTiny, DDIMScheduler, DPMSolverMultistepScheduler, LCMScheduler, StableDiffusionPipeline
 from torch import Tensor
 
 from lcm_lightning.errors import UserError
@@ -139,3 +139,25 @@ def test_impossible_requests_are_refused(tiny_model: StableDiffusion, option: di
     settings = {"seeds": SEEDS, "steps": 2, "guidance_scale": 1.0, "sampler": "ddim", "resolution": 32, **option}
     with pytest.raises(UserError, match=message):
         sample(tiny_model, PROMPTS, **settings)
+
+
+def test_a_preview_is_what_diffusers_decodes_with_the_small_autoencoder(pipeline_folder: Path, tmp_path: Path):
+    torch.manual_seed(0)
+    widths = {"encoder_block_out_channels": (8,) * 3, "decoder_block_out_channels": (8,) * 3}
+    blocks = {"num_encoder_blocks": (1, 1, 1), "num_decoder_blocks": (1, 1, 1)}
+    AutoencoderTiny(**widths, **blocks).save_pretrained(tmp_path)
+    pipeline = StableDiffusionPipeline.from_pretrained(
+        pipeline_folder, safety_checker=None, vae=AutoencoderTiny.from_pretrained(tmp_path)
+    )
+    pipeline.set_progress_bar_config(disable=True)
+    generators = [torch.Generator().manual_seed(seed) for seed in SEEDS]
+    options = {"height": 32, "width": 32, "num_inference_steps": 4, "guidance_scale": 7.5, "output_type": "pt"}
+    expected = pipeline(PROMPTS, generator=generators, **options).images
+    model = load_stable_diffusion(str(pipeline_folder), preview_vae=str(tmp_path))
+    torch.testing.assert_close(our_images(model, "ddim", 4, 7.5, preview=True), expected, atol=PIXEL, rtol=0)
+    assert not torch.allclose(our_images(model, "ddim", 4, 7.5), expected, atol=100 * PIXEL)
+
+
+def test_a_small_autoencoder_that_is_none_is_named(pipeline_folder: Path, tmp_path: Path):
+    with pytest.raises(UserError, match=r"model\.preview_vae=.*cannot be loaded"):
+        load_stable_diffusion(str(pipeline_folder), preview_vae=str(tmp_path))

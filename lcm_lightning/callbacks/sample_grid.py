@@ -102,6 +102,7 @@ class SampleGrid(L.Callback):
                 sampler=setup.sampler,
                 resolution=self.resolution,
                 batch_size=self.batch_size,
+                preview=True,
             )
         if ranks > 1:
             gathered = module.all_gather(images.to(module.device))

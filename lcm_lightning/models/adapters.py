@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from lcm_lightning.errors import UserError, first_line
+from lcm_lightning.models.lora_layers import FUSED_LAYERS
 from lcm_lightning.models.sampling import make_scheduler
 from lcm_lightning.models.stable_diffusion import StableDiffusion
 
@@ -103,6 +104,7 @@ def add_lora(unet: UNet2DConditionModel, name: str, settings: LoraSettings) -> N
         lora_dropout=settings.dropout,
         target_modules=settings.layer_names(unet),
     )
+    config._register_custom_module(FUSED_LAYERS)  # peft's way of giving layers of one's own
     unet.add_adapter(config, adapter_name=name)
     for parameter in lora_parameters(unet, name):
         parameter.data = parameter.data.float()
@@ -132,18 +134,21 @@ def set_active_adapters(module: nn.Module, names: Sequence[str]) -> None:
 
 @contextmanager
 def active_adapters(module: nn.Module, names: Sequence[str]) -> Iterator[None]:
-    """`set_active_adapters` for the duration of a block; which adapters act and which parameters train is restored."""
-    before = [(layer, list(layer.active_adapters), layer.disable_adapters) for layer in lora_layers(module)]
-    trainable = [(p, p.requires_grad) for layer, _, _ in before for p in layer.parameters()]
-    set_active_adapters(module, names)
+    """Let exactly the adapters `names` act for the duration of a block; which parameters train does not change.
+
+    Distillation enters it every step. peft's own switch also walks over every parameter to set what trains: 12 ms a
+    step on the embedded pipeline, and twice as many layers on Stable Diffusion; this one sets two attributes a layer.
+    """
+    before = [(layer, layer._active_adapter, layer._disable_adapters) for layer in lora_layers(module)]
+    for layer, active, _ in before:
+        present = [name for name in names if name in layer.lora_A]
+        layer._active_adapter = present or active
+        layer._disable_adapters = not present
     try:
         yield
     finally:
-        for layer, adapters, disabled in before:
-            layer.set_adapter(adapters)
-            layer.enable_adapters(not disabled)
-        for parameter, requires_grad in trainable:
-            parameter.requires_grad_(requires_grad)
+        for layer, active, disabled in before:
+            layer._active_adapter, layer._disable_adapters = active, disabled
 
 
 def locate_lora(source: str | Path) -> Path:

@@ -76,6 +76,7 @@ def sample(
     batch_size: int | None = None,
     on_batch: Callable[[int], None] | None = None,
     on_stage: Callable[[Stage], None] | None = None,
+    preview: bool = False,
 ) -> Tensor:
     """Images [N, 3, H, W] in [0, 1], float32 on the CPU, of `prompts`, with the adapters that are active.
 
@@ -88,6 +89,7 @@ def sample(
         batch_size: images at a time; all at once if None.
         on_batch: called with the number of images finished in each batch, for progress bars.
         on_stage: called with the name of each stage of a batch that ends, for clocks.
+        preview: decode with the model's `preview_vae` where it has one.
     """
     if steps < 1:
         raise UserError(f"steps={steps}: expected at least 1")
@@ -111,7 +113,7 @@ def sample(
         scheduler = make_scheduler(sampler, model.scheduler_config)
         latents = _denoise(model, scheduler, text, generators, steps, guidance_scale, resolution)
         ended("denoising")
-        images.append(model.decode_latents(latents).cpu())
+        images.append(model.decode_latents(latents, preview=preview).cpu())
         ended("vae_decoding")
         if on_batch is not None:
             on_batch(len(chunk))

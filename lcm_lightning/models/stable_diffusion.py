@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import AutoencoderKL, AutoencoderTiny, StableDiffusionPipeline, UNet2DConditionModel
 from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTokenizer
 
@@ -40,9 +40,11 @@ class StableDiffusion(nn.Module):
         name_or_path: str,
         dtype: torch.dtype,
         folder: Path | None = None,
+        preview_vae: AutoencoderTiny | None = None,
     ) -> None:
         super().__init__()
         self.tokenizer = tokenizer
+        self.preview_vae = preview_vae
         self.vae_config = vae.config
         self.deferred: dict[str, Deferred] = {}
         self.memory_format: torch.memory_format | None = None
@@ -157,11 +159,17 @@ class StableDiffusion(nn.Module):
         return (mean + std * noise - self._shift) * self.vae_config.scaling_factor
 
     @torch.no_grad()
-    def decode_latents(self, latents: Tensor) -> Tensor:
-        """Images [B, 3, H, W] in [0, 1], float32, of scaled `latents`."""
-        latents = latents.float() / self.vae_config.scaling_factor + self._shift
+    def decode_latents(self, latents: Tensor, *, preview: bool = False) -> Tensor:
+        """Images [B, 3, H, W] in [0, 1], float32, of scaled `latents`.
+
+        A `preview` is decoded by the `preview_vae` if there is one. A distilled autoencoder (`AutoencoderTiny`,
+        of TAESD) takes scaled latents as they are and loses fine detail.
+        """
+        small = preview and self.preview_vae is not None
+        vae = self.preview_vae if small else self.vae
+        latents = latents.float() / vae.config.scaling_factor + (0.0 if small else self._shift)
         with self._no_autocast():
-            images = self.vae.decode(latents.to(self.dtype)).sample
+            images = vae.decode(latents.to(self.dtype)).sample
         return (images.float() / 2 + 0.5).clamp(0, 1)
 
     @property
@@ -186,6 +194,8 @@ def load_stable_diffusion(
     channels_last: bool = False,
     gradient_checkpointing: bool = False,
     defer_encoders: bool = False,
+    compile: bool = False,
+    preview_vae: str | None = None,
 ) -> StableDiffusion:
     """Read a `StableDiffusionPipeline` from a local diffusers folder or the Hugging Face hub.
 
@@ -197,6 +207,10 @@ def load_stable_diffusion(
         channels_last: keep convolution weights in NHWC, what tensor cores read.
         gradient_checkpointing: recompute the UNet's activations in the backward pass, for less memory.
         defer_encoders: read VAE and text encoder on first use only.
+        compile: let torch.compile fuse the UNet. One graph for each use (teacher, target, student) and batch size, made
+            on first use: minutes at the size of Stable Diffusion, which only long runs win back.
+        preview_vae: folder or hub id of an `AutoencoderTiny` for the same latents, such as `madebyollin/taesd`, to
+            decode previews with.
 
     Raises:
         UserError: nothing is found there, it is no Stable Diffusion v1/v2 pipeline, or its schedule cannot be trained.
@@ -207,14 +221,28 @@ def load_stable_diffusion(
         model = _read_pipeline(path, dtype, revision, defer_encoders)
     else:
         raise UserError(f"model.unet_init={unet_init}: expected pretrained or random")
-    wrapped = StableDiffusion(**model, dtype=dtype)
+    wrapped = StableDiffusion(**model, dtype=dtype, preview_vae=_read_preview_vae(preview_vae, dtype))
     if reason := unsupported_schedule(wrapped.scheduler_config):
         raise UserError(f"model.path={path}: {reason}; give a pipeline whose scheduler config is one of those")
     if channels_last:
         wrapped.set_memory_format(torch.channels_last)
     if gradient_checkpointing:
         wrapped.unet.enable_gradient_checkpointing()
+    if compile:
+        wrapped.unet.compile(dynamic=False)
     return wrapped
+
+
+def _read_preview_vae(path: str | None, dtype: torch.dtype) -> AutoencoderTiny | None:
+    if path is None:
+        return None
+    try:
+        return AutoencoderTiny.from_pretrained(path, use_safetensors=True).to(dtype)
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"model.preview_vae={path}: cannot be loaded ({first_line(error)}); give a folder or hub id of diffusers' "
+            "AutoencoderTiny such as madebyollin/taesd, or null"
+        ) from error
 
 
 def _read_pipeline(path: str, dtype: torch.dtype, revision: str | None, defer_encoders: bool) -> dict[str, Any]:

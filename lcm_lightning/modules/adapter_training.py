@@ -116,6 +116,11 @@ class AdapterTraining(L.LightningModule, ABC):
         latents = self.model.encode_images(pixel_values, posterior_noise)
         return self.losses(latents, self.model.encode_text(batch["captions"]), randomness)
 
+    def optimizer_step(self, epoch: int, batch_index: int, optimizer: Any, optimizer_closure: Any = None) -> None:
+        """Step, and free the gradients at once: Lightning would keep them while the next step's activations pile up."""
+        super().optimizer_step(epoch, batch_index, optimizer, optimizer_closure)
+        optimizer.zero_grad()
+
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
         """Log the norm of the adapter's gradient, before clipping."""
         if (self.trainer.global_step + 1) % self.trainer.log_every_n_steps == 0:

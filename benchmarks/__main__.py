@@ -1,0 +1,276 @@
+"""``python -m benchmarks``: measure training steps and drawing, beside a peer if one is given."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass, field
+from datetime import datetime, timezone
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import hydra
+import torch
+from omegaconf import DictConfig, OmegaConf
+
+from benchmarks import report
+from benchmarks.inputs import random_pipeline, random_shards
+from benchmarks.limits import matrix_peak, step_flops
+from lcm_lightning.errors import UserError, report_user_errors
+from lcm_lightning.evaluation.latency import machine_info, package_versions
+from lcm_lightning.resolvers import package_file, register_resolvers
+from lcm_lightning.training import resolve
+
+register_resolvers()
+
+PARTS = ("tiny", "sd15", "drawing", "growth")
+BENCH_KEYS = (
+    "peer",
+    "pipeline",
+    "parts",
+    "rounds",
+    "steps",
+    "resolution",
+    "batch_size",
+    "rank",
+    "cached",
+    "student_steps",
+)
+BENCH_KEYS += ("student_steps", "teacher_steps", "growth_model", "minutes", "work", "output")
+# The experiment both trainers stand for; ours at one optimizer step a batch, as the peer.
+OURS = ("experiment=lcm_flickr8k", "trainer.accumulate_grad_batches=1", "data.caption_dropout=0")
+GROWTH = {
+    "batch_size": (1, 2, 4, 8),
+    "resolution": {"tiny": (32, 64, 128), "sd15": (256, 512, 768)},
+    "rank": (8, 16, 64, 128),
+    "workers": (0, 1, 2),
+    "samples": (1000, 8000, 30000),
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One training run to measure.
+
+    Attributes:
+        name: of its row.
+        program: "train" (ours) or "peer".
+        arguments: of `benchmarks.child`.
+        pipeline, resolution, batch_size, rank: what its FLOPs are counted for.
+    """
+
+    name: str
+    program: str
+    arguments: tuple[str, ...]
+    pipeline: Path
+    resolution: int
+    batch_size: int
+    rank: int
+
+
+@dataclass
+class Bench:
+    """Runs children in turns and keeps what they found in `results`, written after every turn."""
+
+    output: Path
+    steps: int
+    deadline: float
+    results: dict[str, Any] = field(default_factory=dict)
+
+    def save(self) -> None:
+        """Write results.json whole or not at all."""
+        self.output.mkdir(parents=True, exist_ok=True)
+        temporary = self.output / ".results.json"
+        temporary.write_text(json.dumps(self.results, indent=1) + "\n")
+        temporary.replace(self.output / "results.json")
+
+    def late(self) -> bool:
+        """Whether no new turn may start."""
+        return time.monotonic() > self.deadline
+
+    def train(self, part: str, cases: list[Case], rounds: int) -> None:
+        """Give every case `rounds` turns; append its intervals between optimizer steps under `part`."""
+        rows = self.results.setdefault(part, [])
+        for case in cases:
+            flops = step_flops(case.pipeline, resolution=case.resolution, batch_size=case.batch_size, rank=case.rank)
+            shape = {"resolution": case.resolution, "batch_size": case.batch_size, "rank": case.rank}
+            empty = {"seconds": [], "cpu_seconds": [], "data_wait": [], "peak_memory_mb": 0.0}
+            rows.append({"name": case.name, **shape, "flops": flops, **empty})
+        for _ in range(rounds):
+            for case, row in zip(cases, rows, strict=True):
+                if self.late():
+                    return
+                print(f"{part}: {case.name}, {self.steps} steps", flush=True)
+                found = run_child(case.program, *case.arguments)
+                row["seconds"] += intervals(found["finished"])[-self.steps :]
+                row["cpu_seconds"] += intervals(found["cpu_seconds"])[-self.steps :]
+                row["data_wait"] += found["data_wait"][-self.steps :]
+                row["peak_memory_mb"] = max(row["peak_memory_mb"], *found["peak_memory_mb"])
+                self.save()
+
+
+def intervals(times: list[float]) -> list[float]:
+    """Differences of neighbours."""
+    return [after - before for before, after in pairwise(times)]
+
+
+def run_child(program: str, *arguments: str) -> dict[str, Any]:
+    """What `benchmarks.child` found. Raises a `UserError` with the end of its output where it fails."""
+    with tempfile.TemporaryDirectory() as folder:
+        result = Path(folder, "result.json")
+        command = [sys.executable, "-m", "benchmarks.child", str(result), program, *arguments]
+        done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False)
+        if not result.is_file():
+            end = "\n".join(done.stdout.splitlines()[-15:])
+            raise UserError(f"benchmark {program}: ended with status {done.returncode} before its figures:\n{end}")
+        return json.loads(result.read_text())
+
+
+def trainer_override() -> str:
+    """The trainer for this machine."""
+    return "trainer=gpu" if torch.cuda.is_available() else "trainer=cpu"
+
+
+def pipeline(cfg: DictConfig, model: str) -> Path:
+    """The pipeline folder that stands for "tiny" or "sd15"."""
+    if model == "tiny":
+        return Path(package_file("assets/tiny"))
+    return random_pipeline(Path(cfg.work) / "sd15") if cfg.pipeline is None else Path(cfg.pipeline)
+
+
+def ours(
+    cfg: DictConfig, name: str, model: str, shards: Path | str, *, resolution: int, batch_size: int, **more: Any
+) -> Case:
+    """Our training of `model`; `more` are rank and workers."""
+    rank, workers = more.get("rank", cfg.rank), more.get("workers", 1)
+    folder = pipeline(cfg, model)
+    arguments = (
+        *OURS,
+        trainer_override(),
+        f"model={model}",
+        f"model.path={folder}",
+        f"data.source={shards}",
+        f"data.resolution={resolution}",
+        f"data.batch_size={batch_size}",
+        f"data.num_workers={workers}",
+        f"method.lora.rank={rank}",
+        f"max_steps={cfg.steps + 1}",
+    )
+    return Case(name, "train", arguments, folder, resolution, batch_size, rank)
+
+
+def peer(cfg: DictConfig, shards: Path) -> Case:
+    """diffusers' script at the same work: same pipeline, shards, loss, adapter and step."""
+    script = Path(cfg.peer).expanduser()
+    if not script.is_file():
+        raise UserError(f"peer={cfg.peer}: no such file; give diffusers' train_lcm_distill_lora_sd_wds.py")
+    settings = {
+        "pretrained_teacher_model": pipeline(cfg, "sd15"),
+        "output_dir": Path(cfg.work) / "peer",
+        "train_shards_path_or_url": shards / "train-000000.tar",
+        "max_train_samples": 64,
+        "resolution": cfg.resolution,
+        "train_batch_size": cfg.batch_size,
+        "max_train_steps": cfg.steps + 1,
+        "lora_rank": cfg.rank,
+        "lora_alpha": cfg.rank,
+        "loss_type": "huber",
+        "w_min": 5,
+        "w_max": 15,
+        "mixed_precision": "bf16",
+        "dataloader_num_workers": 1,
+        "seed": 0,
+    }
+    options = [f"--{key}={value}" for key, value in settings.items()]
+    arguments = (str(script), "--cast_teacher_unet", *options)
+    return Case("peer", "peer", arguments, pipeline(cfg, "sd15"), cfg.resolution, cfg.batch_size, cfg.rank)
+
+
+def measure_sd15(cfg: DictConfig, bench: Bench) -> None:
+    """Ours from images, from cached latents and the peer, in turns."""
+    shards = random_shards(Path(cfg.work) / f"shards_{cfg.resolution}", samples=64, side=cfg.resolution)
+    shape = {"resolution": cfg.resolution, "batch_size": cfg.batch_size}
+    cases = [ours(cfg, "ours, from images", "sd15", shards, **shape)]
+    if cfg.cached is not None:
+        cases.append(ours(cfg, "ours, from cached latents", "sd15", cfg.cached, **shape))
+    if cfg.peer is not None:
+        cases.append(peer(cfg, shards))
+    bench.train("sd15", cases, cfg.rounds)
+
+
+def measure_tiny(cfg: DictConfig, bench: Bench) -> None:
+    """The embedded pipeline at the quickstart's batch."""
+    shards = random_shards(Path(cfg.work) / "shards_64", samples=1000, side=64)
+    case = ours(cfg, "ours, from images", "tiny", shards, resolution=64, batch_size=16, rank=32)
+    bench.train("tiny", [case], cfg.rounds)
+
+
+def measure_drawing(cfg: DictConfig, bench: Bench) -> None:
+    """One image of the guided teacher and of the student, end to end."""
+    print("drawing: student and teacher", flush=True)
+    bench.results["drawing"] = {"resolution": cfg.resolution} | run_child(
+        "draw",
+        trainer_override(),
+        f"model.path={pipeline(cfg, 'sd15')}",
+        f"data.resolution={cfg.resolution}",
+        f"method.lora.rank={cfg.rank}",
+        f"draw.repeats={cfg.rounds}",
+        f"draw.student_steps={cfg.student_steps}",
+        f"draw.teacher_steps={cfg.teacher_steps}",
+    )
+    bench.save()
+
+
+def measure_growth(cfg: DictConfig, bench: Bench) -> None:
+    """One thing at a time away from batch 4, one worker and the model's own resolution."""
+    model = cfg.growth_model
+    side = 64 if model == "tiny" else 512
+    for axis, values in GROWTH.items():
+        cases = []
+        for value in values[model] if isinstance(values, dict) else values:
+            shape = {"resolution": side, "batch_size": 4 if model == "tiny" else 1, "rank": cfg.rank, "workers": 1}
+            if axis in shape:
+                shape[axis] = value
+            samples = value if axis == "samples" else 1000
+            folder = Path(cfg.work) / f"shards_{shape['resolution']}_{samples}"
+            shards = random_shards(folder, samples=samples, side=shape["resolution"])
+            cases.append(ours(cfg, str(value), model, shards, **shape))
+        bench.train(f"growth/{axis}", cases, 1)
+
+
+MEASURES = {"tiny": measure_tiny, "sd15": measure_sd15, "drawing": measure_drawing, "growth": measure_growth}
+
+
+@hydra.main(config_path="../conf", config_name="bench", version_base="1.3")
+@report_user_errors
+def main(cfg: DictConfig) -> None:
+    """Entry point."""
+    resolve(cfg, BENCH_KEYS)
+    unknown = sorted(set(cfg.parts) - set(PARTS))
+    if unknown:
+        raise UserError(f"parts={unknown[0]}: expected some of {', '.join(PARTS)}")
+    if cfg.steps < 1 or cfg.rounds < 1:
+        raise UserError(f"rounds={cfg.rounds} steps={cfg.steps}: expected at least 1")
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    limit = float("inf") if cfg.minutes is None else 60 * cfg.minutes
+    bench = Bench(Path(cfg.output), cfg.steps, time.monotonic() + limit)
+    bench.results = {
+        "date": datetime.now(timezone.utc).isoformat(timespec="minutes"),
+        "machine": machine_info(device),
+        "versions": package_versions(),
+        "settings": OmegaConf.to_container(cfg),
+        "matrix_peak": {"bfloat16": matrix_peak(torch.bfloat16), "float32": matrix_peak(torch.float32)},
+    }
+    for part in cfg.parts:
+        if not bench.late():
+            MEASURES[part](cfg, bench)
+    bench.save()
+    print(report.write(bench.results, bench.output))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,81 @@
+"""What the machine can do and what a step needs: measured matrix peak and counted model FLOPs."""
+
+from __future__ import annotations
+
+import time
+from contextlib import nullcontext
+from functools import partial
+from pathlib import Path
+
+import torch
+from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+from lcm_lightning.diffusion.consistency import ConsistencyDistillation
+from lcm_lightning.models.adapters import LoraSettings
+from lcm_lightning.models.stable_diffusion import StableDiffusion
+from lcm_lightning.modules.consistency_distillation import LcmLoraDistillation
+
+
+def matrix_peak(dtype: torch.dtype, *, side: int = 2048, repeats: int = 5) -> float:
+    """FLOP/s of a square matrix product in `dtype` with torch's present number of threads: the fastest of `repeats`."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    a, b = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
+    seconds = []
+    for _ in range(repeats + 1):
+        started = time.perf_counter()
+        product = a @ b
+        product.flatten()[0].item()  # waits for the device
+        seconds.append(time.perf_counter() - started)
+    return 2 * side**3 / min(seconds[1:])
+
+
+def without_memory(pipeline: Path) -> StableDiffusion:
+    """The networks of a pipeline folder with nothing behind their weights, in bf16."""
+    with torch.device("meta"):
+        unet, vae = (
+            network.from_config(network.load_config(pipeline, subfolder=part)).to(torch.bfloat16)
+            for network, part in ((UNet2DConditionModel, "unet"), (AutoencoderKL, "vae"))
+        )
+        text_encoder = CLIPTextModel(CLIPTextConfig.from_pretrained(pipeline, subfolder="text_encoder"))
+    model = StableDiffusion(
+        tokenizer=CLIPTokenizer.from_pretrained(pipeline, subfolder="tokenizer"),
+        text_encoder=text_encoder.to(torch.bfloat16),
+        vae=vae,
+        unet=unet,
+        scheduler_config=DDIMScheduler.load_config(pipeline, subfolder="scheduler"),
+        name_or_path=str(pipeline),
+        dtype=torch.bfloat16,
+    )
+    model._no_autocast = nullcontext  # autocast knows no such device
+    return model
+
+
+def step_flops(pipeline: Path, *, resolution: int, batch_size: int, rank: int) -> dict[str, float]:
+    """FLOPs of one distillation step, in all and of its VAE and text encoding.
+
+    Every matrix product, convolution and attention counts 2 per multiplication and addition, counted by torch while the
+    step runs without data: nothing elementwise, no normalisation, nothing done twice for want of memory. The backward
+    pass is what this step needs, gradients of activations and adapters; frozen weights have none.
+    """
+    module = LcmLoraDistillation(
+        without_memory(pipeline),
+        distillation=ConsistencyDistillation(),
+        lora=LoraSettings(rank=rank, alpha=rank),
+        optimizer=partial(torch.optim.AdamW),
+    ).to("meta")
+    module.log = lambda *_, **__: None
+    pixels = torch.zeros(batch_size, 3, resolution, resolution, device="meta")
+    with FlopCounterMode(display=False) as encoding:
+        module.model.encode_images(pixels, torch.zeros((), device="meta"))
+        module.model.encode_text([""] * batch_size)
+    batch = {
+        "pixel_values": pixels,
+        "captions": [""] * batch_size,
+        "seed": torch.arange(batch_size),
+        "weight": torch.ones(batch_size, device="meta"),
+    }
+    with FlopCounterMode(display=False) as step:
+        module.training_step(batch, 0).backward()
+    return {"step": float(step.get_total_flops()), "encoding": float(encoding.get_total_flops())}

@@ -1,0 +1,122 @@
+"""The benchmark measures what it says, on a pipeline that takes milliseconds."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from benchmarks.limits import step_flops
+from benchmarks.report import BEGIN, END, insert, markdown
+
+ROOT = Path(__file__).parent.parent
+# As diffusers' script looks from outside: it takes --max_train_steps and steps an optimizer of torch.
+PEER = """
+import argparse, time, torch
+parser = argparse.ArgumentParser()
+parser.add_argument("--max_train_steps", type=int)
+parser.add_argument("--pretrained_teacher_model")
+known, _ = parser.parse_known_args()
+assert known.pretrained_teacher_model.endswith("pipeline0")
+weight = torch.nn.Parameter(torch.ones(2))
+optimizer = torch.optim.AdamW([weight])
+for _ in range(known.max_train_steps):
+    weight.sum().backward()
+    time.sleep(0.2)
+    optimizer.step()
+"""
+
+
+def bench(*overrides: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "benchmarks", *overrides]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+
+
+@pytest.mark.slow
+def test_bench_runs_ours_and_the_peer_in_turns_and_draws(pipeline_folder: Path, tmp_path: Path):
+    (tmp_path / "peer.py").write_text(PEER)
+    done = bench(
+        f"peer={tmp_path / 'peer.py'}",
+        f"pipeline={pipeline_folder}",
+        "parts=[sd15,drawing]",
+        "rounds=2",
+        "steps=2",
+        "resolution=32",
+        "rank=4",
+        "teacher_steps=10",
+        f"work={tmp_path / 'work'}",
+        f"output={tmp_path / 'out'}",
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    results = json.loads((tmp_path / "out" / "results.json").read_text())
+    ours, other = results["sd15"]
+    turns = [line for line in done.stdout.splitlines() if line.startswith("sd15: ")]
+    assert [turn.split(",")[0] for turn in turns] == ["sd15: ours", "sd15: peer"] * 2
+    assert len(ours["seconds"]) == len(ours["data_wait"]) == len(other["seconds"]) == 4
+    assert all(0.2 <= seconds < 2 for seconds in other["seconds"])
+    assert 0 < max(ours["data_wait"]) < max(ours["seconds"])
+    assert ours["peak_memory_mb"] > 200
+    assert len(results["drawing"]["seconds"]["student"]) == 2
+    text = (tmp_path / "out" / "benchmarks.md").read_text()
+    assert "| over the peer's |" in text and "teacher over student" in text and text in done.stdout
+
+
+def test_a_missing_peer_is_named(pipeline_folder: Path, tmp_path: Path):
+    options = ["parts=[sd15]", "resolution=32", f"pipeline={pipeline_folder}", f"work={tmp_path}", f"output={tmp_path}"]
+    done = bench("peer=/nowhere.py", *options)
+    assert done.returncode != 0 and "peer=/nowhere.py: no such file" in done.stdout + done.stderr
+
+
+def test_flops_are_linear_in_batch_and_rank(pipeline_folder: Path):
+    def flops(batch_size: int = 1, rank: int = 8) -> float:
+        return step_flops(pipeline_folder, resolution=32, batch_size=batch_size, rank=rank)["step"]
+
+    assert flops(batch_size=4) == pytest.approx(4 * flops(), rel=1e-3)
+    assert flops(rank=24) - flops(rank=16) == flops(rank=16) - flops(rank=8) > 0
+
+
+def row(name: str, seconds: list[float], memory: float) -> dict[str, object]:
+    return {
+        "name": name,
+        "resolution": 512,
+        "batch_size": 2,
+        "rank": 64,
+        "flops": {"step": 8e12, "encoding": 2e12},
+        "seconds": seconds,
+        "cpu_seconds": seconds,
+        "data_wait": [0.1] * len(seconds) if name != "peer" else [],
+        "peak_memory_mb": memory,
+    }
+
+
+def test_the_tables_say_ratio_spread_and_utilisation(tmp_path: Path):
+    results = {
+        "date": "2026-01-01",
+        "machine": {"cpu": "a processor", "gpu": None, "threads": 1},
+        "versions": {"torch": "2"},
+        "settings": {"growth_model": "tiny"},
+        "matrix_peak": {"bfloat16": 2e12, "float32": 1e12},
+        "sd15": [
+            row("ours, from images", [10.0, 8.0, 12.0], 500.0),
+            row("ours, from cached latents", [6.0, 6.0, 6.0], 400.0),
+            row("peer", [20.0, 20.0, 20.0], 1000.0),
+        ],
+        "growth/rank": [row("8", [1.0], 1.0), row("16", [2.0], 1.0)],
+        "growth/samples": [row("1000", [], 1.0)],
+    }
+    text = markdown(results)
+    assert "| ours, from images | 10 [8, 12] | 10 | 0.2 | 1.0% | 500 | 8 | 40% |" in text
+    assert "| ours, from cached latents | 6 [6, 6] | 6 | 0.333 | 1.7% | 400 | 6 | 50% |" in text
+    assert "| ours, from images | 0.50 [0.40, 0.60] | 0.50 [0.40, 0.60] | 0.50 |" in text
+    assert "samples in the data set" not in text
+    page = tmp_path / "page.md"
+    page.write_text(f"before\n{BEGIN}\nold\n{END}\nafter\n")
+    for _ in range(2):
+        insert(results, page)
+    written = page.read_text()
+    assert written.startswith("before\n") and written.endswith("\nafter\n") and "old" not in written
+    assert written.count(text) == 1 and "(page.png)" in written
+    assert (tmp_path / "page.png").stat().st_size > 1000

@@ -1,0 +1,179 @@
+"""What makes a step fast or small changes no loss curve."""
+
+from __future__ import annotations
+
+import copy
+from functools import partial
+from pathlib import Path
+
+import lightning as L
+import pytest
+import torch
+from peft import LoraConfig, inject_adapter_in_model
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from lcm_lightning.diffusion.consistency import ConsistencyDistillation
+from lcm_lightning.models import adapters
+from lcm_lightning.models.adapters import LoraSettings, active_adapters, lora_layers
+from lcm_lightning.models.lora_layers import FUSED_LAYERS
+from lcm_lightning.models.stable_diffusion import load_stable_diffusion
+from lcm_lightning.modules.consistency_distillation import LcmLoraDistillation
+
+STEPS = 10
+# Both sides compute the same sums in another order. A float32 step differs by some 1e-6; AdamW divides gradients by
+# their own size, which lets small ones differ visibly, and ten steps add up.
+FLOAT32 = 1e-3
+# A bf16 number has 8 bits, so a sum taken in another order differs by up to 0.4 %, and the Huber loss near 0 is as
+# steep as anywhere: curves differ from step to step by a few per cent, and by no trend.
+BFLOAT16 = 0.05
+
+
+def batch(seed: int) -> dict[str, object]:
+    generator = torch.Generator().manual_seed(seed)
+    return {
+        "pixel_values": torch.rand(4, 3, 32, 32, generator=generator) * 2 - 1,
+        "captions": [f"photo {seed} {i}" for i in range(4)],
+        "seed": torch.randint(2**62, (4,), generator=generator),
+        "weight": torch.ones(4),
+    }
+
+
+def distillation(folder: Path, dtype: torch.dtype = torch.float32, **options: object) -> LcmLoraDistillation:
+    return LcmLoraDistillation(
+        load_stable_diffusion(str(folder), dtype=dtype, **options),
+        distillation=ConsistencyDistillation(),
+        lora=LoraSettings(rank=4, alpha=8),
+        optimizer=partial(torch.optim.AdamW, lr=1e-3),
+    )
+
+
+def loss_curve(folder: Path, dtype: torch.dtype = torch.float32, **options: object) -> Tensor:
+    """Losses of the first steps of a distillation, float32 [STEPS]."""
+    torch.manual_seed(0)
+    module = distillation(folder, dtype, **options)
+    module.log = lambda *_, **__: None
+    optimizer = module.make_optimizer(module.adapter_parameters())
+    losses = []
+    for step in range(STEPS):
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=dtype != torch.float32):
+            loss = module.training_step(batch(step), step)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.detach())
+    return torch.stack(losses)
+
+
+def assert_same_curve(found: Tensor, expected: Tensor, tolerance: float) -> None:
+    """Every loss within `tolerance` of the curve's mean, on a curve on which training shows."""
+    assert expected.std() > 0.01 * expected.mean()
+    torch.testing.assert_close(found, expected, rtol=0, atol=tolerance * float(expected.mean()))
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, FLOAT32), (torch.bfloat16, BFLOAT16)])
+@pytest.mark.parametrize("option", ["channels_last", "gradient_checkpointing"])
+def test_options_of_the_model_keep_the_curve(pipeline_folder: Path, option: str, dtype: torch.dtype, tolerance: float):
+    found = loss_curve(pipeline_folder, dtype, **{option: True})
+    assert_same_curve(found, loss_curve(pipeline_folder, dtype), tolerance)
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, FLOAT32), (torch.bfloat16, BFLOAT16)])
+@pytest.mark.parametrize("channels_last", [True, False])
+def test_fused_adapters_keep_the_curve_of_peft_s_own(
+    pipeline_folder: Path, monkeypatch: pytest.MonkeyPatch, channels_last: bool, dtype: torch.dtype, tolerance: float
+):
+    found = loss_curve(pipeline_folder, dtype, channels_last=channels_last)
+    monkeypatch.setattr(adapters, "FUSED_LAYERS", {})
+    assert_same_curve(found, loss_curve(pipeline_folder, dtype, channels_last=channels_last), tolerance)
+
+
+def layer_and_input(kind: str) -> tuple[nn.Module, Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    if kind == "linear":
+        return nn.Linear(12, 20), torch.randn(2, 5, 12, generator=generator)
+    kernel, stride = {"conv1x1": (1, 1), "conv3x3": (3, 1), "downsample": (3, 2)}[kind.removesuffix(" nhwc")]
+    layer = nn.Conv2d(12, 20, kernel, stride=stride, padding=kernel // 2)
+    x = torch.randn(2, 12, 6, 8, generator=generator)
+    if kind.endswith("nhwc"):
+        return layer.to(memory_format=torch.channels_last), x.to(memory_format=torch.channels_last)
+    return layer, x
+
+
+@pytest.mark.parametrize("kind", ["linear", "conv1x1", "conv3x3", "conv3x3 nhwc", "conv1x1 nhwc", "downsample nhwc"])
+def test_a_fused_layer_is_peft_s_layer(kind: str):
+    torch.manual_seed(0)
+    base, x = layer_and_input(kind)
+    results = []
+    for custom in ({}, FUSED_LAYERS):
+        config = LoraConfig(r=3, lora_alpha=5, target_modules=["0"], init_lora_weights=False)
+        config._register_custom_module(custom)
+        torch.manual_seed(2)
+        model = inject_adapter_in_model(config, nn.Sequential(copy.deepcopy(base)), "a").requires_grad_(False)
+        weights = [p.requires_grad_(True) for name, p in model.named_parameters() if "lora_" in name]
+        inputs = x.clone().requires_grad_(True)
+        output = model(inputs)
+        results.append((output, *torch.autograd.grad(output.square().sum(), (inputs, *weights))))
+        assert (type(model[0]) in FUSED_LAYERS.values()) == bool(custom)
+    for found, expected in zip(*reversed(results), strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5 * float(expected.abs().max()))
+
+
+@pytest.mark.parametrize("settings", [{"lora_dropout": 0.5}, {}], ids=["dropout", "two adapters"])
+def test_what_is_not_one_plain_adapter_is_left_to_peft(settings: dict[str, float]):
+    results = []
+    for custom in ({}, FUSED_LAYERS):
+        torch.manual_seed(2)
+        model = nn.Sequential(nn.Linear(12, 20))
+        for name in ("a",) if settings else ("a", "b"):
+            config = LoraConfig(r=3, target_modules=["0"], init_lora_weights=False, **settings)
+            config._register_custom_module(custom)
+            inject_adapter_in_model(config, model, name)
+        model[0].set_adapter(["a"] if settings else ["a", "b"])
+        torch.manual_seed(3)
+        results.append(model(torch.ones(2, 12)))
+    assert torch.equal(*results)
+
+
+def test_switching_adapters_changes_nothing_that_trains(pipeline_folder: Path):
+    model = load_stable_diffusion(str(pipeline_folder))
+    adapters.add_lora(model.unet, "lcm", LoraSettings(rank=4, alpha=4))
+    trainable = {name: p.requires_grad for name, p in model.named_parameters()}
+    with active_adapters(model.unet, ()):
+        assert all(layer.disable_adapters for layer in lora_layers(model.unet))
+        assert trainable == {name: p.requires_grad for name, p in model.named_parameters()}
+    assert all(layer.active_adapters == ["lcm"] and not layer.disable_adapters for layer in lora_layers(model.unet))
+
+
+def test_gradients_are_freed_with_the_step_and_kept_until_then(pipeline_folder: Path):
+    module = distillation(pipeline_folder)
+    held = []
+
+    class Watch(L.Callback):
+        def on_train_batch_end(self, *_: object) -> None:
+            held.append(any(p.grad is not None for p in module.parameters()))
+
+    trainer = L.Trainer(
+        accelerator="cpu",
+        max_epochs=1,
+        accumulate_grad_batches=2,
+        gradient_clip_val=1.0,
+        callbacks=[Watch()],
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    trainer.fit(module, DataLoader([batch(seed) for seed in range(4)], batch_size=None))
+    assert held == [True, False, True, False]
+
+
+@pytest.mark.slow
+def test_a_compiled_unet_keeps_the_curve_and_is_compiled_once_for_each_use(pipeline_folder: Path):
+    torch._dynamo.reset()
+    compiled = torch._dynamo.utils.counters["stats"]
+    before = compiled["unique_graphs"]
+    found = loss_curve(pipeline_folder, compile=True)
+    # teacher, target and student
+    assert compiled["unique_graphs"] - before == 3
+    assert_same_curve(found, loss_curve(pipeline_folder), FLOAT32)
