@@ -7,7 +7,7 @@ import torch
 from transformers import CLIPVisionModel
 
 from lcm_lightning.errors import UserError
-from lcm_lightning.evaluation.features import Clip, ClipPatches, make_extractor, weights_digest
+from lcm_lightning.evaluation.features import Clip, ClipPatches, extract_features, make_extractor, weights_digest
 
 TINY_CLIP = Path(__file__).parent.parent / "lcm_lightning" / "assets" / "tiny_clip"
 
@@ -38,3 +38,19 @@ def test_results_name_the_features_they_were_measured_on(clip: Clip):
     assert weights_digest(ClipPatches(clip)) == weights_digest(clip)
     with pytest.raises(UserError, match=r"evaluation\.features=vgg: expected inception, clip_patches, clip or auto"):
         make_extractor("vgg", clip, None, device)
+
+
+def test_one_pass_of_the_image_tower_serves_every_feature(clip: Clip, images: torch.Tensor):
+    class Brightness:
+        name = "brightness"
+
+        def __call__(self, images: torch.Tensor) -> torch.Tensor:
+            return images.float().mean(dim=(2, 3))
+
+    passes = []
+    hook = clip.model.vision_model.register_forward_hook(lambda *_: passes.append(1))
+    found, patches = extract_features(images, [Brightness(), ClipPatches(clip), clip])
+    hook.remove()
+    assert len(passes) == 1 and set(patches) == {clip.name}
+    for extractor in (Brightness(), ClipPatches(clip), clip):
+        torch.testing.assert_close(found[extractor.name], extractor(images))

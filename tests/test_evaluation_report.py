@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import io
 import json
 import re
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import jsonschema
 import pytest
 import torch
+import wandb
+from lightning.pytorch.loggers import WandbLogger
+from rich.console import Console
 
+from lcm_lightning.evaluation.dashboard import log_evaluation
 from lcm_lightning.evaluation.figures import Grid, curves, frontier
-from lcm_lightning.evaluation.report import SCHEMA_VERSION, console_table, write_report
+from lcm_lightning.evaluation.report import SCHEMA_VERSION, console_tables, write_report
 from lcm_lightning.evaluation.tables import comparison_table, estimate_cell, quality_table, source_table, telling_pairs
 
 SCHEMA = Path(__file__).parent.parent / "lcm_lightning" / "evaluation" / "metrics.schema.json"
@@ -124,7 +130,7 @@ def test_both_reports_show_the_same_sections(metrics: dict[str, Any], tmp_path: 
 
 def test_figures_that_were_not_measured_have_no_column(metrics: dict[str, Any]):
     headings = [heading for heading, _ in quality_table(metrics["models"]).headings]
-    assert headings == ["", "UNet passes", "FID", "KID ×1000", "CLIP score", "s / image", "speed-up"]
+    assert headings == ["", "UNet passes", "s / image", "speed-up", "FID", "KID ×1000", "CLIP score"]
     metrics["models"][6]["cmmd"] = estimate(0.5)
     table = quality_table(metrics["models"])
     place = [heading for heading, _ in table.headings].index("CMMD") - 1
@@ -132,7 +138,7 @@ def test_figures_that_were_not_measured_have_no_column(metrics: dict[str, Any]):
 
 
 def test_speed_up_is_over_the_teacher_at_full_length(metrics: dict[str, Any]):
-    assert [row.cells[-1].value for row in quality_table(metrics["models"]).rows] == [
+    assert [row.cells[2].value for row in quality_table(metrics["models"]).rows] == [
         "1.0×", "1.0×", "5.0×", "5.0×", "2.0×", "10.0×", "10.0×"
     ]  # fmt: skip
 
@@ -202,12 +208,59 @@ def test_rivals_and_students_are_curves_by_time(metrics: dict[str, Any]):
 
 @pytest.mark.parametrize(
     ("value", "written"),
-    [(87.04, "87.0"), (1234.6, "1235"), (0.01234, "0.0123"), (0.0, "0.00"), (541.7, "542"), (2.5e-5, "2.5e-05")],
+    [
+        (87.04, "87.0"),
+        (1234.6, "1235"),
+        (0.01234, "0.0123"),
+        (0.0, "0.00"),
+        (541.7, "542"),
+        (-323773.0, "-3.24e5"),
+        (2.5e-5, "2.5e-05"),
+    ],
 )
 def test_figures_have_three_digits(value: float, written: str):
     assert estimate_cell({"value": value}).value == written
 
 
-def test_the_console_shows_every_contender_and_every_warning(metrics: dict[str, Any]):
-    table = console_table(metrics)
-    assert table.row_count == 7 and "biased" in str(table.caption)
+def test_the_console_shows_every_contender_paired_differences_and_every_warning(metrics: dict[str, Any]):
+    figures, differences = console_tables(metrics)
+    assert figures.row_count == 7 and differences.row_count == 5 and "biased" in str(differences.caption)
+    buffer = io.StringIO()
+    Console(file=buffer, width=80).print(figures, differences)
+    assert re.search(r"LCM-LoRA 4 steps − fine-tuned, DDIM 50 steps +2\.00 \[1\.00, 3\.00\]", buffer.getvalue())
+    assert max(map(len, buffer.getvalue().splitlines())) <= 80
+    del metrics["comparisons"]
+    assert len(console_tables(metrics)) == 1
+
+
+def test_dashboards_get_numbers_table_pictures_and_page(metrics: dict[str, Any], tmp_path: Path):
+    class Recorder(WandbLogger):
+        """A W&B logger that writes nothing."""
+
+        def __init__(self) -> None:
+            self.logged: dict[str, Any] = {}
+
+        @property
+        def experiment(self) -> Any:
+            return SimpleNamespace(log=self.logged.update)
+
+        def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
+            self.logged |= metrics
+
+        def log_table(self, key: str, columns: list[str], data: list[list[str]]) -> None:
+            self.logged[key] = [columns, *data]
+
+        def log_image(self, key: str, images: list[str]) -> None:
+            self.logged[key] = [Path(image).name for image in images]
+
+        def finalize(self, status: str) -> None:
+            self.logged["status"] = status
+
+    recorder = Recorder()
+    log_evaluation(recorder, metrics, write(metrics, tmp_path))
+    logged = recorder.logged
+    assert logged["evaluation/lcm_lora_4/fid"] == 12.0 and logged["evaluation/lcm_lora_4/to_teacher/psnr"] == 21.5
+    assert logged["evaluation/base_ddim_50/seconds_per_image"] == 2.0
+    assert len(logged["evaluation/table"]) == 8 and len({len(row) for row in logged["evaluation/table"]}) == 1
+    assert logged["evaluation/pictures"] == ["frontier.png", "grid.png"]
+    assert isinstance(logged["evaluation/report"], wandb.Html) and logged["status"] == "success"

@@ -41,7 +41,7 @@ def composed() -> Iterator[Callable[..., DictConfig]]:
     with initialize_config_dir(str(CONF), version_base="1.3"):
 
         def config(*overrides: str) -> DictConfig:
-            cfg = compose("evaluate", overrides=[*overrides, "run_dir=x"], return_hydra_config=True)
+            cfg = compose("evaluate", overrides=list(overrides), return_hydra_config=True)
             HydraConfig.instance().set_config(cfg)
             with open_dict(cfg):
                 del cfg["hydra"]
@@ -119,6 +119,16 @@ def test_a_run_without_its_prefix_is_recognised(composed, tmp_path: Path):
     run = make_run(tmp_path / "a")
     with pytest.raises(UserError, match=f"a run is written run:{run}"):
         find_subjects(composed(f"models=[{run}]"))
+
+
+def test_the_same_command_finds_its_folder_again(composed, tmp_path: Path):
+    def folder(*overrides: str) -> str:
+        return composed("model=tiny", "data=twemoji", *overrides).run_dir
+
+    assert folder().startswith("outputs/evaluate/")
+    assert folder() == folder("devices=2", "accelerator=cpu", "logger=none", "evaluation.latency_repeats=3")
+    assert len({folder(), folder("evaluation=quick"), folder("seed=1"), folder("model.path=x")}) == 4
+    assert composed(f"run={tmp_path}", "evaluation=quick").run_dir == f"{tmp_path}/evaluation"
 
 
 def test_runs_on_different_data_need_a_choice(composed, tmp_path: Path):

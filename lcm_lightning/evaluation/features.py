@@ -193,6 +193,27 @@ class ClipPatches:
         return self.clip.image_outputs(images)[1].mean(dim=1)
 
 
+def extract_features(
+    images: Tensor, extractors: Sequence[FeatureExtractor]
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Features [B, D] of uint8 `images` [B, 3, H, W] by extractor's name, in one pass of each network.
+
+    Returns:
+        The features, and the last patch tokens [B, P, W] of each CLIP among the extractors by its name.
+    """
+    found: dict[str, Tensor] = {}
+    patches: dict[str, Tensor] = {}
+    for clip in {e.clip if isinstance(e, ClipPatches) else e for e in extractors}:
+        if isinstance(clip, Clip):
+            found[clip.name], patches[clip.name] = clip.image_outputs(images)
+    for extractor in extractors:
+        if isinstance(extractor, ClipPatches):
+            found[extractor.name] = patches[extractor.clip.name].mean(dim=1)
+        elif extractor.name not in found:
+            found[extractor.name] = extractor(images)
+    return found, patches
+
+
 def make_extractor(features: str, clip: Clip, inception_weights: str | None, device: torch.device) -> FeatureExtractor:
     """The extractor of FID and KID.
 

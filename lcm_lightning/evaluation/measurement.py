@@ -13,7 +13,7 @@ import torch
 from rich.progress import Progress
 
 from lcm_lightning.evaluation.contenders import Contender
-from lcm_lightning.evaluation.features import Clip, ClipPatches, FeatureExtractor
+from lcm_lightning.evaluation.features import Clip, FeatureExtractor, extract_features
 from lcm_lightning.evaluation.frechet import FrechetDistance, frechet_infinity
 from lcm_lightning.evaluation.generation import Drawing, read_images, read_latents
 from lcm_lightning.evaluation.kernel_distances import Cmmd, kid
@@ -141,13 +141,8 @@ def _look_at(
     folder: Path, batch: range, extractor: FeatureExtractor, clip: Clip
 ) -> tuple[Picture, Mapping[str, torch.Tensor]]:
     images = read_images(folder, batch)
-    projected, patches = clip.image_outputs(images)
-    seen = {clip.name: projected}
-    if isinstance(extractor, ClipPatches):
-        seen[extractor.name] = patches.mean(dim=1)
-    elif extractor is not clip:
-        seen[extractor.name] = extractor(images)
-    return Picture(images, read_latents(folder, batch), patches), seen
+    seen, patches = extract_features(images, (extractor, clip))
+    return Picture(images, read_latents(folder, batch), patches[clip.name]), seen
 
 
 def _append(lists: dict[str, list[np.ndarray]], new: Mapping[str, torch.Tensor]) -> None:

@@ -24,7 +24,7 @@ class Protocol:
         lineup: steps and guidance of each role.
         batch_size: images drawn at a time.
         seed: image i starts from the noise of ``seed + i``.
-        bootstrap_samples: draws behind the intervals of FID; 0 for none.
+        bootstrap_samples: draws behind every interval; 0 for none.
         latency_repeats: timed rounds.
         latency_batch_sizes: images at a time while timing; the first one's figures stand in the table.
         shown: rows of the grid.

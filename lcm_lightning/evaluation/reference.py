@@ -21,7 +21,7 @@ from lcm_lightning.data.datamodule import iterate_split, locate_images
 from lcm_lightning.data.images import crop_square, resize_shorter_side
 from lcm_lightning.data.shards import Sample, cache_folder, fingerprint, open_split
 from lcm_lightning.errors import UserError
-from lcm_lightning.evaluation.features import FeatureExtractor, weights_digest
+from lcm_lightning.evaluation.features import FeatureExtractor, extract_features, weights_digest
 
 SHOWN = 16
 
@@ -111,8 +111,9 @@ def _write_reference(
         images = torch.stack([real.square(sample) for sample in chunk])
         captions += [sample.captions for sample in chunk]
         shown += images[: max(0, SHOWN - len(shown))]
-        for extractor in extractors:
-            found[extractor.name].append(extractor(images))
+        features, _ = extract_features(images, extractors)
+        for name, parts in found.items():
+            parts.append(features[name])
         progress.advance(bar, len(chunk))
     progress.update(bar, total=len(captions))
     if len(captions) < 2:

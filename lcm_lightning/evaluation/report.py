@@ -59,6 +59,7 @@ def report_content(metrics: Mapping[str, Any], config: str) -> dict[str, Any]:
         "config": config,
         "date": datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
         "quality": tables.quality_table(models),
+        "manifold": tables.manifold_table(models),
         "costs": tables.cost_table(models),
         "comparisons": tables.comparison_table(metrics),
         "to_teacher": tables.teacher_table(models),
@@ -66,7 +67,7 @@ def report_content(metrics: Mapping[str, Any], config: str) -> dict[str, Any]:
         "stages": {model["label"]: tables.share_of_stages(model) for model in models},
         "batches": [timed["batch_size"] for timed in models[0]["latency"]],
         "repeats": models[0]["seconds_per_image"]["repeats"],
-        "meanings": tables.measured(tables.METRICS, models),
+        "meanings": tables.measured(tables.METRICS + tables.MANIFOLD, models),
     }
 
 
@@ -111,22 +112,25 @@ def without_nan(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def console_table(metrics: Mapping[str, Any]) -> ConsoleTable:
-    """The report's main figures for a terminal, without their intervals."""
-    shown = {"UNet passes": "UNet", "FID": "FID", "CMMD": "CMMD", "CLIP score": "CLIP"}
-    shown |= {"s / image": "s/image", "speed-up": "faster"}
+def console_tables(metrics: Mapping[str, Any]) -> list[ConsoleTable]:
+    """The report's main figures for a terminal, and the paired differences of FID with their intervals."""
+    shown = {"UNet passes": "UNet", "s / image": "s/image", "speed-up": "faster"}
+    shown |= {"FID": "FID", "CMMD": "CMMD", "CLIP score": "CLIP"}
     title = (metrics["dataset"], metrics["protocol"], metrics["features"], f"N={metrics['models'][0]['n_images']}")
-    table = ConsoleTable(
-        title=", ".join(title),
-        caption="\n".join(metrics["warnings"]) or None,
-        caption_justify="left",
-        box=rich.box.SIMPLE_HEAD,
-    )
-    quality = tables.quality_table(metrics["models"])
-    places = {heading: place for place, (heading, _) in enumerate(quality.headings) if heading in shown}
-    table.add_column("")
+    found = [_console_table(tables.quality_table(metrics["models"]), shown, ", ".join(title), intervals=False)]
+    if (comparisons := tables.comparison_table(metrics)) is not None:
+        found.append(_console_table(comparisons, {"FID": "FID"}, "paired differences", intervals=True))
+    found[-1].caption = "\n".join(metrics["warnings"])
+    return found
+
+
+def _console_table(table: tables.Table, shown: Mapping[str, str], title: str, *, intervals: bool) -> ConsoleTable:
+    """The columns `shown`, heading by heading of the report's, under their headings here."""
+    places = {heading: place for place, (heading, _) in enumerate(table.headings) if heading in shown}
+    console = ConsoleTable("", title=title, caption_justify="left", box=rich.box.SIMPLE_HEAD)
     for heading in places:
-        table.add_column(shown[heading], justify="right", no_wrap=True)
-    for row in quality.rows:
-        table.add_row(row.title, *(row.cells[place - 1].value for place in places.values()))
-    return table
+        console.add_column(shown[heading], justify="right", no_wrap=True)
+    for row in table.rows:
+        cells = [row.cells[place - 1] for place in places.values()]
+        console.add_row(row.title, *(str(cell) if intervals else cell.value for cell in cells))
+    return console

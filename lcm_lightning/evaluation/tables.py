@@ -33,6 +33,8 @@ METRICS = (
     Metric("kid", "KID ×1000", "lower", "unbiased squared MMD of the features, cubic kernel", 1000),
     Metric("cmmd", "CMMD", "lower", "MMD of CLIP features, Gaussian kernel"),
     Metric("clip_score", "CLIP score", "higher", "agreement of an image with its prompt, at most 100"),
+)
+MANIFOLD = (
     Metric("precision", "precision", "higher", "share of images within the real ones' manifold"),
     Metric("recall", "recall", "higher", "share of real images within the generated ones' manifold"),
     Metric("density", "density", "higher", "real neighbourhoods an image lies in"),
@@ -95,7 +97,7 @@ def estimate_cell(estimate: Any, factor: float = 1.0, key: str = "value", look: 
 def three_digits(value: float) -> str:
     """Three significant digits, ending zeros too; no exponent for what a table holds."""
     if abs(value) >= 1000:
-        return f"{value:.0f}"
+        return f"{value:.0f}" if abs(value) < 1e5 else f"{value:.2e}".replace("e+0", "e")
     return f"{value:#.3g}".rstrip(".") if abs(value) >= 1e-4 or value == 0 else f"{value:.1e}"
 
 
@@ -109,17 +111,28 @@ def quality_table(models: Sequence[Mapping[str, Any]]) -> Table:
     """One row a contender: every metric that was measured, seconds per image, speed-up over the teacher."""
     columns = measured(METRICS, models)
     headings = [("", ""), ("UNet passes", "network evaluations per image")]
-    headings += [(metric.title, f"{metric.meaning}; {metric.better} is better") for metric in columns]
     headings += [("s / image", "median, 10th and 90th percentile"), ("speed-up", "over the teacher at full length")]
+    headings += [(metric.title, f"{metric.meaning}; {metric.better} is better") for metric in columns]
     seconds = {model["slug"]: model["seconds_per_image"]["median"] for model in models}
     rows = []
     for model in models:
         own = model["seconds_per_image"]
-        cells = [Cell(str(model["network_evaluations"]))]
+        faster = Cell(f"{seconds[model['teacher']] / own['median']:.1f}×")
+        cells = [Cell(str(model["network_evaluations"])), estimate_cell(own, key="median"), faster]
         cells += [estimate_cell(model.get(metric.key), metric.factor) for metric in columns]
-        cells += [estimate_cell(own, key="median"), Cell(f"{seconds[model['teacher']] / own['median']:.1f}×")]
         rows.append(Row(model["role"], model["label"], tuple(cells)))
     return Table(tuple(headings), tuple(rows))
+
+
+def manifold_table(models: Sequence[Mapping[str, Any]]) -> Table | None:
+    """One row a contender: precision and recall, density and coverage; None where they were not measured."""
+    columns = measured(MANIFOLD, models)
+    rows = [
+        Row(model["role"], model["label"], tuple(estimate_cell(model.get(metric.key)) for metric in columns))
+        for model in models
+    ]
+    headings = [("", ""), *((metric.title, f"{metric.meaning}; {metric.better} is better") for metric in columns)]
+    return Table(tuple(headings), tuple(rows)) if columns else None
 
 
 def cost_table(models: Sequence[Mapping[str, Any]]) -> Table:

@@ -1,0 +1,44 @@
+"""Figures, table, pictures and page of an evaluation to a logger's dashboard."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import wandb
+from lightning.pytorch.loggers import Logger, WandbLogger
+
+from lcm_lightning.evaluation.tables import MANIFOLD, METRICS, TO_TEACHER, is_known, quality_table
+
+
+def log_evaluation(logger: Logger, metrics: Mapping[str, Any], folder: Path) -> None:
+    """Send what `write_report` wrote into `folder`: numbers to every logger, the rest to W&B.
+
+    Figures are called `evaluation/<slug>/<key of metrics.json>`.
+    """
+    logger.log_metrics(
+        {
+            f"evaluation/{model['slug']}/{key}": value
+            for model in metrics["models"]
+            for key, value in plain_figures(model).items()
+        }
+    )
+    if isinstance(logger, WandbLogger):
+        quality = quality_table(metrics["models"])
+        columns = ["model", *(heading for heading, _ in quality.headings[1:])]
+        logger.log_table("evaluation/table", columns, [[row.title, *map(str, row.cells)] for row in quality.rows])
+        pictures = [folder / "frontier.png", *sorted(folder.glob("grid*.png"))]
+        logger.log_image("evaluation/pictures", [str(picture) for picture in pictures])
+        logger.experiment.log({"evaluation/report": wandb.Html((folder / "report.html").read_text(), inject=False)})
+    logger.finalize("success")
+
+
+def plain_figures(model: Mapping[str, Any]) -> dict[str, float]:
+    """The values of a model's estimates without their intervals, its median seconds and its memory."""
+    figures = {metric.key: model.get(metric.key) for metric in (*METRICS, *MANIFOLD)}
+    to_teacher = model.get("to_teacher") or {}
+    figures |= {f"to_teacher/{metric.key}": to_teacher.get(metric.key) for metric in TO_TEACHER}
+    known = {key: estimate["value"] for key, estimate in figures.items() if is_known(estimate)}
+    times = {"seconds_per_image": model["seconds_per_image"]["median"], "peak_memory_mb": model["peak_memory_mb"]}
+    return known | times
