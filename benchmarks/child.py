@@ -98,7 +98,7 @@ def train(overrides: list[str]) -> dict[str, Any]:
         callbacks=[DataWait(log.figures["data_wait"])],
     )
     register_optimizer_step_post_hook(log.step)
-    trainer.fit(build_module(cfg, trainer.precision), datamodule=data)
+    trainer.fit(build_module(cfg, trainer.precision, data.cache), datamodule=data)
     return log.figures
 
 
