@@ -11,8 +11,9 @@ from lightning.pytorch.loggers import Logger
 from omegaconf import DictConfig, OmegaConf
 
 from lcm_lightning.callbacks.loggers import MetricsFile
-from lcm_lightning.checkpoints import find_checkpoint, global_step, write_atomic
+from lcm_lightning.checkpoints import find_checkpoint, global_step
 from lcm_lightning.errors import report_configuration_errors, report_user_errors
+from lcm_lightning.files import write_atomic
 from lcm_lightning.preemption import Preempted, requeue_slurm_job
 from lcm_lightning.resolvers import register_resolvers
 from lcm_lightning.training import (

@@ -37,11 +37,11 @@ from lcm_lightning.data.writing import (
     add_member,
     check_whole_number,
     kept_shard,
-    replace_text,
     sha256_of,
     write_index,
 )
 from lcm_lightning.errors import UserError
+from lcm_lightning.files import write_atomic
 from lcm_lightning.models.identity import encoder_key
 from lcm_lightning.models.stable_diffusion import StableDiffusion
 
@@ -139,7 +139,7 @@ def cache_latents(
     (output / PARTS_NAME).mkdir(parents=True, exist_ok=True)
     (output / INDEX_NAME).unlink(missing_ok=True)
     empty_text = to_half(model.encode_text([""]))[0]
-    replace_bytes(output / EMPTY_CAPTION, save({TEXT: empty_text.numpy()}))
+    write_atomic(output / EMPTY_CAPTION, save({TEXT: empty_text.numpy()}))
     written = []
     for split in cached_splits(index):
         for number, shard in enumerate(open_split(index, split, cache_dir)):
@@ -291,12 +291,5 @@ def write_latents(
     finally:
         temporary.unlink(missing_ok=True)
     written = Written(task.file, task.split, samples, size, digest, task.digest, tuple(skipped))
-    replace_text(output / PARTS_NAME / f"{task.file}.json", json.dumps(asdict(written)))
+    write_atomic(output / PARTS_NAME / f"{task.file}.json", json.dumps(asdict(written)).encode())
     return written
-
-
-def replace_bytes(path: Path, content: bytes) -> None:
-    """Write a file under a temporary name, then rename it."""
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    temporary.write_bytes(content)
-    temporary.replace(path)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import logging
-import os
 from collections.abc import Iterable
 from datetime import datetime
 from pathlib import Path
@@ -15,6 +14,7 @@ from lightning.pytorch.plugins.io import TorchCheckpointIO
 from omegaconf import OmegaConf
 
 from lcm_lightning.errors import UserError, first_line
+from lcm_lightning.files import replace, write_atomic
 
 log = logging.getLogger(__name__)
 
@@ -43,35 +43,6 @@ class AtomicCheckpointIO(TorchCheckpointIO):
     ) -> dict[str, Any]:
         """Tensors and plain containers of the file at `path`."""
         return super().load_checkpoint(path, map_location, weights_only=True)
-
-
-def write_atomic(path: Path, content: bytes | memoryview) -> None:
-    """Write a file that survives a crash of program or machine whole, or does not appear.
-
-    Raises:
-        OSError: it cannot be written; nothing is left behind.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        with temporary.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        replace(temporary, path)
-    except OSError:
-        temporary.unlink(missing_ok=True)
-        raise
-
-
-def replace(source: Path, target: Path) -> None:
-    """Rename within a folder, for good: also after a crash of the machine."""
-    source.replace(target)
-    folder = os.open(target.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
 
 
 def publish_link(source: Path, target: Path) -> None:

@@ -11,9 +11,10 @@ from typing import Any
 import lightning as L
 from lightning.pytorch.callbacks import Checkpoint
 
-from lcm_lightning.checkpoints import publish_link, replace
+from lcm_lightning.checkpoints import publish_link
 from lcm_lightning.data.plan import steps_per_epoch
 from lcm_lightning.errors import UserError
+from lcm_lightning.files import replace
 from lcm_lightning.preemption import StopSignals
 
 log = logging.getLogger(__name__)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import inspect
+import io
 import netrc
 import os
 from collections.abc import Sequence
@@ -18,6 +19,7 @@ from lightning.pytorch.loggers.csv_logs import ExperimentWriter
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 from lcm_lightning.errors import UserError
+from lcm_lightning.files import write_atomic
 
 
 class MetricsFile(CSVLogger):
@@ -74,12 +76,11 @@ def read_csv(path: Path) -> tuple[Sequence[str], list[dict[str, str]]]:
 
 def write_csv(path: Path, header: Sequence[str], rows: Sequence[dict[str, Any]]) -> None:
     """Write header and rows under a temporary name, then rename."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    with temporary.open("w", newline="") as file:
-        writer = csv.DictWriter(file, header)
-        writer.writeheader()
-        writer.writerows(rows)
-    temporary.replace(path)
+    content = io.StringIO(newline="")
+    writer = csv.DictWriter(content, header)
+    writer.writeheader()
+    writer.writerows(rows)
+    write_atomic(path, content.getvalue().encode())
 
 
 def has_wandb_key() -> bool:
@@ -97,10 +98,7 @@ def wandb_run_id(run_dir: Path) -> str:
     """The W&B run of a run folder: chosen once, found again by a run that goes on there."""
     path = run_dir / "wandb" / "run_id"
     if not path.is_file():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(".run_id.tmp")
-        temporary.write_text(wandb.util.generate_id())
-        temporary.replace(path)
+        write_atomic(path, wandb.util.generate_id().encode())
     return path.read_text()
 
 

@@ -14,8 +14,8 @@ from safetensors.torch import save as safetensors_bytes
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lcm_lightning.checkpoints import write_atomic
 from lcm_lightning.errors import UserError
+from lcm_lightning.files import write_atomic
 
 log = logging.getLogger(__name__)
 

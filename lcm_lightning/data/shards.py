@@ -17,7 +17,6 @@ from dataclasses import asdict, dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import IO, Any
-from uuid import uuid4
 
 from braceexpand import braceexpand
 from PIL import Image
@@ -27,6 +26,7 @@ from lcm_lightning.data.images import ImageFault, decode_image
 from lcm_lightning.data.records import IMAGE_SUFFIXES, INDEX_NAME, PARTS_NAME, SPLIT_NAMES, clean_caption
 from lcm_lightning.data.tar import MAX_MEMBER_BYTES, Member, members, read_at
 from lcm_lightning.errors import UserError
+from lcm_lightning.files import write_atomic
 
 log = logging.getLogger(__name__)
 
@@ -319,14 +319,6 @@ def cache_folder(cache_dir: str | Path | None) -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lcm-lightning"
 
 
-def write_atomic(path: Path, text: str) -> None:
-    """Write a text file under a temporary name, then rename it: a reader sees all of it or none."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{path.name}.{uuid4().hex}.tmp")  # process ids repeat from machine to machine
-    temporary.write_text(text)
-    temporary.replace(path)
-
-
 def counted_shard(path: Path, cache: Path) -> Shard:
     """A shard without an index: counted once, remembered in the cache until its size or time changes.
 
@@ -338,7 +330,8 @@ def counted_shard(path: Path, cache: Path) -> Shard:
     record = cache / "counts" / f"{hashlib.sha256(json.dumps([COUNTING, *state]).encode()).hexdigest()}.json"
     try:
         if not record.is_file():
-            write_atomic(record, json.dumps({"path": state[0], "count": asdict(count_samples(path))}))
+            counted = {"path": state[0], "count": asdict(count_samples(path))}
+            write_atomic(record, json.dumps(counted).encode(), shared=True)
         count = Count(**json.loads(record.read_text())["count"])
     except OSError as error:
         raise UserError(f"data.cache_dir={cache}: cannot be used ({error}); set it to a folder with room") from error

@@ -27,6 +27,7 @@ from PIL import Image
 from lcm_lightning.data.images import ImageFault, announced_size, open_image, orientation, to_rgb
 from lcm_lightning.data.records import INDEX_NAME, PARTS_NAME, SPLITS, Record, clean_caption
 from lcm_lightning.errors import UserError
+from lcm_lightning.files import write_atomic
 
 FORMAT = 1
 SKIPPED_NAME = "skipped.csv"
@@ -263,7 +264,7 @@ def write_shard(task: Task, output: Path, settings: ShardSettings) -> Written:
     finally:
         temporary.unlink(missing_ok=True)
     written = Written(task.file, task.split, samples, size, digest, task.digest, tuple(skipped))
-    replace_text(output / PARTS_NAME / f"{task.file}.json", json.dumps(asdict(written)))
+    write_atomic(output / PARTS_NAME / f"{task.file}.json", json.dumps(asdict(written)).encode())
     return written
 
 
@@ -339,13 +340,6 @@ def sha256_of(path: Path) -> str:
     return digest.hexdigest()
 
 
-def replace_text(path: Path, text: str) -> None:
-    """Write a text file under a temporary name, then rename it."""
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    temporary.write_text(text, encoding="utf-8", newline="")
-    temporary.replace(path)
-
-
 def write_index(
     output: Path,
     name: str,
@@ -361,7 +355,7 @@ def write_index(
     """
     written = sorted(written, key=lambda shard: shard.file)
     skipped = [*outside, *(skipped for shard in written for skipped in shard.skipped)]
-    replace_text(output / SKIPPED_NAME, skipped_table(skipped))
+    write_atomic(output / SKIPPED_NAME, skipped_table(skipped).encode())
     filled = [shard for shard in written if shard.samples]
     remove_leftovers(output, {shard.file for shard in filled})
     if not filled:
@@ -380,7 +374,7 @@ def write_index(
         "splits": {split: split_entry(filled, split) for split in SPLITS if any(s.split == split for s in filled)},
         **(more or {}),
     }
-    replace_text(output / INDEX_NAME, json.dumps(index, indent=1) + "\n")
+    write_atomic(output / INDEX_NAME, (json.dumps(index, indent=1) + "\n").encode())
     return index
 
 

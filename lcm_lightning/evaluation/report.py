@@ -19,6 +19,7 @@ from torch import Tensor
 
 from lcm_lightning.evaluation import tables
 from lcm_lightning.evaluation.figures import Grid, as_bytes, frontier
+from lcm_lightning.files import write_atomic
 from lcm_lightning.pictures import to_pil
 
 TEMPLATES = Path(__file__).parent / "templates"
@@ -45,9 +46,7 @@ def write_report(folder: Path, metrics: Mapping[str, Any], grids: Sequence[Grid]
         "metrics.json": (json.dumps(without_nan(metrics), indent=2) + "\n").encode(),
     }
     for name, data in files.items():
-        temporary = folder / f".{name}"
-        temporary.write_bytes(data)
-        temporary.replace(folder / name)
+        write_atomic(folder / name, data)
 
 
 def report_content(metrics: Mapping[str, Any], config: str) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
 from lcm_lightning.errors import UserError, innermost
+from lcm_lightning.files import write_atomic
 from lcm_lightning.models.adapters import LORA_FILE, load_lora, set_active_adapters
 from lcm_lightning.models.stable_diffusion import StableDiffusion
 
@@ -38,9 +39,8 @@ class LoadedRun:
 
 def write_manifest(folder: Path, adapters: list[Adapter]) -> None:
     """Say which files in `folder` (a run's `lora/`) make up its model, in the order they were trained."""
-    temporary = folder / f".{MANIFEST}"
-    temporary.write_text(json.dumps({"adapters": [asdict(adapter) for adapter in adapters]}, indent=2) + "\n")
-    temporary.replace(folder / MANIFEST)
+    content = json.dumps({"adapters": [asdict(adapter) for adapter in adapters]}, indent=2) + "\n"
+    write_atomic(folder / MANIFEST, content.encode())
 
 
 def read_config(run: Path) -> DictConfig:
