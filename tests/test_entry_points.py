@@ -239,7 +239,7 @@ def refused(capfd: pytest.CaptureFixture[str], run: Run, message: str, *override
         ("trainer.precision=64-true", "trainer.precision=64-true: expected 32-true"),
         ("trainer.accelerator=gpu", "trainer=cpu"),
         ("data.resolution=33", "data.resolution=33: expected a positive multiple of 8"),
-        ("resume=nowhere", "resume=nowhere: neither a .ckpt file nor a run folder"),
+        ("resume=nowhere", "resume=nowhere: neither a .ckpt file nor a run folder with"),
         ("method.lora.rank=0", "method.lora.rank=0"),
         ("method.lr_scheduler=fast", "method.lr_scheduler=fast: expected one of"),
         ("method.w_min=20", "method.w_min=20"),
