@@ -197,7 +197,7 @@ def test_generate_draws_numbered_images_and_a_sheet(tmp_path: Path, lora_file: P
         ("evaluate", ("model=tiny", "data=twemoji", "evaluation=quick", "evaluation.clip=./none"), "clip=./none"),
         ("generate", ("model=tiny",), "prompt: has no value"),
         ("generate", ("prompt=x",), "give run=outputs/"),
-        ("generate", ("model=tiny", "prompt=x", "steps=0"), "steps=0: expected at least 1"),
+        ("generate", ("model=tiny", "prompt=x", "steps=0"), "steps=0: expected 1 to 1000"),
         ("generate", ("model=tiny", "prompt=x", "negative_prompt=y", "guidance_scale=1"), "negative_prompt=y: acts"),
         ("generate", ("model=tiny", "prompt=x", "accelerator=gpu"), "accelerator=gpu"),
         ("generate", ("model=tiny", "prompt=x", f"lora={ASSETS}"), "lora_role=None: say what"),
