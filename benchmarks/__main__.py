@@ -40,7 +40,7 @@ BENCH_KEYS = (
     "cached",
     "student_steps",
 )
-BENCH_KEYS += ("student_steps", "teacher_steps", "growth_model", "minutes", "work", "output")
+BENCH_KEYS += ("student_steps", "teacher_steps", "drawings", "growth_model", "minutes", "work", "output")
 # The experiment both trainers stand for; ours at one optimizer step a batch, as the peer.
 OURS = ("experiment=lcm_flickr8k", "trainer.accumulate_grad_batches=1", "data.caption_dropout=0")
 GROWTH = {
@@ -218,7 +218,7 @@ def measure_drawing(cfg: DictConfig, bench: Bench) -> None:
         f"model.path={pipeline(cfg, 'sd15')}",
         f"data.resolution={cfg.resolution}",
         f"method.lora.rank={cfg.rank}",
-        f"draw.repeats={cfg.rounds}",
+        f"draw.repeats={cfg.drawings}",
         f"draw.student_steps={cfg.student_steps}",
         f"draw.teacher_steps={cfg.teacher_steps}",
     )
@@ -253,8 +253,8 @@ def main(cfg: DictConfig) -> None:
     unknown = sorted(set(cfg.parts) - set(PARTS))
     if unknown:
         raise UserError(f"parts={unknown[0]}: expected some of {', '.join(PARTS)}")
-    if cfg.steps < 1 or cfg.rounds < 1:
-        raise UserError(f"rounds={cfg.rounds} steps={cfg.steps}: expected at least 1")
+    if min(cfg.steps, cfg.rounds, cfg.drawings) < 1:
+        raise UserError(f"rounds={cfg.rounds} steps={cfg.steps} drawings={cfg.drawings}: expected at least 1")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     limit = float("inf") if cfg.minutes is None else 60 * cfg.minutes
     bench = Bench(Path(cfg.output), cfg.steps, time.monotonic() + limit)

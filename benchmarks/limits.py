@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from contextlib import nullcontext
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 
 import torch
@@ -52,6 +52,7 @@ def without_memory(pipeline: Path) -> StableDiffusion:
     return model
 
 
+@cache
 def step_flops(pipeline: Path, *, resolution: int, batch_size: int, rank: int) -> dict[str, float]:
     """FLOPs of one distillation step, in all and of its VAE and text encoding.
 

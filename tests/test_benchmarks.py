@@ -47,6 +47,7 @@ def test_bench_runs_ours_and_the_peer_in_turns_and_draws(pipeline_folder: Path, 
         "resolution=32",
         "rank=4",
         "teacher_steps=10",
+        "drawings=2",
         f"work={tmp_path / 'work'}",
         f"output={tmp_path / 'out'}",
     )
