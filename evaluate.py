@@ -11,7 +11,7 @@ from rich import print as rich_print
 from lcm_lightning.configuration import check_writable
 from lcm_lightning.errors import report_configuration_errors, report_user_errors
 from lcm_lightning.evaluation.dashboard import log_evaluation
-from lcm_lightning.evaluation.evaluation import evaluate_models
+from lcm_lightning.evaluation.evaluation import check_size, evaluate_models
 from lcm_lightning.evaluation.reference import RealImages
 from lcm_lightning.evaluation.report import console_tables
 from lcm_lightning.evaluation.subject import evaluation_data, find_subjects
@@ -34,6 +34,10 @@ def main(cfg: DictConfig) -> None:
     protocol = instantiate_group(cfg, "evaluation")
     sources = find_subjects(cfg)
     data = evaluation_data(cfg, sources)
+    real = RealImages(
+        data.name, data.source, protocol.split, protocol.num_images, data.resolution, data.get("cache_dir")
+    )
+    check_size(real)  # before there are other processes that would wait for one that gave up
     fabric = make_fabric(cfg.accelerator, cfg.devices)
     fabric.launch()
     loggers = instantiate_each(cfg, "logger") if fabric.is_global_zero else []
@@ -43,9 +47,7 @@ def main(cfg: DictConfig) -> None:
     metrics = evaluate_models(
         sources,
         protocol=protocol,
-        real=RealImages(
-            data.name, data.source, protocol.split, protocol.num_images, data.resolution, data.get("cache_dir")
-        ),
+        real=real,
         fabric=fabric,
         folder=folder,
         config=OmegaConf.to_yaml(cfg),

@@ -2,12 +2,15 @@
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from transformers import CLIPVisionModel
 
 from lcm_lightning.errors import UserError
 from lcm_lightning.evaluation.features import Clip, ClipPatches, extract_features, make_extractor, weights_digest
+from lcm_lightning.evaluation.reference import RealImages, read_reference
+from lcm_lightning.progress import image_progress
 
 TINY_CLIP = Path(__file__).parent.parent / "lcm_lightning" / "assets" / "tiny_clip"
 
@@ -54,3 +57,27 @@ def test_one_pass_of_the_image_tower_serves_every_feature(clip: Clip, images: to
     assert len(passes) == 1 and set(patches) == {clip.name}
     for extractor in (Brightness(), ClipPatches(clip), clip):
         torch.testing.assert_close(found[extractor.name], extractor(images))
+
+
+def test_features_of_real_images_are_computed_once_for_each_network_and_kind(clip: Clip, tmp_path: Path):
+    data = TINY_CLIP.parent / "data" / "noto_emoji"
+    passes = []
+    hook = clip.model.vision_model.register_forward_hook(lambda *_: passes.append(1))
+
+    def read(images: int, *extractors: Clip | ClipPatches) -> tuple[dict[str, np.ndarray], int]:
+        passes.clear()
+        real = RealImages("noto_emoji", str(data), "val", images, 64, str(tmp_path))
+        with image_progress(disable=True) as progress:
+            return dict(read_reference(real, list(extractors), progress).features), len(passes)
+
+    first, looked = read(4, ClipPatches(clip), clip)
+    assert looked == 1 and set(first) == {"clip-patches:tiny_clip", "clip:tiny_clip"}
+    again, looked = read(4, ClipPatches(clip), clip)
+    assert looked == 0 and all(np.array_equal(first[name], again[name]) for name in first)
+    assert read(4, clip)[1] == 1 and read(5, ClipPatches(clip), clip)[1] == 1
+    with torch.no_grad():
+        clip.model.visual_projection.weight *= 2
+    assert read(4, clip)[1] == 1
+    with torch.no_grad():
+        clip.model.visual_projection.weight /= 2
+    hook.remove()

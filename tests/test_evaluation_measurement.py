@@ -13,6 +13,7 @@ from lcm_lightning.evaluation.contenders import Contender
 from lcm_lightning.evaluation.features import Clip, ClipPatches
 from lcm_lightning.evaluation.frechet import FrechetDistance, frechet_distance, frechet_infinity
 from lcm_lightning.evaluation.generation import Drawing, draw_missing, image_file, latents_file, read_latents
+from lcm_lightning.evaluation.kernel_distances import kid
 from lcm_lightning.evaluation.measurement import COMPARED, measure, teachers_of
 from lcm_lightning.evaluation.metrics import Resampling, estimate
 from lcm_lightning.evaluation.protocol import Protocol
@@ -113,6 +114,10 @@ def test_measured_figures_of_a_teacher_a_copy_of_it_and_a_stranger(clip: Clip, t
     generated = extractor(images).numpy()
     expected = frechet_distance(generated, reference.features[extractor.name])
     assert entries["teacher"]["fid"]["value"] == pytest.approx(expected)
+    scale = np.sqrt((reference.features[extractor.name].astype(np.float64) ** 2).mean())
+    resampling = Resampling.of(np.repeat(np.arange(photos), 2), photos, 0)
+    expected = kid(reference.features[extractor.name] / scale, resampling).draws(generated / scale)[0]
+    assert entries["teacher"]["kid"]["value"] == pytest.approx(expected)
     assert "to_teacher" not in entries["teacher"]
     copy, stranger = entries["copy"]["to_teacher"], entries["stranger"]["to_teacher"]
     assert copy["teacher"] == stranger["teacher"] == teacher.slug

@@ -58,7 +58,6 @@ def evaluate_models(
         UserError: a model, the data set or a network of the metrics is missing.
     """
     first = fabric.is_global_zero
-    check_size(real)
     desk = Desk(fabric.device)
     with image_progress(disable=not first) as progress:
         clip = Clip(protocol.clip, fabric.device)

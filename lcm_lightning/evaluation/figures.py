@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -18,7 +19,7 @@ from lcm_lightning.pictures import labelled_grid
 
 SAMPLER_COLORS = {"ddim": "#2563eb", "dpmpp": "#d97706", "lcm": "#059669"}
 MARKERS = ("o", "s", "^", "D", "v", "P")
-SHADES = ("-", "--", ":", "-.")
+DASHES = ("-", "--", ":", "-.")
 PANELS = ("fid", "cmmd", "kid", "clip_score")  # the first two that were measured
 GREY = "#4b5563"
 
@@ -57,8 +58,11 @@ def frontier(models: Sequence[Mapping[str, Any]]) -> Figure:
     figure = Figure(figsize=(10.5, 4.2), layout="constrained")
     for place, metric in enumerate(panels, start=1):
         axes = figure.add_subplot(1, len(panels), place)
-        for number, curve in enumerate(curves(models)):
-            _draw_curve(axes, curve, metric, number)
+        same_sampler: Counter[str] = Counter()
+        for curve in curves(models):
+            sampler = curve[0]["sampler"]
+            _draw_curve(axes, curve, metric, same_sampler[sampler])
+            same_sampler[sampler] += 1
         _dress(axes, metric)
     if panels:
         handles, labels = axes.get_legend_handles_labels()
@@ -75,6 +79,7 @@ def curves(models: Sequence[Mapping[str, Any]]) -> list[list[Mapping[str, Any]]]
 
 
 def _draw_curve(axes: Axes, curve: Sequence[Mapping[str, Any]], metric: Metric, number: int) -> None:
+    """The sampler gives the colour; `number` tells curves of the same sampler apart."""
     points = [model for model in curve if is_known(model.get(metric.key))]
     if not points:
         return
@@ -83,7 +88,7 @@ def _draw_curve(axes: Axes, curve: Sequence[Mapping[str, Any]], metric: Metric, 
     x = [time["median"] for time in seconds]
     y = [model[metric.key]["value"] * metric.factor for model in points]
     style = {"color": color, "marker": MARKERS[number % len(MARKERS)], "markersize": 5.5, "linewidth": 1.6}
-    axes.plot(x, y, linestyle=SHADES[number // len(MARKERS) % len(SHADES)], label=points[0]["series"], **style)
+    axes.plot(x, y, linestyle=DASHES[number % len(DASHES)], label=points[0]["series"], **style)
     for model, time, across, up in zip(points, seconds, x, y, strict=True):
         axes.plot([time["low"], time["high"]], [up, up], color=color, alpha=0.35, linewidth=2.5)
         if is_known(model[metric.key], "low"):

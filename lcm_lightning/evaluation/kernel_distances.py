@@ -80,6 +80,15 @@ def _ratio(total: np.ndarray, weight: np.ndarray) -> np.ndarray:
     return np.divide(total, weight, out=np.full(len(total), np.nan), where=weight > 0)
 
 
+def unit_scale(real: np.ndarray) -> float:
+    """What to divide features by so that those of `real` [M, D] have mean square 1, as KID's kernel expects of them.
+
+    A transformer's tokens may be far from that, where the cubic term drowns the others and a few large vectors decide.
+    Not for Inception's, whose published figures know no such scale.
+    """
+    return float(np.sqrt(np.mean(np.square(real, dtype=np.float64)))) or 1.0
+
+
 def kid(real: np.ndarray, resampling: Resampling) -> KernelDistance:
     """Kernel Inception distance: ``k(x, y) = (x.y / D + 1)^3`` (Bińkowski et al. 2018, arXiv 1801.01401, eq. 4)."""
     dimension = real.shape[1]

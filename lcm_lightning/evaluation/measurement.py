@@ -13,10 +13,10 @@ import torch
 from rich.progress import Progress
 
 from lcm_lightning.evaluation.contenders import Contender
-from lcm_lightning.evaluation.features import Clip, FeatureExtractor, extract_features
+from lcm_lightning.evaluation.features import Clip, FeatureExtractor, InceptionFeatures, extract_features
 from lcm_lightning.evaluation.frechet import FrechetDistance, frechet_infinity
 from lcm_lightning.evaluation.generation import Drawing, read_images, read_latents
-from lcm_lightning.evaluation.kernel_distances import Cmmd, kid
+from lcm_lightning.evaluation.kernel_distances import Cmmd, kid, unit_scale
 from lcm_lightning.evaluation.manifold import Manifold
 from lcm_lightning.evaluation.metrics import (
     Estimate,
@@ -167,7 +167,8 @@ class Judge:
     ) -> None:
         self.resampling, self.texts, self.features, self.clip, self.seed = resampling, texts, features, clip, seed
         self._real = reference.features[features]
-        self._kid = kid(self._real, resampling)
+        self._scale = 1.0 if features == InceptionFeatures.name else unit_scale(self._real)
+        self._kid = kid(self._real / self._scale, resampling)
         self._cmmd = Cmmd(reference.features[clip], resampling)
         self._manifold = Manifold(self._real, resampling)
 
@@ -182,7 +183,7 @@ class Judge:
         frechet = FrechetDistance(generated, self._real)
         draws = {
             "fid": frechet.draws(counts.generated, counts.real, advance),
-            "kid": self._kid.draws(generated),
+            "kid": self._kid.draws(generated / self._scale),
             "cmmd": self._cmmd.draws(features[self.clip]),
             "clip_score": mean_draws(clip_scores(features[self.clip], self.texts), counts.generated),
             **self._manifold.draws(generated),
