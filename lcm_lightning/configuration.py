@@ -36,9 +36,10 @@ TYPES: Mapping[str, Any] = {
     "run": str | None,
     "lora": str | None,
     "lora_role": str | None,
-    "prompt": str,
+    "prompt": str | list[str],
     "negative_prompt": str,
     "num_images": int,
+    "sampler": str | None,
     "steps": int | None,
     "guidance_scale": float | None,
     "resolution": int | None,
@@ -46,6 +47,9 @@ TYPES: Mapping[str, Any] = {
     "dtype": str,
     "accelerator": str,
     "output": str,
+    "preview": bool,
+    "models": list[str] | None,
+    "devices": int,
 }
 
 # Smallest and largest value of numbers that are taken as they are by other libraries, or first used late in a run, and

@@ -103,6 +103,7 @@ def summary(index: dict[str, Any]) -> Table:
 def main(config: DictConfig) -> None:
     """Entry point."""
     console = Console(file=sys.stdout, markup=False, highlight=False)  # a path may hold [brackets]
+    check_command(config)
     if config.get("cache") is None:
         output = prepare_images(config, console)
         place = [f"data.source={output}"] if config.prepare.output else []
@@ -120,7 +121,6 @@ def prepare_images(config: DictConfig, console: Console) -> Path:
     # Imported here: the worker processes import this module anew and need no torch.
     from lcm_lightning.data.sources import read_source
 
-    check_command(config)
     options = config.prepare
     name = config.data.name
     settings = ShardSettings(options.samples_per_shard, options.max_side, options.min_side, options.quality)
@@ -144,9 +144,11 @@ def check_command(config: DictConfig) -> None:
     for override in HydraConfig.get().overrides.task:
         if override.startswith("+"):
             raise UserError(f"{override}: nothing reads a key that conf/prepare.yaml and conf/data/ do not have")
-    interpolate(config, ("data", "prepare", "seed"))
+    interpolate(config, ("data", "prepare", "seed", "model", "cache"))
     texts = {"data.source": str | None, "data.name": str, "prepare.output": str | None}
-    check_types(config, {**texts, "data": DictConfig, "prepare": DictConfig})
+    groups = {"data": DictConfig, "prepare": DictConfig, "model": DictConfig | None, "cache": DictConfig | None}
+    cache = {"cache.crops": int, "cache.flips": bool | None, "cache.batch_size": int}
+    check_types(config, {**texts, **groups, **cache})
 
 
 def check_output(source: Source, location: str, output: Path) -> None:
