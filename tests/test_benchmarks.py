@@ -8,7 +8,9 @@ import sys
 from pathlib import Path
 
 import pytest
+from omegaconf import OmegaConf
 
+import benchmarks.__main__ as benchmarks
 from benchmarks.limits import step_flops
 from benchmarks.report import BEGIN, END, insert, markdown
 
@@ -77,6 +79,29 @@ def test_flops_are_linear_in_batch_and_rank(pipeline_folder: Path):
 
     assert flops(batch_size=4) == pytest.approx(4 * flops(), rel=1e-3)
     assert flops(rank=24) - flops(rank=16) == flops(rank=16) - flops(rank=8) > 0
+
+
+def test_growth_varies_one_thing_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    ran: list[dict[str, str]] = []
+
+    def child(program: str, *arguments: str) -> dict[str, list[float]]:
+        ran.append(dict(item.split("=", 1) for item in arguments))
+        times = [1.0, 2.0, 4.0]
+        return {"finished": times, "cpu_seconds": times, "data_wait": [0.1, 0.1], "peak_memory_mb": [1.0] * 3}
+
+    monkeypatch.setattr(benchmarks, "run_child", child)
+    monkeypatch.setattr(benchmarks, "step_flops", lambda *_, **__: {"step": 1e12, "encoding": 1e11})
+    monkeypatch.setitem(benchmarks.GROWTH, "samples", (10, 20))
+    cfg = OmegaConf.create({"growth_model": "tiny", "rank": 64, "work": str(tmp_path / "work"), "steps": 1})
+    bench = benchmarks.Bench(tmp_path, steps=1, deadline=float("inf"))
+    benchmarks.measure_growth(cfg, bench)
+    assert [row["seconds"] for row in bench.results["growth/rank"]] == [[2.0]] * 4
+    assert len(list((tmp_path / "work").glob("shards_64_20/train-*.tar"))) == 1
+    usual = {"data.batch_size": "4", "data.resolution": "64", "data.num_workers": "1", "method.lora.rank": "64"}
+    usual["data.source"] = str(tmp_path / "work" / "shards_64_1000")
+    for arguments in ran:
+        other = {key for key, value in usual.items() if arguments[key] != value}
+        assert len(other - {"data.source"}) <= 1
 
 
 def row(name: str, seconds: list[float], memory: float) -> dict[str, object]:
