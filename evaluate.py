@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import hydra
+import torch
 from omegaconf import DictConfig, OmegaConf
 from rich import print as rich_print
 
@@ -39,6 +40,7 @@ def main(cfg: DictConfig) -> None:
     )
     check_size(real)  # before there are other processes that would wait for one that gave up
     fabric = make_fabric(cfg.accelerator, cfg.devices)
+    threads = torch.get_num_threads()  # launching several processes shares the cores out between them
     fabric.launch()
     loggers = instantiate_each(cfg, "logger") if fabric.is_global_zero else []
     folder = Path(fabric.broadcast(cfg.run_dir))
@@ -51,6 +53,7 @@ def main(cfg: DictConfig) -> None:
         fabric=fabric,
         folder=folder,
         config=OmegaConf.to_yaml(cfg),
+        threads=threads,
     )
     if fabric.is_global_zero:
         for logger in loggers:

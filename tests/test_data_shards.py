@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import hashlib
 import http.server
 import io
 import json
@@ -18,6 +19,7 @@ from lcm_lightning.data import downloads
 from lcm_lightning.data.datamodule import iterate_split
 from lcm_lightning.data.records import Record
 from lcm_lightning.data.shards import (
+    content_digest,
     count_samples,
     find_shards,
     group_by_split,
@@ -92,6 +94,31 @@ def test_ready_shards_of_a_folder_are_counted_once(tmp_path, cache, monkeypatch)
     assert [shard.samples for shard in open_split(index, "train", cache)] == [5, 3]
     with pytest.raises(UserError, match="no split 'val'; it has test, train"):
         open_split(index, "val", cache)
+
+
+def test_a_shard_without_an_index_is_known_by_its_bytes_read_once(tmp_path, cache, monkeypatch):
+    """A tar file is padded: with other captions it is as long, and holds as many samples."""
+    path = clip_benchmark_shard(tmp_path / "set" / "0.tar", range(3))
+
+    def opened():
+        (shard,) = open_split(find_shards(str(tmp_path / "set")), "train", cache)
+        return shard
+
+    before, size = content_digest(opened(), cache), path.stat().st_size
+    assert before == hashlib.sha256(path.read_bytes()).hexdigest()
+    path.write_bytes(path.read_bytes().replace(b"caption 1", b"picture 1"))
+    assert path.stat().st_size == size and opened().samples == 3
+    after = content_digest(opened(), cache)
+    assert after == hashlib.sha256(path.read_bytes()).hexdigest() != before
+    monkeypatch.setattr("lcm_lightning.data.shards.sha256_of", lambda path: pytest.fail(f"{path} read again"))
+    assert content_digest(opened(), cache) == after
+
+
+def test_the_digest_of_a_prepared_shard_is_that_of_its_index(tmp_path, cache):
+    write_shards([Record("k", png(), ("c",), "train")], tmp_path / "set", name="set", workers=1)
+    (shard,) = open_split(find_shards(str(tmp_path / "set")), "train", cache)
+    assert content_digest(shard, cache) == shard.identity == hashlib.sha256(shard.path.read_bytes()).hexdigest()
+    assert not cache.exists()
 
 
 def test_braces_stand_for_several_shards(tmp_path, cache):

@@ -57,11 +57,13 @@ SMALL = (
 )
 
 
-def environment(cwd: Path) -> dict[str, str]:
-    return {**os.environ, "OMP_NUM_THREADS": "1", "XDG_CACHE_HOME": str(cwd / "cache"), "PYTHONPATH": str(ROOT)}
+def environment(cwd: Path, threads: str | None = "1") -> dict[str, str]:
+    inherited = {key: value for key, value in os.environ.items() if key != "OMP_NUM_THREADS"}
+    limit = {} if threads is None else {"OMP_NUM_THREADS": threads}
+    return {**inherited, **limit, "XDG_CACHE_HOME": str(cwd / "cache"), "PYTHONPATH": str(ROOT)}
 
 
-def python(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+def python(*arguments: str, cwd: Path, threads: str | None = "1") -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, *arguments],
         cwd=cwd,
@@ -69,13 +71,13 @@ def python(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
         text=True,
         timeout=240,
         stdin=subprocess.DEVNULL,
-        env=environment(cwd),
+        env=environment(cwd, threads),
         check=False,
     )
 
 
-def evaluate(folder: Path, *overrides: str) -> subprocess.CompletedProcess[str]:
-    return python(str(ROOT / "evaluate.py"), *overrides, cwd=folder)
+def evaluate(folder: Path, *overrides: str, threads: str | None = "1") -> subprocess.CompletedProcess[str]:
+    return python(str(ROOT / "evaluate.py"), *overrides, cwd=folder, threads=threads)
 
 
 def give_lora(model: StableDiffusion, name: str, seed: int) -> None:
@@ -234,6 +236,23 @@ def test_two_processes_find_what_one_finds(evaluated: Path, tmp_path: Path, comm
     finished = evaluate(tmp_path, *command, "devices=2", "accelerator=cpu")
     assert finished.returncode == 0, finished.stderr
     assert figures(tmp_path / "done") == figures(evaluated)
+
+
+@pytest.mark.slow
+@pytest.mark.multiprocess
+def test_the_number_of_processes_does_not_change_what_is_timed(tmp_path: Path):
+    """Without OMP_NUM_THREADS processes that work at once get a share of the cores each; the one that times has all."""
+    shortest = ("evaluation.num_images=2", "evaluation.batch_size=1", "evaluation.lineup.teacher_steps=1")
+    shortest += ("evaluation.lineup.rivals={ddim:[],dpmpp:[]}", "evaluation.latency_batch_sizes=[1]")
+    for devices in ("1", "2"):
+        (tmp_path / devices).mkdir()
+        command = ("model=tiny", *SMALL, *shortest, "run_dir=done", f"devices={devices}", "accelerator=cpu")
+        finished = evaluate(tmp_path / devices, *command, threads=None)
+        assert finished.returncode == 0, finished.stderr
+    one, two = (tmp_path / devices / "done" for devices in ("1", "2"))
+    assert read_metrics(one)["machine"]["threads"] == read_metrics(two)["machine"]["threads"] > 0
+    images = [path.relative_to(one) for path in one.glob("images/*/*.png")]
+    assert len(images) == 2 and all((one / path).read_bytes() == (two / path).read_bytes() for path in images)
 
 
 @pytest.mark.slow

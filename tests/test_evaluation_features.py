@@ -81,3 +81,16 @@ def test_features_of_real_images_are_computed_once_for_each_network_and_kind(cli
     with torch.no_grad():
         clip.model.visual_projection.weight /= 2
     hook.remove()
+
+
+def test_a_rewritten_shard_of_the_same_size_gives_its_own_captions_and_photos(clip: Clip, tmp_path: Path):
+    shards, shard = TINY_CLIP.parent / "data" / "noto_emoji", tmp_path / "photos" / "val-0.tar"
+    shard.parent.mkdir()
+    shard.write_bytes(next(shards.glob("val-*.tar")).read_bytes())
+    real = RealImages("photos", str(shard.parent), "val", 4, 64, str(tmp_path / "cache"))
+    with image_progress(disable=True) as progress:
+        caption = read_reference(real, [clip], progress).captions[0][0]
+        other, size = "x" * len(caption), shard.stat().st_size
+        shard.write_bytes(shard.read_bytes().replace(caption.encode(), other.encode()))
+        assert shard.stat().st_size == size
+        assert read_reference(real, [clip], progress).captions[0][0] == other

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from rich.progress import Progress
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -25,13 +26,15 @@ TEACHER = Contender("base", "base", (), "ddim", 3, 7.5, "base_ddim_3")
 STUDENT = Contender("lcm_lora", "student", (), "lcm", 2, 1.0, "base_ddim_3")
 
 
-def test_operations_per_image_are_those_of_a_whole_drawing(tiny_model: StableDiffusion):
+@pytest.mark.parametrize("batch_size", [1, 4])
+def test_operations_per_image_are_those_of_a_whole_drawing(tiny_model: StableDiffusion, batch_size: int):
     counted = count_flops(tiny_model, 32)
     for contender in (TEACHER, STUDENT):
         settings = {"steps": contender.steps, "guidance_scale": contender.guidance_scale, "sampler": contender.sampler}
         with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-            sample(tiny_model, ["a dog"], seeds=[0], resolution=32, **settings)
-        assert flops_per_image(contender, counted)["total"] == counter.get_total_flops() > 0
+            sample(tiny_model, ["a dog"] * batch_size, seeds=range(batch_size), resolution=32, **settings)
+        total = flops_per_image(contender, counted, batch_size)["total"]
+        assert batch_size * total == counter.get_total_flops() > 0
 
 
 def test_attention_is_counted(tiny_model: StableDiffusion):
@@ -49,6 +52,14 @@ def test_a_stopwatch_gives_each_stage_its_own_time(monkeypatch):
     for stage in STAGES:
         stopwatch(stage)
     assert stopwatch.seconds == {"text_encoding": 1.0, "denoising": 10.0, "vae_decoding": 2.0}
+
+
+@pytest.mark.parametrize(("device", "waits"), [("cpu", 0), ("mps", 1), ("cuda", 1)])
+def test_the_clock_waits_for_whatever_accelerator_there_is(monkeypatch, device: str, waits: int):
+    waited: list[str] = []
+    monkeypatch.setattr(torch.accelerator, "synchronize", lambda device: waited.append(device.type))
+    Stopwatch(torch.device(device))
+    assert waited == [device] * waits
 
 
 def test_seconds_are_per_image_medians_with_percentiles():
@@ -77,6 +88,7 @@ def test_everyone_is_timed_at_every_batch_size_and_the_first_round_is_thrown_awa
     for cost in (teacher, student):
         assert [(timed["batch_size"], timed["repeats"]) for timed in cost["latency"]] == [(1, 3), (2, 3)]
         for timed in cost["latency"]:
-            speed = cost["flops_per_image"]["total"] / timed["seconds_per_image"]["median"]
-            assert timed["fraction_of_peak"] == speed / 1e9
+            assert timed["fraction_of_peak"] == timed["flops_per_second"] / 1e9
+        first = cost["latency"][0]
+        assert first["flops_per_second"] == cost["flops_per_image"]["total"] / first["seconds_per_image"]["median"]
     assert teacher["flops_per_image"]["denoising"] == 3 * student["flops_per_image"]["denoising"]

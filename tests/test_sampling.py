@@ -5,13 +5,23 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
-from diffusers import AutoencoderTiny, DDIMScheduler, DPMSolverMultistepScheduler, LCMScheduler, StableDiffusionPipeline
+from diffusers import (
+    AutoencoderTiny,
+    DDIMScheduler,
+    DPMSolverMultistepScheduler,
+    EulerDiscreteScheduler,
+    LCMScheduler,
+    PNDMScheduler,
+    StableDiffusionPipeline,
+)
 from torch import Tensor
 
 from lcm_lightning.errors import UserError
 from lcm_lightning.models.adapters import LoraSettings, active_adapters, add_lora, lora_parameters
+from lcm_lightning.models.architectures import SD15_SCHEDULER
 from lcm_lightning.models.sampling import make_scheduler, network_evaluations, sample
 from lcm_lightning.models.stable_diffusion import StableDiffusion, load_stable_diffusion
 
@@ -27,7 +37,8 @@ def diffusers_images(
 ) -> Tensor:
     """One prompt at a time, with the generator diffusers draws latents and LCM's noise from."""
     pipeline = StableDiffusionPipeline.from_pretrained(folder, safety_checker=None)
-    pipeline.scheduler = SCHEDULERS[sampler].from_config(pipeline.scheduler.config)
+    spacing = {"timestep_spacing": "linspace"} if sampler == "dpmpp" else {}
+    pipeline.scheduler = SCHEDULERS[sampler].from_config(pipeline.scheduler.config, **spacing)
     pipeline.set_progress_bar_config(disable=True)
     images = [
         pipeline(
@@ -112,6 +123,33 @@ def test_zero_terminal_snr_starts_at_the_last_timestep(saved_pipeline: Callable[
     assert scheduler.timesteps[0] == 999
     images = our_images(model, sampler, 4, 1.0)
     assert torch.isfinite(images).all() and images.std() > 0.01
+
+
+@pytest.mark.parametrize("sampler", ["ddim", "dpmpp", "lcm"])
+def test_a_sampler_is_the_same_whatever_class_wrote_the_config(sampler: str):
+    """A model's scheduler config carries its last user's settings: `leading`, Karras sigmas, an offset of 0."""
+    schedule = {key: SD15_SCHEDULER[key] for key in ("beta_start", "beta_end", "beta_schedule")}
+    written = [
+        DDIMScheduler(**SD15_SCHEDULER).config,
+        PNDMScheduler(**schedule, skip_prk_steps=True, steps_offset=1).config,
+        EulerDiscreteScheduler(**schedule, use_karras_sigmas=True).config,
+        DPMSolverMultistepScheduler(**schedule, use_karras_sigmas=True, solver_order=3).config,
+        LCMScheduler(**schedule, original_inference_steps=20).config | {"set_alpha_to_one": False},
+    ]
+    schedulers = [make_scheduler(sampler, config) for config in written]
+    for scheduler in schedulers:
+        scheduler.set_timesteps(10)
+    assert len({str(scheduler.timesteps.tolist()) for scheduler in schedulers}) == 1
+    assert len({str({k: v for k, v in s.config.items() if not k.startswith("_")}) for s in schedulers}) == 1
+
+
+def test_dpm_solver_walks_the_whole_schedule(tiny_model: StableDiffusion):
+    """With its spacing taken over from DDIM it would start at 901 and end in a jump from 91 to 0."""
+    scheduler = make_scheduler("dpmpp", tiny_model.scheduler_config)
+    scheduler.set_timesteps(10)
+    assert scheduler.timesteps[0] == 999
+    gaps = -np.diff([*scheduler.timesteps.tolist(), 0])
+    assert gaps.max() - gaps.min() <= 10
 
 
 @pytest.mark.parametrize(

@@ -26,7 +26,7 @@ from lcm_lightning.data.images import ImageFault, decode_image
 from lcm_lightning.data.records import IMAGE_SUFFIXES, INDEX_NAME, PARTS_NAME, SPLIT_NAMES, clean_caption
 from lcm_lightning.data.tar import MAX_MEMBER_BYTES, Member, members, read_at
 from lcm_lightning.errors import UserError
-from lcm_lightning.files import write_atomic
+from lcm_lightning.files import sha256_of, write_atomic
 
 log = logging.getLogger(__name__)
 
@@ -42,7 +42,8 @@ class Shard:
     Attributes:
         path: its file.
         samples: that can be read from it, or at least tried: damaged stretches between whole samples count as one.
-        identity: sha256 of its bytes where that is known.
+        identity: sha256 of its bytes where an index says it, else what is known without reading them: name, size and
+            samples; see `content_digest`.
         lost: samples that it should hold and does not; an estimate where nobody knows.
         fault: why they are lost.
     """
@@ -325,20 +326,38 @@ def counted_shard(path: Path, cache: Path) -> Shard:
     Raises:
         UserError: the cache cannot be written.
     """
-    stat = path.stat()
-    state = [str(path.resolve()), stat.st_size, stat.st_mtime_ns]
-    record = cache / "counts" / f"{hashlib.sha256(json.dumps([COUNTING, *state]).encode()).hexdigest()}.json"
-    try:
-        if not record.is_file():
-            counted = {"path": state[0], "count": asdict(count_samples(path))}
-            write_atomic(record, json.dumps(counted).encode(), shared=True)
-        count = Count(**json.loads(record.read_text())["count"])
-    except OSError as error:
-        raise UserError(f"data.cache_dir={cache}: cannot be used ({error}); set it to a folder with room") from error
-    identity = f"{path.name}:{stat.st_size}:{count.samples}"
+    count = Count(**_remembered(path, cache, "count", lambda: asdict(count_samples(path))))
+    identity = f"{path.name}:{path.stat().st_size}:{count.samples}"
     if count.cut_off:
         return Shard(path, count.samples, identity, UNKNOWN, f"not a complete tar file: {count.cut_off}")
     return Shard(path, count.samples, identity)
+
+
+def content_digest(shard: Shard, cache_dir: str | Path | None = None) -> str:
+    """The sha256 of a shard's bytes: that of its index, or else read once and remembered until size or time change.
+
+    Tar files are padded, so that two of as many samples often have the same size; `Shard.identity` cannot tell those
+    apart, but is known without reading all bytes.
+
+    Raises:
+        UserError: the cache cannot be written.
+    """
+    if re.fullmatch(r"[0-9a-f]{64}", shard.identity):
+        return shard.identity
+    return _remembered(shard.path, cache_folder(cache_dir), "digest", lambda: sha256_of(shard.path))
+
+
+def _remembered(path: Path, cache: Path, what: str, find: Callable[[], Any]) -> Any:
+    """What `find` says of a file, kept in the cache until the file's size or time changes. Raises `UserError`."""
+    stat = path.stat()
+    state = [str(path.resolve()), stat.st_size, stat.st_mtime_ns]
+    record = cache / f"{what}s" / f"{hashlib.sha256(json.dumps([COUNTING, *state]).encode()).hexdigest()}.json"
+    try:
+        if not record.is_file():
+            write_atomic(record, json.dumps({"path": state[0], what: find()}).encode(), shared=True)
+        return json.loads(record.read_text())[what]
+    except OSError as error:
+        raise UserError(f"data.cache_dir={cache}: cannot be used ({error}); set it to a folder with room") from error
 
 
 def open_split(

@@ -27,6 +27,7 @@ from PIL import Image
 from lcm_lightning.data.images import ImageFault, announced_size, open_image, orientation, to_rgb
 from lcm_lightning.data.records import INDEX_NAME, PARTS_NAME, SPLITS, Record, clean_caption
 from lcm_lightning.errors import UserError
+from lcm_lightning.files import sha256_of as sha256_of  # for the cache of latents
 from lcm_lightning.files import write_atomic
 
 FORMAT = 1
@@ -329,15 +330,6 @@ def encoded(image: Image.Image, format: str, **options: Any) -> bytes:
     buffer = io.BytesIO()
     image.save(buffer, format, **options)
     return buffer.getvalue()
-
-
-def sha256_of(path: Path) -> str:
-    """Hex sha256 of a file."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while chunk := file.read(1 << 20):
-            digest.update(chunk)
-    return digest.hexdigest()
 
 
 def write_index(

@@ -41,6 +41,7 @@ def evaluate_models(
     fabric: Fabric,
     folder: Path,
     config: str,
+    threads: int,
 ) -> dict[str, Any]:
     """Compare what models draw with each of their adapters; writes images, metrics.json and reports into `folder`.
 
@@ -50,6 +51,7 @@ def evaluate_models(
     Args:
         sources: of the models; what several of them share is drawn once.
         config: YAML to show in the report.
+        threads: of the CPU that the first rank measures and times with, when the others have ended.
 
     Returns:
         The content of metrics.json, on the first rank; an empty dictionary on the others.
@@ -69,6 +71,7 @@ def evaluate_models(
         entrants = draw_everything(sources, desk, protocol, drawing, folder / "images", fabric, progress)
         if not first:
             return {}
+        torch.set_num_threads(threads)
         contenders = [entrant.contender for entrant in entrants]
         folders = [entrant.folder for entrant in entrants]
         measured = measure(contenders, folders, drawing, reference, extractor, clip, protocol, progress)

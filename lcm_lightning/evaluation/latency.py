@@ -119,11 +119,10 @@ def _time_once(model: StableDiffusion, contender: Contender, drawing: Drawing, n
 
 def _costs(contender: Contender, timed: Sequence[Rounds], flops: Mapping[Stage, float], peak: float) -> dict[str, Any]:
     """The first batch size stands for the contender where a single figure is wanted."""
-    per_image = flops_per_image(contender, flops)
     latency = []
     for rounds in timed:
         total = rounds.per_image(*STAGES)
-        speed = per_image["total"] / total["median"]
+        speed = flops_per_image(contender, flops, rounds.batch_size)["total"] / total["median"]
         latency.append(
             {"batch_size": rounds.batch_size, "repeats": len(rounds.seconds), "seconds_per_image": total}
             | {stage: rounds.per_image(stage) for stage in STAGES}
@@ -133,7 +132,7 @@ def _costs(contender: Contender, timed: Sequence[Rounds], flops: Mapping[Stage, 
     return {
         "seconds_per_image": first["seconds_per_image"] | {k: first[k] for k in ("batch_size", "repeats")},
         "peak_memory_mb": first["peak_memory_mb"],
-        "flops_per_image": per_image,
+        "flops_per_image": flops_per_image(contender, flops),
         "latency": latency,
     }
 
@@ -156,10 +155,10 @@ def count_flops(model: StableDiffusion, resolution: int) -> dict[Stage, float]:
     return {stage: float(c.get_total_flops()) for stage, c in zip(STAGES, counted, strict=True)}
 
 
-def flops_per_image(contender: Contender, flops: Mapping[Stage, float]) -> dict[str, float]:
-    """Operations of one image drawn alone, by stage and in total; with guidance the empty caption is encoded too."""
+def flops_per_image(contender: Contender, flops: Mapping[Stage, float], batch_size: int = 1) -> dict[str, float]:
+    """Operations of an image by stage and in total; with guidance the empty caption is encoded once a batch too."""
     times = {
-        "text_encoding": 2 if contender.guidance_scale > 1 else 1,
+        "text_encoding": 1 + (1 / batch_size if contender.guidance_scale > 1 else 0),
         "denoising": contender.network_evaluations,
         "vae_decoding": 1,
     }
@@ -183,8 +182,8 @@ def matrix_peak(device: torch.device, dtype: torch.dtype, seconds: float = 0.5) 
 
 
 def _synchronise(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
 
 
 def reset_peak_memory(device: torch.device) -> None:

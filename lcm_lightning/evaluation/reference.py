@@ -19,7 +19,7 @@ from torch import Tensor
 
 from lcm_lightning.data.datamodule import iterate_split, locate_images
 from lcm_lightning.data.images import crop_square, resize_shorter_side
-from lcm_lightning.data.shards import Sample, cache_folder, fingerprint, open_split
+from lcm_lightning.data.shards import Sample, cache_folder, content_digest, open_split
 from lcm_lightning.errors import UserError
 from lcm_lightning.evaluation.features import FeatureExtractor, extract_features, weights_digest
 
@@ -56,7 +56,8 @@ class RealImages:
     def digest(self) -> str:
         """Hex digest of everything the pixels depend on."""
         shards = open_split(locate_images(self.name, self.source), self.split, self.cache_dir)
-        text = f"{fingerprint(shards)} {self.split} {self.num_images} {self.resolution} crop-2"
+        photos = " ".join(content_digest(shard, self.cache_dir) for shard in shards)
+        text = f"{photos} {self.split} {self.num_images} {self.resolution} crop-2"
         return hashlib.sha256(text.encode()).hexdigest()
 
 

@@ -16,10 +16,17 @@ from lcm_lightning.models.stable_diffusion import StableDiffusion
 
 Sampler: TypeAlias = Literal["ddim", "dpmpp", "lcm"]
 Stage: TypeAlias = Literal["text_encoding", "denoising", "vae_decoding"]
-# What every Stable Diffusion pipeline means, and a config of another scheduler's class may leave out.
-STABLE_DIFFUSION = {"steps_offset": 1, "set_alpha_to_one": False}
+# What a saved scheduler config says of the model. The rest is about walking through its schedule by one class's own
+# method; taken over by another class it would make the same weights draw differently, and some of them worse.
+NOISE_SCHEDULE = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas")
+NOISE_SCHEDULE += ("prediction_type", "rescale_betas_zero_snr", "set_alpha_to_one")
+# diffusers' StableDiffusionPipeline sets the offset too. Latents are not confined to [-1, 1], whatever a config says.
+STABLE_DIFFUSION = {"steps_offset": 1, "set_alpha_to_one": False, "clip_sample": False}
 LCM_STEPS = 50  # diffusers' LCMScheduler picks its steps from so many
 SAMPLERS = {"ddim": DDIMScheduler, "dpmpp": DPMSolverMultistepScheduler, "lcm": LCMScheduler}
+# DDIM as Stable Diffusion's pipelines come, with which its 50 steps are a student's teacher. By the same spacing
+# DPM-Solver++ would start at t = 901 of 1,000 with 10 steps and end in a jump from 91, which its second order loses by.
+SPACING = {"ddim": "leading", "dpmpp": "linspace", "lcm": "leading"}
 
 
 @dataclass(frozen=True)
@@ -40,20 +47,19 @@ class SamplingSetup:
 
 
 def make_scheduler(sampler: Sampler, scheduler_config: Mapping[str, Any]) -> SchedulerMixin:
-    """The diffusers scheduler of a sampler, on the model's own noise schedule.
+    """The diffusers scheduler of a sampler, on the model's own noise schedule, whatever class wrote the config.
 
     "ddim" (Song et al. 2020, eta = 0), "dpmpp" (DPM-Solver++ 2M; Lu et al. 2022) or "lcm" (multistep consistency
     sampling; Luo et al. 2023a, Algorithm 3). A schedule of zero terminal SNR is walked with trailing spacing, which
-    starts at its last timestep as it must.
+    starts at its last timestep as it must (Lin et al. 2023, section 3.3).
     """
     if sampler not in SAMPLERS:
         raise UserError(f"sampler={sampler}: expected one of {', '.join(SAMPLERS)}")
-    spacing = {"timestep_spacing": "trailing"} if scheduler_config.get("rescale_betas_zero_snr") else {}
+    schedule = {key: scheduler_config[key] for key in NOISE_SCHEDULE if key in scheduler_config}
+    spacing = "trailing" if schedule.get("rescale_betas_zero_snr") else SPACING[sampler]
     wanted = inspect.signature(SAMPLERS[sampler].__init__).parameters
-    known = {key: value for key, value in STABLE_DIFFUSION.items() if key in wanted}
-    # Latents are not confined to [-1, 1], whatever a config says that was not written for them.
-    unclipped = {"clip_sample": False} if "clip_sample" in wanted else {}
-    return SAMPLERS[sampler].from_config({**known, **scheduler_config, **spacing, **unclipped})
+    settings = {**STABLE_DIFFUSION, **schedule, "timestep_spacing": spacing}
+    return SAMPLERS[sampler].from_config({key: value for key, value in settings.items() if key in wanted})
 
 
 def network_evaluations(steps: int, guidance_scale: float) -> int:
