@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import importlib.util
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -19,6 +20,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 import train
+from lcm_lightning.callbacks.loggers import wandb_run_id
 from lcm_lightning.models.runs import load_run, read_manifest
 from lcm_lightning.training import TRAIN_KEYS
 
@@ -260,6 +262,22 @@ def test_an_optimizer_that_is_not_installed_is_named(run: Run, capfd: pytest.Cap
 
 def test_an_unknown_setting_of_wandb_is_refused_before_the_run(run: Run, capfd: pytest.CaptureFixture[str]):
     refused(capfd, run, "logger.wandb.foo=1: no setting of wandb.init", "logger=wandb", "+logger.wandb.foo=1")
+
+
+@pytest.mark.parametrize(
+    ("override", "message"), [("method.lora.rank=0", "method.lora.rank=0"), ("model.path=./no", "model.path=./no: ")]
+)
+def test_with_wandb_too_a_refused_run_leaves_no_folder(
+    run: Run, capfd: pytest.CaptureFixture[str], in_folder: Path, override: str, message: str
+):
+    refused(capfd, run, message, "logger=wandb", override)
+    assert list(in_folder.iterdir()) == []
+
+
+def test_a_run_that_goes_on_in_its_folder_goes_on_in_its_wandb_run(tmp_path: Path):
+    first, second = wandb_run_id(tmp_path), wandb_run_id(tmp_path)
+    assert first == second and re.fullmatch("[0-9a-f]{8}", first)
+    assert wandb_run_id(tmp_path / "other") != first
 
 
 def test_without_data_it_says_how_to_get_them(in_folder: Path, train_command: Command):

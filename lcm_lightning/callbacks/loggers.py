@@ -7,6 +7,7 @@ import inspect
 import io
 import netrc
 import os
+import secrets
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,6 @@ import wandb
 from lightning.fabric.loggers.logger import rank_zero_experiment
 from lightning.pytorch.loggers import CSVLogger, WandbLogger
 from lightning.pytorch.loggers.csv_logs import ExperimentWriter
-from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 from lcm_lightning.errors import UserError
 from lcm_lightning.files import write_atomic
@@ -98,8 +98,23 @@ def wandb_run_id(run_dir: Path) -> str:
     """The W&B run of a run folder: chosen once, found again by a run that goes on there."""
     path = run_dir / "wandb" / "run_id"
     if not path.is_file():
-        write_atomic(path, wandb.util.generate_id().encode())
+        write_atomic(path, secrets.token_hex(4).encode())
     return path.read_text()
+
+
+class ContinuedWandb(WandbLogger):
+    """A W&B run that goes on when its run folder does.
+
+    The folder's id is read or chosen when the run first logs: a run refused before that leaves nothing behind.
+    """
+
+    @property
+    @rank_zero_experiment
+    def experiment(self) -> Any:
+        """W&B's run."""
+        if self._experiment is None and self._id is None:
+            self._id = self._wandb_init["id"] = wandb_run_id(Path(self._save_dir))
+        return super().experiment
 
 
 def wandb_logger(*, project: str, save_dir: str, name: str, **settings: object) -> WandbLogger:
@@ -121,6 +136,4 @@ def wandb_logger(*, project: str, save_dir: str, name: str, **settings: object) 
     if wandb.run is not None:
         wandb.finish()  # the jobs of a sweep share a process; each gets a run of its own
     offline = "WANDB_MODE" not in os.environ and not has_wandb_key()
-    if not {"id", "version"} & settings.keys() and rank_zero_only.rank == 0:
-        settings |= {"id": wandb_run_id(Path(save_dir)), "resume": "allow"}
-    return WandbLogger(project=project, save_dir=save_dir, name=name, offline=offline, **settings)
+    return ContinuedWandb(project=project, save_dir=save_dir, name=name, offline=offline, **settings)
