@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import importlib.util
 import re
+import resource
 import subprocess
 import sys
 from collections.abc import Callable
@@ -143,6 +144,37 @@ def test_two_processes_leave_one_run_folder(
     assert finished.returncode == 0, finished.stderr
     assert finished.stdout.count("evaluate.py run=ddp") == 1
     assert_complete(in_folder / "ddp", steps=2)
+
+
+@pytest.mark.slow
+def test_a_full_disk_costs_files_and_not_the_run(
+    in_folder: Path, pipeline_folder: Path, flickr_shards: Path, train_command: Command
+):
+    """Of what a run writes, only its configuration and figures are below the limit."""
+    folder = in_folder / "full"
+    places = (f"model.path={pipeline_folder}", f"data.source={flickr_shards}", f"hydra.run.dir={folder}")
+    options = (*SMALL, "experiment=lcm_flickr8k", "trainer=debug", "logger=none", "resume=auto")
+    options += ("callbacks.checkpoint.every_n_steps=1", "data.val_limit=1")
+
+    def train_to(step: int) -> subprocess.CompletedProcess[str]:
+        return train_command(*places, *options, f"trainer.max_steps={step}")
+
+    assert train_to(2).returncode == 0
+    before = {path: path.read_bytes() for path in folder.glob("[!.]*/*")}
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (12_000, limits[1]))
+    try:
+        finished = train_to(4)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert finished.returncode == 0, finished.stderr
+    for part in ("checkpoint", "LoRA files in", "step_000004.png not written"):
+        assert part in finished.stderr + finished.stdout
+    assert {path: path.read_bytes() for path in folder.glob("[!.]*/*")} == before
+    finished = train_to(4)
+    assert finished.returncode == 0, finished.stderr
+    assert_complete(folder, steps=4)
+    assert [row["step"] for row in metrics(folder) if "train/loss" in row] == list(range(4))
 
 
 def test_a_run_ends_with_a_validation_samples_and_an_export(run: Run):
