@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import csv
 import importlib.util
+import re
+import resource
 import subprocess
 import sys
 from collections.abc import Callable
@@ -19,6 +21,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 import train
+from lcm_lightning.callbacks.loggers import wandb_run_id
 from lcm_lightning.models.runs import load_run, read_manifest
 from lcm_lightning.training import TRAIN_KEYS
 
@@ -143,6 +146,37 @@ def test_two_processes_leave_one_run_folder(
     assert_complete(in_folder / "ddp", steps=2)
 
 
+@pytest.mark.slow
+def test_a_full_disk_costs_files_and_not_the_run(
+    in_folder: Path, pipeline_folder: Path, flickr_shards: Path, train_command: Command
+):
+    """Of what a run writes, only its configuration and figures are below the limit."""
+    folder = in_folder / "full"
+    places = (f"model.path={pipeline_folder}", f"data.source={flickr_shards}", f"hydra.run.dir={folder}")
+    options = (*SMALL, "experiment=lcm_flickr8k", "trainer=debug", "logger=none", "resume=auto")
+    options += ("callbacks.checkpoint.every_n_steps=1", "data.val_limit=1")
+
+    def train_to(step: int) -> subprocess.CompletedProcess[str]:
+        return train_command(*places, *options, f"trainer.max_steps={step}")
+
+    assert train_to(2).returncode == 0
+    before = {path: path.read_bytes() for path in folder.glob("[!.]*/*")}
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (12_000, limits[1]))
+    try:
+        finished = train_to(4)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert finished.returncode == 0, finished.stderr
+    for part in ("checkpoint", "LoRA files in", "step_000004.png not written"):
+        assert part in finished.stderr + finished.stdout
+    assert {path: path.read_bytes() for path in folder.glob("[!.]*/*")} == before
+    finished = train_to(4)
+    assert finished.returncode == 0, finished.stderr
+    assert_complete(folder, steps=4)
+    assert [row["step"] for row in metrics(folder) if "train/loss" in row] == list(range(4))
+
+
 def test_a_run_ends_with_a_validation_samples_and_an_export(run: Run):
     folder = run("odd", "trainer=debug", "logger=none", "trainer.max_steps=3", "method.warmup_steps=0")
     validated = [row["step"] for row in metrics(folder) if "val/loss" in row]
@@ -260,6 +294,22 @@ def test_an_optimizer_that_is_not_installed_is_named(run: Run, capfd: pytest.Cap
 
 def test_an_unknown_setting_of_wandb_is_refused_before_the_run(run: Run, capfd: pytest.CaptureFixture[str]):
     refused(capfd, run, "logger.wandb.foo=1: no setting of wandb.init", "logger=wandb", "+logger.wandb.foo=1")
+
+
+@pytest.mark.parametrize(
+    ("override", "message"), [("method.lora.rank=0", "method.lora.rank=0"), ("model.path=./no", "model.path=./no: ")]
+)
+def test_with_wandb_too_a_refused_run_leaves_no_folder(
+    run: Run, capfd: pytest.CaptureFixture[str], in_folder: Path, override: str, message: str
+):
+    refused(capfd, run, message, "logger=wandb", override)
+    assert list(in_folder.iterdir()) == []
+
+
+def test_a_run_that_goes_on_in_its_folder_goes_on_in_its_wandb_run(tmp_path: Path):
+    first, second = wandb_run_id(tmp_path), wandb_run_id(tmp_path)
+    assert first == second and re.fullmatch("[0-9a-f]{8}", first)
+    assert wandb_run_id(tmp_path / "other") != first
 
 
 def test_without_data_it_says_how_to_get_them(in_folder: Path, train_command: Command):

@@ -297,6 +297,23 @@ def test_a_full_disk_costs_the_checkpoint_and_not_the_run(
     assert_same_end(folder, tmp_path)
 
 
+def test_figures_that_a_full_disk_refuses_are_written_later(tmp_path: Path, caplog: pytest.LogCaptureFixture):
+    logger = MetricsFile(tmp_path)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    logged = [{"a": 0.125}, {"a": 0.25}, {"a": 0.5, "b": 1.0}, {"a": 2.0}]
+    for step, (figures, limit, written) in enumerate(zip(logged, (soft, 20, 20, soft), (1, 1, 1, 4), strict=True)):
+        logger.log_metrics(figures, step)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
+        try:
+            logger.save()
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        assert len(rows(tmp_path)) == written and logger.is_written() == (limit == soft)
+    read = [{name: float(cell) for name, cell in row.items() if cell} for row in rows(tmp_path)]
+    assert read == [{"step": step} | figures for step, figures in enumerate(logged)]
+    assert "2 rows wait to be written" in caplog.text and not list(tmp_path.glob(".*"))
+
+
 def test_checkpoints_go_by_the_clock_too(tmp_path: Path, flickr_shards: Path, monkeypatch: pytest.MonkeyPatch):
     clock = iter(range(0, 100_000, 40))
     monkeypatch.setattr("lcm_lightning.callbacks.checkpoints.time.monotonic", lambda: next(clock))

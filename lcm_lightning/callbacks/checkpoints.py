@@ -11,6 +11,7 @@ from typing import Any
 import lightning as L
 from lightning.pytorch.callbacks import Checkpoint
 
+from lcm_lightning.callbacks.loggers import MetricsFile
 from lcm_lightning.checkpoints import publish_link
 from lcm_lightning.data.plan import steps_per_epoch
 from lcm_lightning.errors import UserError
@@ -162,17 +163,25 @@ class Checkpoints(Checkpoint):
         self.saved_step, self.saved_at, self.owed = trainer.global_step, time.monotonic(), False
 
     def _publish(self, trainer: L.Trainer) -> None:
-        pending = self.folder / PENDING
-        if trainer.is_global_zero and pending.is_file():
-            for logger in trainer.loggers:
-                logger.save()
-            path = self.folder / f"step_{self.saved_step:06d}.ckpt"
-            replace(pending, path)
-            for name in (LAST, BEST) if self.best else (LAST,):
-                publish_link(path, self.folder / name)
-            for old in step_files(self.folder)[: -self.keep_last]:
-                old.unlink()
+        if trainer.is_global_zero and (self.folder / PENDING).is_file():
+            try:
+                self._publish_pending(trainer)
+            except OSError as error:
+                log.warning("checkpoint of step %d given up (%s); those before it are kept", self.saved_step, error)
+                (self.folder / PENDING).unlink(missing_ok=True)
         self.best = False
+
+    def _publish_pending(self, trainer: L.Trainer) -> None:
+        for logger in trainer.loggers:
+            logger.save()
+            if isinstance(logger, MetricsFile) and not logger.is_written():
+                raise OSError("the figures of its step cannot be written")
+        path = self.folder / f"step_{self.saved_step:06d}.ckpt"
+        replace(self.folder / PENDING, path)
+        for name in (LAST, BEST) if self.best else (LAST,):
+            publish_link(path, self.folder / name)
+        for old in step_files(self.folder)[: -self.keep_last]:
+            old.unlink()
 
 
 def step_files(folder: Path) -> list[Path]:

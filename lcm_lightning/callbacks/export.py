@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-import shutil
+import logging
 from pathlib import Path
 
 import lightning as L
 from lightning.pytorch.loggers import WandbLogger
+from torch import Tensor
 
+from lcm_lightning.files import write_atomic
 from lcm_lightning.models.adapters import LORA_FILE, kohya_state_dict, locate_lora, lora_state_dict, save_lora
 from lcm_lightning.models.runs import Adapter, write_manifest
 from lcm_lightning.modules.adapter_training import AdapterTraining
 from lcm_lightning.modules.consistency_distillation import LcmLoraDistillation
+
+log = logging.getLogger(__name__)
 
 TEACHER_FILE = "teacher_lora_weights.safetensors"
 KOHYA_FILE = "kohya_lora_weights.safetensors"
@@ -23,6 +27,8 @@ class ExportLora(L.Callback):
     `pytorch_lora_weights.safetensors` loads with diffusers' `load_lora_weights`, `kohya_lora_weights.safetensors` with
     ComfyUI and A1111. A distilled adapter belongs to its teacher, so a teacher's own LoRA is put beside it. At the end
     the folder becomes a W&B artifact where W&B logs the run.
+
+    Files that cannot be written (a full disk) are a warning: training and the files before them matter more.
     """
 
     def __init__(self, folder: str) -> None:
@@ -30,11 +36,11 @@ class ExportLora(L.Callback):
 
     def on_train_start(self, trainer: L.Trainer, module: AdapterTraining) -> None:
         """Keep the teacher's LoRA with the student's."""
-        if trainer.is_global_zero and self._teacher_lora(module) is not None:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            temporary = self.folder / f".{TEACHER_FILE}"
-            shutil.copyfile(self._teacher_lora(module), temporary)
-            temporary.replace(self.folder / TEACHER_FILE)
+        if trainer.is_global_zero:
+            try:
+                self._keep_teacher(module)
+            except OSError as error:
+                warn_unwritten(self.folder, error)
 
     def on_validation_end(self, trainer: L.Trainer, module: AdapterTraining) -> None:
         """Export, except from Lightning's check before training."""
@@ -44,20 +50,26 @@ class ExportLora(L.Callback):
     def on_train_end(self, trainer: L.Trainer, module: AdapterTraining) -> None:
         """Export the end of training and hand it to W&B."""
         self._export(trainer, module)
-        if not trainer.is_global_zero:
+        if not trainer.is_global_zero or not self.folder.is_dir():
             return
         for logger in trainer.loggers:
             if isinstance(logger, WandbLogger):
-                import wandb
-
-                artifact = wandb.Artifact(f"lora-{logger.experiment.id}", type="lora")
-                artifact.add_dir(str(self.folder))
-                logger.experiment.log_artifact(artifact)
+                try:
+                    log_artifact(logger, self.folder)
+                except OSError as error:
+                    warn_unwritten(self.folder, error)
 
     def _export(self, trainer: L.Trainer, module: AdapterTraining) -> None:
         state_dict = lora_state_dict(module.model.unet, module.adapter_name)
-        if not trainer.is_global_zero:
-            return
+        if trainer.is_global_zero:
+            try:
+                self._write(state_dict, module)
+            except OSError as error:
+                warn_unwritten(self.folder, error)
+
+    def _write(self, state_dict: dict[str, Tensor], module: AdapterTraining) -> None:
+        if not (self.folder / TEACHER_FILE).is_file():
+            self._keep_teacher(module)
         save_lora(state_dict, self.folder / LORA_FILE)
         save_lora(kohya_state_dict(state_dict), self.folder / KOHYA_FILE)
         adapters = [Adapter(module.adapter_name)]
@@ -65,8 +77,20 @@ class ExportLora(L.Callback):
             adapters.insert(0, Adapter("finetuned", TEACHER_FILE))
         write_manifest(self.folder, adapters)
 
-    @staticmethod
-    def _teacher_lora(module: AdapterTraining) -> Path | None:
+    def _keep_teacher(self, module: AdapterTraining) -> None:
         if isinstance(module, LcmLoraDistillation) and module.teacher_lora is not None:
-            return locate_lora(module.teacher_lora)
-        return None
+            write_atomic(self.folder / TEACHER_FILE, locate_lora(module.teacher_lora).read_bytes())
+
+
+def log_artifact(logger: WandbLogger, folder: Path) -> None:
+    """Hand a folder of LoRA files to W&B."""
+    import wandb
+
+    artifact = wandb.Artifact(f"lora-{logger.experiment.id}", type="lora")
+    artifact.add_dir(str(folder))
+    logger.experiment.log_artifact(artifact)
+
+
+def warn_unwritten(folder: Path, error: OSError) -> None:
+    """Say that an export failed."""
+    log.warning("LoRA files in %s not written (%s); those before are kept", folder, error)

@@ -5,8 +5,10 @@ from __future__ import annotations
 import csv
 import inspect
 import io
+import logging
 import netrc
 import os
+import secrets
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -16,10 +18,11 @@ import wandb
 from lightning.fabric.loggers.logger import rank_zero_experiment
 from lightning.pytorch.loggers import CSVLogger, WandbLogger
 from lightning.pytorch.loggers.csv_logs import ExperimentWriter
-from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 from lcm_lightning.errors import UserError
 from lcm_lightning.files import write_atomic
+
+log = logging.getLogger(__name__)
 
 
 class MetricsFile(CSVLogger):
@@ -42,12 +45,20 @@ class MetricsFile(CSVLogger):
             self._experiment = ContinuedWriter(self.log_dir, self.first_step)
         return self._experiment
 
+    def is_written(self) -> bool:
+        """Whether all rows are in the file."""
+        return not self.experiment.metrics
+
 
 class ContinuedWriter(ExperimentWriter):
-    """Adds to the rows below `first_step`. The file is replaced at once, never emptied and written again."""
+    """Adds to the rows below `first_step`. The file is replaced at once, never emptied and written again.
+
+    Rows that cannot be written (a full disk) are kept and written with later ones.
+    """
 
     def __init__(self, log_dir: str, first_step: int) -> None:
         super().__init__(log_dir)
+        self.size = 0  # bytes of whole rows in the file
         path = Path(self.metrics_file_path)
         header, rows = read_csv(path)
         kept = [row for row in rows if (row.get("step") or "").isdigit() and int(row["step"]) < first_step]
@@ -57,12 +68,32 @@ class ContinuedWriter(ExperimentWriter):
         else:
             path.unlink(missing_ok=True)
 
+    def save(self) -> None:
+        """Add the new rows, whole, or none of them with a warning."""
+        path, keys = Path(self.metrics_file_path), list(self.metrics_keys)
+        self.size = file_size(path)
+        try:
+            super().save()
+        except OSError as error:
+            log.warning("%s: %d rows wait to be written (%s)", path, len(self.metrics), error)
+            self.metrics_keys = keys  # the header that is there
+            if file_size(path) > self.size:
+                os.truncate(path, self.size)
+            if self.size == 0:
+                path.unlink(missing_ok=True)  # a new file gets the header first
+
     def _check_log_dir_exists(self) -> None:
         """Nothing to check: Lightning's would delete the file."""
 
     def _rewrite_with_new_header(self, fieldnames: list[str]) -> None:
         path = Path(self.metrics_file_path)
         write_csv(path, fieldnames, read_csv(path)[1])
+        self.size = file_size(path)
+
+
+def file_size(path: Path) -> int:
+    """Bytes in a file, 0 where there is none."""
+    return path.stat().st_size if path.is_file() else 0
 
 
 def read_csv(path: Path) -> tuple[Sequence[str], list[dict[str, str]]]:
@@ -98,8 +129,23 @@ def wandb_run_id(run_dir: Path) -> str:
     """The W&B run of a run folder: chosen once, found again by a run that goes on there."""
     path = run_dir / "wandb" / "run_id"
     if not path.is_file():
-        write_atomic(path, wandb.util.generate_id().encode())
+        write_atomic(path, secrets.token_hex(4).encode())
     return path.read_text()
+
+
+class ContinuedWandb(WandbLogger):
+    """A W&B run that goes on when its run folder does.
+
+    The folder's id is read or chosen when the run first logs: a run refused before that leaves nothing behind.
+    """
+
+    @property
+    @rank_zero_experiment
+    def experiment(self) -> Any:
+        """W&B's run."""
+        if self._experiment is None and self._id is None:
+            self._id = self._wandb_init["id"] = wandb_run_id(Path(self._save_dir))
+        return super().experiment
 
 
 def wandb_logger(*, project: str, save_dir: str, name: str, **settings: object) -> WandbLogger:
@@ -121,6 +167,4 @@ def wandb_logger(*, project: str, save_dir: str, name: str, **settings: object) 
     if wandb.run is not None:
         wandb.finish()  # the jobs of a sweep share a process; each gets a run of its own
     offline = "WANDB_MODE" not in os.environ and not has_wandb_key()
-    if not {"id", "version"} & settings.keys() and rank_zero_only.rank == 0:
-        settings |= {"id": wandb_run_id(Path(save_dir)), "resume": "allow"}
-    return WandbLogger(project=project, save_dir=save_dir, name=name, offline=offline, **settings)
+    return ContinuedWandb(project=project, save_dir=save_dir, name=name, offline=offline, **settings)

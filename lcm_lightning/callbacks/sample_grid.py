@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -11,17 +13,20 @@ from lightning.pytorch.loggers import TensorBoardLogger, WandbLogger
 from PIL import Image
 from torch import Tensor
 
+from lcm_lightning.files import write_atomic
 from lcm_lightning.models.adapters import active_adapters
 from lcm_lightning.models.sampling import SamplingSetup, sample
 from lcm_lightning.modules.adapter_training import AdapterTraining
 from lcm_lightning.pictures import labelled_grid
+
+log = logging.getLogger(__name__)
 
 
 class SampleGrid(L.Callback):
     """After each validation, draw the same prompts from the same seeds with teacher and student, side by side.
 
     A row a prompt, a column a `SamplingSetup` of the module. Columns that no trained adapter takes part in are drawn
-    once. The ranks share the prompts.
+    once. The ranks share the prompts. A grid that cannot be written (a full disk) is a warning.
 
     Args:
         folder: gets `step_<n>.png`.
@@ -68,11 +73,13 @@ class SampleGrid(L.Callback):
         )
         columns = [self._column(trainer, module, setup, prompts) for setup in setups]
         if trainer.is_global_zero:
-            self.folder.mkdir(parents=True, exist_ok=True)
             grid = labelled_grid(columns, [setup.label for setup in setups], prompts)
             path = self.folder / f"step_{trainer.global_step:06d}.png"
-            grid.save(path)
-            self._log(trainer, grid)
+            try:
+                write_atomic(path, png_bytes(grid))
+                self._log(trainer, grid)
+            except OSError as error:
+                log.warning("%s not written (%s)", path, error)
 
     def _prompts(self, trainer: L.Trainer) -> list[str]:
         if self.prompts is None:
@@ -120,3 +127,10 @@ class SampleGrid(L.Callback):
                 pixels = torch.frombuffer(bytearray(grid.tobytes()), dtype=torch.uint8)
                 pixels = pixels.reshape(grid.height, grid.width, 3)
                 logger.experiment.add_image("samples", pixels, trainer.global_step, dataformats="HWC")
+
+
+def png_bytes(image: Image.Image) -> bytes:
+    """The image as a PNG file holds it."""
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG")
+    return buffer.getvalue()

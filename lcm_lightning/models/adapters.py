@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from lcm_lightning.errors import UserError, first_line
+from lcm_lightning.files import write_atomic
 from lcm_lightning.models.lora_layers import FUSED_LAYERS
 from lcm_lightning.models.sampling import make_scheduler
 from lcm_lightning.models.stable_diffusion import StableDiffusion
@@ -306,12 +307,9 @@ def kohya_state_dict(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def save_lora(state_dict: dict[str, Tensor], path: Path) -> None:
-    """Write a LoRA's tensors as `path` (.safetensors), whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}")
+    """Write a LoRA's tensors as `path` (.safetensors), whole or not at all. Raises `OSError`."""
     # safetensors' save_file makes files that only their owner can read.
-    temporary.write_bytes(save({key: tensor.contiguous() for key, tensor in state_dict.items()}, {"format": "pt"}))
-    temporary.replace(path)
+    write_atomic(path, save({key: tensor.contiguous() for key, tensor in state_dict.items()}, {"format": "pt"}))
 
 
 def as_pipeline(model: StableDiffusion) -> StableDiffusionPipeline:
