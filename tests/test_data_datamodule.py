@@ -184,9 +184,9 @@ def test_the_test_split_is_read_whole(shards):
     assert [sample.key for sample in data(shards).iterate_split("test")] == ["k200", "k201", "k202"]
 
 
-def damaged(folder, faults):
+def damaged(folder, faults, file="train-0.tar"):
     """40 training samples in one shard; those in `faults` get the given image bytes."""
-    path = folder / "train-0.tar"
+    path = folder / file
     import tarfile
 
     with tarfile.open(path, "w") as archive:
@@ -215,6 +215,16 @@ def test_too_many_unreadable_samples_stop_the_run_and_name_the_shard(tmp_path, n
     module = data(tmp_path, max_bad_fraction=0.1, num_workers=num_workers, cache_dir=str(tmp_path / "cache"))
     with pytest.raises(UserError, match=r"data\.max_bad_fraction=0\.1: [56] of 40 .*train-0\.tar"):
         epoch(module.train_dataloader())
+
+
+def test_an_unreadable_validation_sample_is_counted_and_named_and_stops_nothing(tmp_path, caplog):
+    damaged(tmp_path, {})
+    damaged(tmp_path, {2: (b"no image", b"caption")}, "val-0.tar")
+    module = data(tmp_path, max_bad_fraction=0.01, val_limit=64, cache_dir=str(tmp_path / "cache"))
+    loader = module.val_dataloader()
+    assert set(by_key(epoch(loader))) == {f"k{n}" for n in range(40)} - {"k2"}
+    assert dict(loader.faults) == {str(tmp_path / "val-0.tar"): 1}
+    assert "val-0.tar, sample 'k2': undecodable" in caplog.text
 
 
 def test_a_shard_cut_off_after_counting_keeps_the_steps(tmp_path):

@@ -140,7 +140,7 @@ class CaptionedImages(LightningDataModule):
             caption_dropout: probability of an empty caption in training.
             val_limit: validate on the first so many samples; None for all, 0 for no validation.
             max_bad_fraction: share of samples that are lost with missing or cut off shards, or that are unreadable in
-                an epoch, above which training stops.
+                a training epoch, above which training stops.
             cache_dir: folder for downloads and counts; None for `~/.cache/lcm-lightning`.
         """
         super().__init__()
@@ -276,5 +276,6 @@ class CaptionedImages(LightningDataModule):
             stream,
             num_workers=self.num_workers,
             prefetch_factor=self.prefetch_factor,
-            max_bad_fraction=self.max_bad_fraction,
+            # One bad sample of a small validation set is a large share, and spoils no weights.
+            max_bad_fraction=self.max_bad_fraction if augment.random else None,
         )

@@ -268,9 +268,9 @@ class ShardLoader:
     batch_sampler = None
 
     def __init__(
-        self, stream: ShardStream, *, num_workers: int, prefetch_factor: int = 2, max_bad_fraction: float = 0.01
+        self, stream: ShardStream, *, num_workers: int, prefetch_factor: int = 2, max_bad_fraction: float | None = None
     ) -> None:
-        """See `CaptionedImages` for the arguments."""
+        """See `CaptionedImages` for the arguments; without `max_bad_fraction` bad samples are only counted."""
         self.stream = stream
         self.max_bad_fraction = max_bad_fraction
         self.start = 0
@@ -374,7 +374,7 @@ class ShardLoader:
 class FaultCount:
     """Counts and logs the samples an epoch had to leave out, and stops it when they are too many."""
 
-    def __init__(self, samples: int, max_bad_fraction: float) -> None:
+    def __init__(self, samples: int, max_bad_fraction: float | None) -> None:
         self.samples = samples
         self.max_bad_fraction = max_bad_fraction
         self.shards: Counter[str] = Counter()
@@ -384,7 +384,7 @@ class FaultCount:
         for fault in faults:
             log.warning("left out: shard %s, sample %r: %s", fault.shard, fault.key, fault.reason)
         self.shards.update(fault.shard for fault in faults)
-        if self.shards.total() > self.max_bad_fraction * self.samples:
+        if self.max_bad_fraction is not None and self.shards.total() > self.max_bad_fraction * self.samples:
             shard, number = self.shards.most_common(1)[0]
             raise UserError(
                 f"data.max_bad_fraction={self.max_bad_fraction}: {self.shards.total()} of {self.samples} samples are "
