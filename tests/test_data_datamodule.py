@@ -217,6 +217,37 @@ def test_too_many_unreadable_samples_stop_the_run_and_name_the_shard(tmp_path, n
         epoch(module.train_dataloader())
 
 
+@pytest.mark.parametrize("allowed", [0.1, 0.2])
+def test_of_many_ranks_none_stops_by_itself_and_all_stop_by_the_sum(tmp_path, monkeypatch, allowed):
+    damaged(tmp_path, dict.fromkeys(range(6), (b"no image", b"caption")))
+    loaders = []
+    for rank in range(8):
+        monkeypatch.setattr(stream, "rank_and_world_size", lambda rank=rank: (rank, 8))
+        module = data(tmp_path, max_bad_fraction=allowed, cache_dir=str(tmp_path / "cache"))
+        loaders.append(module.train_dataloader())
+        assert len(epoch(loaders[-1])) == len(loaders[-1])
+    total = sum(loader.bad_samples for loader in loaders)
+    assert total == 6
+    for loader in loaders:
+        if total <= allowed * 40:
+            loader.check_bad(total)
+            continue
+        known = "train-0.tar" if loader.bad_samples else "the logs of the others"
+        with pytest.raises(UserError, match=rf"data\.max_bad_fraction=0\.1: 6 of 40 samples .*{known}"):
+            loader.check_bad(total)
+
+
+def test_each_epoch_and_each_resumption_counts_its_bad_samples_anew(tmp_path):
+    damaged(tmp_path, dict.fromkeys(range(6), (b"no image", b"caption")))
+    loader = data(tmp_path, max_bad_fraction=0.2, cache_dir=str(tmp_path / "cache")).train_dataloader()
+    for number in range(3):
+        epoch(loader, number)
+        assert loader.bad_samples == 6 and loader.faults.total() == 6 * (number + 1)
+    loader.start = 36
+    epoch(loader)
+    assert loader.bad_samples < 6
+
+
 def test_an_unreadable_validation_sample_is_counted_and_named_and_stops_nothing(tmp_path, caplog):
     damaged(tmp_path, {})
     damaged(tmp_path, {2: (b"no image", b"caption")}, "val-0.tar")
