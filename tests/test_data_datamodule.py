@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import shutil
 from collections import Counter
 from pathlib import Path
 
@@ -111,6 +112,29 @@ def test_ranks_share_the_epoch_out_with_equal_steps(shards, monkeypatch, world_s
     assert same(by_key([batch for batches in ranks for batch in batches]), reference)
     for step in zip(*ranks, strict=True):
         assert np.mean([float(batch["weight"].mean()) for batch in step]) == pytest.approx(1.0)
+
+
+@pytest.mark.parametrize("lost", [None, "train", "val"])
+def test_ranks_with_other_training_or_validation_shards_are_refused(shards, tmp_path, monkeypatch, lost):
+    copy = shutil.copytree(shards, tmp_path / "copy")
+    if lost is not None:
+        (copy / f"{lost}-000000.tar").unlink()
+    seen = []
+
+    def gather(found, mine):
+        seen.append(mine)
+        found[:] = [seen[0], mine]
+
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
+    monkeypatch.setattr(torch.distributed, "all_gather_object", gather)
+    data(shards).train_dataloader()
+    second = data(copy, max_bad_fraction=1.0)
+    if lost is None:
+        second.train_dataloader()
+    else:
+        with pytest.raises(UserError, match="the machines have different shards"):
+            second.train_dataloader()
 
 
 def test_more_ranks_than_samples_still_get_a_batch_each(shards, monkeypatch):

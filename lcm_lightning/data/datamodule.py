@@ -226,8 +226,10 @@ class CaptionedImages(LightningDataModule):
         _ = self.val_samples
 
     def train_dataloader(self) -> ShardLoader:
-        """Shuffled and augmented batches."""
-        check_ranks_agree(self.fingerprint)
+        """Shuffled and augmented batches. Raises `UserError` where the ranks have other shards, also for validation."""
+        # Here for both, as the first rank calls `val_dataloader` alone too.
+        validates = self.val_limit != 0 and self.index.locations.keys() & {"val", "test"}
+        check_ranks_agree([self.fingerprint, fingerprint(self.val_shards if validates else ())])
         return self.loader(self.train_shards, self.augmentation(True), shuffle_buffer=self.shuffle_buffer)
 
     def val_dataloader(self) -> ShardLoader | list[ShardLoader]:

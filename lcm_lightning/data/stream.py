@@ -234,13 +234,17 @@ def rank_and_world_size() -> tuple[int, int]:
     return 0, 1
 
 
-def check_ranks_agree(fingerprint: str) -> None:
-    """Raise a `UserError` if the ranks see different shards: they would run different steps and wait for ever."""
+def check_ranks_agree(fingerprints: Sequence[str]) -> None:
+    """Raise a `UserError` if the ranks see different shards: they would run different steps and wait for ever.
+
+    Args:
+        fingerprints: of the shards of each split this rank is going to read.
+    """
     if not torch.distributed.is_initialized():
         return
-    fingerprints: list[str] = [""] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(fingerprints, fingerprint)
-    if len(set(fingerprints)) > 1:
+    of_ranks: list[Any] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(of_ranks, tuple(fingerprints))
+    if len(set(of_ranks)) > 1:
         raise UserError(
             "data.source: the machines have different shards, since one of them lost some (its log names them); start "
             "again, or copy the same shards to each"
