@@ -24,6 +24,7 @@ from PIL import Image
 from safetensors.numpy import save
 from torch import Tensor
 
+from lcm_lightning.data.downloads import is_url
 from lcm_lightning.data.images import ImageFault, crop_square, decode_image, normalise, resize_shorter_side
 from lcm_lightning.data.latents import MOMENTS, TEXT, TRANSFORM
 from lcm_lightning.data.plan import stable_hash
@@ -40,13 +41,15 @@ from lcm_lightning.data.writing import (
     sha256_of,
     write_index,
 )
-from lcm_lightning.errors import UserError
+from lcm_lightning.errors import UserError, first_line
 from lcm_lightning.files import write_atomic
 from lcm_lightning.models.identity import encoder_key
 from lcm_lightning.models.stable_diffusion import StableDiffusion
 
 FORMAT = 1
 EMPTY_CAPTION = "empty_caption.safetensors"
+# In `.parts/`: whose cache is being written, so that it is known before the index is there.
+STARTED_NAME = "cache.json"
 
 # Number of samples done since the last call.
 OnSamples = Callable[[int], None]
@@ -135,8 +138,9 @@ def cache_latents(
         UserError: `output` holds something else, or not one image can be used.
     """
     check_whole_number("cache.batch_size", batch_size, 1, advice="try 8")
-    check_output(output, key)
-    (output / PARTS_NAME).mkdir(parents=True, exist_ok=True)
+    replaceable = check_output(index, output, key)
+    started = {"key": dict(key), "shards": sorted(replaceable)}
+    write_atomic(output / PARTS_NAME / STARTED_NAME, json.dumps(started).encode())
     (output / INDEX_NAME).unlink(missing_ok=True)
     empty_text = to_half(model.encode_text([""]))[0]
     write_atomic(output / EMPTY_CAPTION, save({TEXT: empty_text.numpy()}))
@@ -165,19 +169,53 @@ def cache_latents(
     return write_index(output, index.name, "the images'", settings, written, [], {"latents": latents})
 
 
-def check_output(output: Path, key: Mapping[str, str]) -> None:
-    """Raise a `UserError` where hours of another cache, or images, would be overwritten."""
-    if not (output / INDEX_NAME).is_file():
-        return
-    latents = json.loads((output / INDEX_NAME).read_text()).get("latents")
-    if latents is None:
-        raise UserError(f"cache.output={output}: holds shards of images; set it to another folder")
-    if latents["key"] != dict(key):
-        different = ", ".join(sorted(part for part, value in key.items() if latents["key"].get(part) != value))
+def check_output(index: ShardIndex, output: Path, key: Mapping[str, str]) -> set[str]:
+    """Names of the shards in `output` that are of a cache with this key, finished or not, and may be replaced.
+
+    Raises:
+        UserError: images, or hours of another cache, would be overwritten.
+    """
+    here, other = output.resolve(), "set cache.output to another folder"
+    local = [Path(place) for places in index.locations.values() for place in places if not is_url(place)]
+    if inside := [path for path in local if here in (*path.resolve().parents[:2], *path.absolute().parents[:2])]:
+        raise UserError(f"cache.output={output}: holds the shards of images themselves, such as {inside[0]}; {other}")
+    found = {path.name for path in output.glob("*.tar")}
+    made_with, known = earlier_cache(output)
+    known |= {name for name in found if (output / PARTS_NAME / f"{name}.json").is_file()}
+    if strange := sorted(found - known if made_with is not None else found):
+        raise UserError(f"cache.output={output}: {strange[0]} there is no shard of cached latents; {other}")
+    if made_with not in (None, dict(key)):
+        different = ", ".join(sorted(part for part, value in key.items() if made_with.get(part) != value))
         raise UserError(
-            f"cache.output={output}: holds latents made with another {different}; set cache.output to another folder, "
+            f"cache.output={output}: holds latents made with another {different or 'kind of encoder'}; {other}, "
             "or delete this one"
         )
+    return found
+
+
+def earlier_cache(output: Path) -> tuple[dict[str, str] | None, set[str]]:
+    """The key of the latents in a folder and the shards that a finished cache lists; (None, {}) where there are none.
+
+    Raises:
+        UserError: its index is damaged, or that of images.
+    """
+    finished = (output / INDEX_NAME).is_file()
+    place = output / INDEX_NAME if finished else output / PARTS_NAME / STARTED_NAME
+    if not place.is_file():
+        return None, set()
+    try:
+        content = json.loads(place.read_text())
+        if not finished:
+            return dict(content["key"]), set(content["shards"])
+        if content.get("latents") is None:
+            raise UserError(f"cache.output={output}: holds shards of images; set it to another folder")
+        listed = {shard["file"] for part in content["splits"].values() for shard in part["shards"]}
+        return dict(content["latents"]["key"]), listed
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise UserError(
+            f"cache.output={output}: {place.name} there is damaged ({first_line(error)}), so nobody knows what the "
+            "shards are; set cache.output to another folder, or delete this one"
+        ) from error
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import shutil
 from collections import Counter
 from pathlib import Path
 
@@ -113,6 +114,29 @@ def test_ranks_share_the_epoch_out_with_equal_steps(shards, monkeypatch, world_s
         assert np.mean([float(batch["weight"].mean()) for batch in step]) == pytest.approx(1.0)
 
 
+@pytest.mark.parametrize("lost", [None, "train", "val"])
+def test_ranks_with_other_training_or_validation_shards_are_refused(shards, tmp_path, monkeypatch, lost):
+    copy = shutil.copytree(shards, tmp_path / "copy")
+    if lost is not None:
+        (copy / f"{lost}-000000.tar").unlink()
+    seen = []
+
+    def gather(found, mine):
+        seen.append(mine)
+        found[:] = [seen[0], mine]
+
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
+    monkeypatch.setattr(torch.distributed, "all_gather_object", gather)
+    data(shards).train_dataloader()
+    second = data(copy, max_bad_fraction=1.0)
+    if lost is None:
+        second.train_dataloader()
+    else:
+        with pytest.raises(UserError, match="the machines have different shards"):
+            second.train_dataloader()
+
+
 def test_more_ranks_than_samples_still_get_a_batch_each(shards, monkeypatch):
     monkeypatch.setattr(stream, "rank_and_world_size", lambda: (30, 40))
     (batch,) = epoch(data(shards).train_dataloader())
@@ -184,9 +208,9 @@ def test_the_test_split_is_read_whole(shards):
     assert [sample.key for sample in data(shards).iterate_split("test")] == ["k200", "k201", "k202"]
 
 
-def damaged(folder, faults):
+def damaged(folder, faults, file="train-0.tar"):
     """40 training samples in one shard; those in `faults` get the given image bytes."""
-    path = folder / "train-0.tar"
+    path = folder / file
     import tarfile
 
     with tarfile.open(path, "w") as archive:
@@ -215,6 +239,47 @@ def test_too_many_unreadable_samples_stop_the_run_and_name_the_shard(tmp_path, n
     module = data(tmp_path, max_bad_fraction=0.1, num_workers=num_workers, cache_dir=str(tmp_path / "cache"))
     with pytest.raises(UserError, match=r"data\.max_bad_fraction=0\.1: [56] of 40 .*train-0\.tar"):
         epoch(module.train_dataloader())
+
+
+@pytest.mark.parametrize("allowed", [0.1, 0.2])
+def test_of_many_ranks_none_stops_by_itself_and_all_stop_by_the_sum(tmp_path, monkeypatch, allowed):
+    damaged(tmp_path, dict.fromkeys(range(6), (b"no image", b"caption")))
+    loaders = []
+    for rank in range(8):
+        monkeypatch.setattr(stream, "rank_and_world_size", lambda rank=rank: (rank, 8))
+        module = data(tmp_path, max_bad_fraction=allowed, cache_dir=str(tmp_path / "cache"))
+        loaders.append(module.train_dataloader())
+        assert len(epoch(loaders[-1])) == len(loaders[-1])
+    total = sum(loader.bad_samples for loader in loaders)
+    assert total == 6
+    for loader in loaders:
+        if total <= allowed * 40:
+            loader.check_bad(total)
+            continue
+        known = "train-0.tar" if loader.bad_samples else "the logs of the others"
+        with pytest.raises(UserError, match=rf"data\.max_bad_fraction=0\.1: 6 of 40 samples .*{known}"):
+            loader.check_bad(total)
+
+
+def test_each_epoch_and_each_resumption_counts_its_bad_samples_anew(tmp_path):
+    damaged(tmp_path, dict.fromkeys(range(6), (b"no image", b"caption")))
+    loader = data(tmp_path, max_bad_fraction=0.2, cache_dir=str(tmp_path / "cache")).train_dataloader()
+    for number in range(3):
+        epoch(loader, number)
+        assert loader.bad_samples == 6 and loader.faults.total() == 6 * (number + 1)
+    loader.start = 36
+    epoch(loader)
+    assert loader.bad_samples < 6
+
+
+def test_an_unreadable_validation_sample_is_counted_and_named_and_stops_nothing(tmp_path, caplog):
+    damaged(tmp_path, {})
+    damaged(tmp_path, {2: (b"no image", b"caption")}, "val-0.tar")
+    module = data(tmp_path, max_bad_fraction=0.01, val_limit=64, cache_dir=str(tmp_path / "cache"))
+    loader = module.val_dataloader()
+    assert set(by_key(epoch(loader))) == {f"k{n}" for n in range(40)} - {"k2"}
+    assert dict(loader.faults) == {str(tmp_path / "val-0.tar"): 1}
+    assert "val-0.tar, sample 'k2': undecodable" in caplog.text
 
 
 def test_a_shard_cut_off_after_counting_keeps_the_steps(tmp_path):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import http.server
+import io
 import json
 import runpy
 import shutil
@@ -352,6 +353,79 @@ def test_neither_images_nor_another_model_s_cache_are_overwritten(
         cache(square_shards, tmp_path / "latents", other_pipeline)
     with pytest.raises(UserError, match=r"cache.output=.*shards of images"):
         cache(square_shards, square_shards, pipeline_folder)
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def plain_shards(folder: Path) -> Path:
+    """Shards of images as people publish them: without an index, and under the names a cache would use."""
+    folder.mkdir(parents=True)
+    for split in ("train", "val"):
+        with tarfile.open(folder / f"{split}-000000.tar", "w") as archive:
+            for name, content in (("a.jpg", noise_jpeg(0)), ("a.txt", b"a")):
+                member = tarfile.TarInfo(name)
+                member.size = len(content)
+                archive.addfile(member, io.BytesIO(content))
+    return folder
+
+
+@pytest.mark.parametrize("output", ["images", "link", "elsewhere", "above"])
+def test_shards_without_an_index_are_never_overwritten(pipeline_folder: Path, tmp_path: Path, output: str):
+    images = plain_shards(tmp_path / "set" / "images")
+    plain_shards(tmp_path / "set" / "elsewhere")
+    (tmp_path / "set" / "link").symlink_to(images)
+    before = contents(tmp_path)
+    with pytest.raises(UserError, match=r"cache.output=.*another folder"):
+        cache(images, tmp_path / "set" / ("" if output == "above" else output), pipeline_folder)
+    assert contents(tmp_path) == before
+
+
+def test_an_unfinished_cache_of_another_model_is_not_overwritten(
+    square_shards: Path,
+    pipeline_folder: Path,
+    other_pipeline: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+):
+    def until_the_second(task, *arguments):
+        if task.file == "train-000001.tar":
+            raise KeyboardInterrupt
+        return write(task, *arguments)
+
+    write = caching.write_latents
+    monkeypatch.setattr(caching, "write_latents", until_the_second)
+    with pytest.raises(KeyboardInterrupt):
+        cache(square_shards, tmp_path / "a", pipeline_folder)
+    monkeypatch.undo()
+    before = contents(tmp_path / "a")
+    with pytest.raises(UserError, match=r"cache.output=.*another text_encoder, vae"):
+        cache(square_shards, tmp_path / "a", other_pipeline)
+    assert contents(tmp_path / "a") == before
+    cache(square_shards, tmp_path / "a", pipeline_folder)
+
+
+def test_a_cache_is_made_anew_without_its_notes_and_with_other_settings(
+    square_shards: Path, pipeline_folder: Path, tmp_path: Path
+):
+    first = cache(square_shards, tmp_path / "a", pipeline_folder)
+    shutil.rmtree(tmp_path / "a" / ".parts")
+    again = cache(square_shards, tmp_path / "a", pipeline_folder, flips=True)
+    assert again["latents"] == first["latents"] | {"flips": True}
+    assert again == cache(square_shards, tmp_path / "b", pipeline_folder, flips=True)
+
+
+@pytest.mark.parametrize("damage", ["{", "[]", '{"latents": {"key": 3}, "splits": {}}', "[" * 100_000])
+def test_a_cache_with_a_damaged_index_is_not_overwritten(
+    square_shards: Path, square_latents: Path, pipeline_folder: Path, tmp_path: Path, damage: str
+):
+    folder = shutil.copytree(square_latents, tmp_path / "copy")
+    (folder / "index.json").write_text(damage)
+    before = contents(folder)
+    with pytest.raises(UserError, match=r"cache.output=.*index.json there is damaged"):
+        cache(square_shards, folder, pipeline_folder)
+    assert contents(folder) == before
 
 
 def test_what_cannot_be_used_is_left_out_and_named(pipeline_folder: Path, tmp_path: Path):

@@ -140,7 +140,7 @@ class CaptionedImages(LightningDataModule):
             caption_dropout: probability of an empty caption in training.
             val_limit: validate on the first so many samples; None for all, 0 for no validation.
             max_bad_fraction: share of samples that are lost with missing or cut off shards, or that are unreadable in
-                an epoch, above which training stops.
+                a training epoch, above which training stops.
             cache_dir: folder for downloads and counts; None for `~/.cache/lcm-lightning`.
         """
         super().__init__()
@@ -226,8 +226,10 @@ class CaptionedImages(LightningDataModule):
         _ = self.val_samples
 
     def train_dataloader(self) -> ShardLoader:
-        """Shuffled and augmented batches."""
-        check_ranks_agree(self.fingerprint)
+        """Shuffled and augmented batches. Raises `UserError` where the ranks have other shards, also for validation."""
+        # Here for both, as the first rank calls `val_dataloader` alone too.
+        validates = self.val_limit != 0 and self.index.locations.keys() & {"val", "test"}
+        check_ranks_agree([self.fingerprint, fingerprint(self.val_shards if validates else ())])
         return self.loader(self.train_shards, self.augmentation(True), shuffle_buffer=self.shuffle_buffer)
 
     def val_dataloader(self) -> ShardLoader | list[ShardLoader]:
@@ -276,5 +278,6 @@ class CaptionedImages(LightningDataModule):
             stream,
             num_workers=self.num_workers,
             prefetch_factor=self.prefetch_factor,
-            max_bad_fraction=self.max_bad_fraction,
+            # One bad sample of a small validation set is a large share, and spoils no weights.
+            max_bad_fraction=self.max_bad_fraction if augment.random else None,
         )

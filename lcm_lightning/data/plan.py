@@ -128,13 +128,6 @@ def plan_stream(
     return StreamPlan(shards, chosen - np.cumsum([0, *counts])[shards], tuple(batches))
 
 
-def rank_samples(samples: int, world_size: int, batch_size: int, rank: int) -> int:
-    """Samples one rank sees in an epoch of `samples`."""
-    full_steps, rest = divmod(samples, world_size * batch_size)
-    begin, end = even_range(rest, world_size, rank)
-    return full_steps * batch_size + end - begin
-
-
 def limit_counts(counts: Sequence[int], limit: int | None) -> list[int]:
     """The counts of the shards when only the first `limit` samples of all are used (None: all of them)."""
     if limit is None:

@@ -23,7 +23,6 @@ from lcm_lightning.data.plan import (
     StreamPlan,
     limit_counts,
     plan_stream,
-    rank_samples,
     stable_hash,
     steps_per_epoch,
 )
@@ -235,13 +234,17 @@ def rank_and_world_size() -> tuple[int, int]:
     return 0, 1
 
 
-def check_ranks_agree(fingerprint: str) -> None:
-    """Raise a `UserError` if the ranks see different shards: they would run different steps and wait for ever."""
+def check_ranks_agree(fingerprints: Sequence[str]) -> None:
+    """Raise a `UserError` if the ranks see different shards: they would run different steps and wait for ever.
+
+    Args:
+        fingerprints: of the shards of each split this rank is going to read.
+    """
     if not torch.distributed.is_initialized():
         return
-    fingerprints: list[str] = [""] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(fingerprints, fingerprint)
-    if len(set(fingerprints)) > 1:
+    of_ranks: list[Any] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(of_ranks, tuple(fingerprints))
+    if len(set(of_ranks)) > 1:
         raise UserError(
             "data.source: the machines have different shards, since one of them lost some (its log names them); start "
             "again, or copy the same shards to each"
@@ -262,15 +265,16 @@ class ShardLoader:
         start: samples of the next epoch to leave out, without reading them; 0 again afterwards.
         waited: seconds this process has waited for batches so far.
         faults: samples that were left out in this process, by shard; those of missing or cut off shards included.
+        bad: unreadable samples this rank met in this epoch, by shard.
         batch_sampler: None, as in a `DataLoader` that does not batch; Lightning asks for it.
     """
 
     batch_sampler = None
 
     def __init__(
-        self, stream: ShardStream, *, num_workers: int, prefetch_factor: int = 2, max_bad_fraction: float = 0.01
+        self, stream: ShardStream, *, num_workers: int, prefetch_factor: int = 2, max_bad_fraction: float | None = None
     ) -> None:
-        """See `CaptionedImages` for the arguments."""
+        """See `CaptionedImages` for the arguments; without `max_bad_fraction` bad samples are only counted."""
         self.stream = stream
         self.max_bad_fraction = max_bad_fraction
         self.start = 0
@@ -279,6 +283,8 @@ class ShardLoader:
         self.epoch_offset = 0
         self.loaded_epoch: int | None = None
         self.waited = 0.0
+        self.bad: Counter[str] = Counter()
+        self.last_reason = ""
         self.faults = Counter({str(shard.path): shard.lost for shard in stream.shards if shard.lost})
         self.loader = DataLoader(
             stream,
@@ -327,14 +333,42 @@ class ShardLoader:
         rank, world_size = rank_and_world_size()
         self.stream.start.copy_(torch.tensor([self.epoch, self.start, rank, world_size]))
         self.consumed, self.start, self.loaded_epoch = self.start, 0, None
-        of_rank = rank_samples(self.stream.samples, world_size, self.batch_size, rank)
-        faults = FaultCount(of_rank, self.max_bad_fraction)
+        self.bad.clear()
         for content in self.timed():
-            new = content.pop("faults")
-            self.faults.update(fault.shard for fault in new)
-            faults.add(new)
+            self.note(content.pop("faults"))
+            if world_size == 1:
+                self.check_bad(self.bad_samples)
             self.consumed = min(self.consumed + world_size * self.batch_size, self.stream.samples)
             yield content
+
+    def note(self, faults: Sequence[Fault]) -> None:
+        """Log and count samples that were left out."""
+        for fault in faults:
+            log.warning("left out: shard %s, sample %r: %s", fault.shard, fault.key, fault.reason)
+            self.last_reason = fault.reason
+        self.faults.update(fault.shard for fault in faults)
+        self.bad.update(fault.shard for fault in faults)
+
+    @property
+    def bad_samples(self) -> int:
+        """Samples this rank had to leave out in this epoch, since its start or, resumed, since the resumption."""
+        return self.bad.total()
+
+    def check_bad(self, total: int) -> None:
+        """Raise a `UserError` if `total` bad samples are more than `max_bad_fraction` of an epoch over all ranks.
+
+        A single process checks itself. Where there are several ranks each must be given the sum over all of them: one
+        that stopped by itself would leave the others waiting for it.
+        """
+        if self.max_bad_fraction is None or total <= self.max_bad_fraction * self.stream.samples:
+            return
+        said = f"data.max_bad_fraction={self.max_bad_fraction}: {total} of {self.stream.samples} samples are unreadable"
+        if not self.bad:
+            raise UserError(f"{said}, none of them met by this process; the logs of the others name the shards")
+        shard, number = self.bad.most_common(1)[0]
+        raise UserError(
+            f"{said}, {number} of them in {shard} (last reason: {self.last_reason}); fetch or prepare that shard again"
+        )
 
     def timed(self) -> Iterator[dict[str, Any]]:
         """The `DataLoader`'s batches, the time each is waited for added to `waited`."""
@@ -369,25 +403,3 @@ class ShardLoader:
             raise UserError(f"resume: the run stopped in mid-epoch with {wanted}, now {now}; resume with the former")
         self.epoch = self.loaded_epoch = epoch
         self.start = self.consumed = consumed
-
-
-class FaultCount:
-    """Counts and logs the samples an epoch had to leave out, and stops it when they are too many."""
-
-    def __init__(self, samples: int, max_bad_fraction: float) -> None:
-        self.samples = samples
-        self.max_bad_fraction = max_bad_fraction
-        self.shards: Counter[str] = Counter()
-
-    def add(self, faults: Sequence[Fault]) -> None:
-        """Log the faults. Raises `UserError` once their share exceeds `max_bad_fraction`."""
-        for fault in faults:
-            log.warning("left out: shard %s, sample %r: %s", fault.shard, fault.key, fault.reason)
-        self.shards.update(fault.shard for fault in faults)
-        if self.shards.total() > self.max_bad_fraction * self.samples:
-            shard, number = self.shards.most_common(1)[0]
-            raise UserError(
-                f"data.max_bad_fraction={self.max_bad_fraction}: {self.shards.total()} of {self.samples} samples are "
-                f"unreadable, {number} of them in {shard} (last reason: {faults[-1].reason}); fetch or prepare that "
-                "shard again"
-            )
