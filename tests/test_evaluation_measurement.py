@@ -14,7 +14,7 @@ from lcm_lightning.evaluation.features import Clip, ClipPatches
 from lcm_lightning.evaluation.frechet import FrechetDistance, frechet_distance, frechet_infinity
 from lcm_lightning.evaluation.generation import Drawing, draw_missing, image_file, latents_file, read_latents
 from lcm_lightning.evaluation.kernel_distances import kid
-from lcm_lightning.evaluation.measurement import COMPARED, measure, teachers_of
+from lcm_lightning.evaluation.measurement import COMPARED, Judge, compare, measure, teachers_of
 from lcm_lightning.evaluation.metrics import Resampling, estimate
 from lcm_lightning.evaluation.protocol import Protocol
 from lcm_lightning.evaluation.reference import RealImages, Reference, read_reference
@@ -87,7 +87,7 @@ def write_drawing(folder: Path, images: torch.Tensor, latents: torch.Tensor, dra
 
 
 def test_measured_figures_of_a_teacher_a_copy_of_it_and_a_stranger(clip: Clip, tmp_path: Path):
-    n, photos = 12, 6
+    n, photos = 24, 12
     extractor = ClipPatches(clip)
     real = random_images(photos, seed=9)
     captions = tuple((f"red {i}", f"blue {i}", "unused") for i in range(photos))
@@ -107,7 +107,7 @@ def test_measured_figures_of_a_teacher_a_copy_of_it_and_a_stranger(clip: Clip, t
     entries = dict(zip(("teacher", "copy", "stranger"), found.models, strict=True))
     metrics = {"fid", "kid", "cmmd", "clip_score", "precision", "recall", "density", "coverage"}
     for entry in entries.values():
-        assert metrics <= set(entry) and "fid_infinity" not in entry  # 6 photos say nothing of a limit
+        assert metrics <= set(entry) and "fid_infinity" not in entry  # 12 photos say nothing of a limit
         for name in metrics:
             value = entry[name]
             assert value["low"] <= value["value"] <= value["high"] and value["n"] == n and value["standard_error"] >= 0
@@ -127,13 +127,31 @@ def test_measured_figures_of_a_teacher_a_copy_of_it_and_a_stranger(clip: Clip, t
     assert stranger["latent_mse"]["value"] == pytest.approx(1, abs=0.01)
     assert stranger["psnr"]["value"] < 20 and stranger["ssim"]["value"] < 0.9 and stranger["perceptual"]["value"] > 0.01
     assert copy["perceptual"]["distance"] == "clip-patches:tiny_clip"
-    assert len(found.comparisons) == 3 * len(COMPARED)
+    compared = set(COMPARED) - {"fid_infinity"}
+    assert len(found.comparisons) == 3 * len(compared) and {c["metric"] for c in found.comparisons} == compared
     for comparison in found.comparisons:
         gap, entry = comparison["difference"], {e["slug"]: e for e in found.models}
         a, b = (entry[comparison[side]][comparison["metric"]]["value"] for side in ("a", "b"))
         assert gap["value"] == pytest.approx(a - b) and gap["low"] <= gap["value"] <= gap["high"]
     same = [c["difference"] for c in found.comparisons if (c["a"], c["b"]) == (teacher.slug, students[0].slug)]
-    assert [(c["low"], c["value"], c["high"]) for c in same] == [(0, 0, 0)] * len(COMPARED)
+    assert [(c["low"], c["value"], c["high"]) for c in same] == [(0, 0, 0)] * len(compared)
+
+
+def test_differences_of_fid_and_of_its_limit_are_paired_on_the_same_halves():
+    """A model and the same with one feature moved: what both share cancels, the limit takes off the bias of both."""
+    rng, n, d = np.random.default_rng(0), 80, 8
+    real, x = rng.normal(size=(n, d)), rng.normal(size=(n, d))
+    names = {"features": "f", "clip": "f"}
+    reference = Reference(tuple(("a",) for _ in range(n)), {"f": real}, torch.empty(0))
+    judge = Judge(Resampling.of(np.arange(n), n, 30), reference, rng.normal(size=(n, d)), **names)
+    moved = x + np.eye(d)[0]
+    (estimates, a), (_, b) = judge.assess({"f": moved}), judge.assess({"f": x})
+    found = {c["metric"]: c["difference"] for c in compare({"a": a, "b": b}, n)}
+    assert set(found) == set(COMPARED) and found["fid_infinity"]["low"] > 0
+    assert found["fid"]["standard_error"] < estimates["fid"]["standard_error"]
+    assert estimates["fid_infinity"]["value"] < estimates["fid"]["value"]
+    gap = a["fid_infinity"][0] - b["fid_infinity"][0]
+    assert found["fid_infinity"]["value"] == pytest.approx(gap)
 
 
 @pytest.fixture(scope="module")
@@ -158,7 +176,9 @@ def test_real_images_are_at_no_distance_from_themselves_and_extrapolate_to_none_
     distance = FrechetDistance(real[order[:half]], real[order[half : 2 * half]])
     resampling = Resampling.of(np.arange(half), half, 50)
     draws = distance.draws(resampling.generated, resampling.real)
-    plain, limit = estimate(draws, half), frechet_infinity(distance, resampling, draws)
+    plain, limit = (
+        estimate(values, half, corrected=True) for values in (draws, frechet_infinity(draws, resampling, real.shape[1]))
+    )
     assert plain.low > 0  # 756 images are biased beyond their own interval
     assert limit.low <= 0 <= limit.high
 

@@ -19,7 +19,14 @@ from rich.console import Console
 from lcm_lightning.evaluation.dashboard import log_evaluation
 from lcm_lightning.evaluation.figures import Grid, curves, frontier
 from lcm_lightning.evaluation.report import SCHEMA_VERSION, console_tables, write_report
-from lcm_lightning.evaluation.tables import comparison_table, estimate_cell, quality_table, source_table, telling_pairs
+from lcm_lightning.evaluation.tables import (
+    Cell,
+    comparison_table,
+    estimate_cell,
+    quality_table,
+    source_table,
+    telling_pairs,
+)
 
 SCHEMA = Path(__file__).parent.parent / "lcm_lightning" / "evaluation" / "metrics.schema.json"
 TEACHER = "finetuned_ddim_50"
@@ -79,6 +86,9 @@ def metrics() -> dict[str, Any]:
             compared(TEACHER, "lcm_lora_4", -2.0, 1.0),
             compared("finetuned_ddim_10", "lcm_lora_4", 2.0, 1.0),
             compared("finetuned_dpmpp_10", "lcm_lora_4", -1.0, 3.0),
+            compared(TEACHER, "lcm_lora_4", -2.1, 1.0, "fid_infinity"),
+            compared("finetuned_ddim_10", "lcm_lora_4", -0.5, 1.0, "fid_infinity"),
+            compared(TEACHER, "lcm_lora_4", -0.02, 0.01, "kid"),
             compared(TEACHER, "lcm_lora_4", 0.5, 0.1, "clip_score"),
         ],
     }  # fmt: skip
@@ -143,14 +153,38 @@ def test_speed_up_is_over_the_teacher_at_full_length(metrics: dict[str, Any]):
     ]  # fmt: skip
 
 
-def test_a_difference_is_good_or_bad_only_where_its_interval_excludes_zero(metrics: dict[str, Any]):
+def differences(metrics: dict[str, Any]) -> dict[str, dict[str, Cell]]:
+    """The student's cells by rival and heading."""
     table = comparison_table(metrics)
-    student = {row.title.split(" − ")[1]: row.cells for row in table.rows if row.title.startswith("LCM-LoRA")}
-    fid, clip = student["fine-tuned, DDIM 50 steps"]
+    headings = [heading for heading, _ in table.headings[1:]]
+    rows = [row for row in table.rows if row.title.startswith("LCM-LoRA")]
+    return {row.title.split(" − ")[1]: dict(zip(headings, row.cells, strict=True)) for row in rows}
+
+
+def test_a_difference_is_good_or_bad_only_where_its_interval_excludes_zero(metrics: dict[str, Any]):
+    teacher = differences(metrics)["fine-tuned, DDIM 50 steps"]
+    fid, clip = teacher["FID"], teacher["CLIP score"]
     assert (str(fid), fid.look) == ("2.00 [1.00, 3.00]", "worse")  # student minus teacher, lower is better
     assert (str(clip), clip.look) == ("-0.500 [-0.600, -0.400]", "worse")  # higher is better
-    assert student["fine-tuned, DDIM 10 steps"][0].look == "better"
-    assert student["fine-tuned, DPM-Solver++ 10 steps"][0].look == "open"
+    assert teacher["KID ×1000"].look == "worse" and str(teacher["KID ×1000"]) == "20.0 [10.0, 30.0]"
+    assert differences(metrics)["fine-tuned, DPM-Solver++ 10 steps"]["FID"].look == "open"
+
+
+def test_fid_names_no_winner_that_its_limit_does_not_name(metrics: dict[str, Any]):
+    rival = differences(metrics)["fine-tuned, DDIM 10 steps"]
+    assert (str(rival["FID"]), rival["FID"].look) == ("-2.00 [-3.00, -1.00]", "open")
+    assert rival["FID∞"].look == "open"
+
+
+def test_too_few_images_for_the_limit_leave_every_difference_of_fid_open(metrics: dict[str, Any], tmp_path: Path):
+    metrics["comparisons"] = [c for c in metrics["comparisons"] if c["metric"] != "fid_infinity"]
+    assert {cells["FID, biased"].look for cells in differences(metrics).values()} == {"open"}
+    folder = write(metrics, tmp_path)
+    assert "FID, biased" in (folder / "report.html").read_text() and "FID, biased" in (folder / "report.md").read_text()
+    buffer = io.StringIO()
+    Console(file=buffer, width=80).print(console_tables(metrics)[1])
+    assert "KID" in buffer.getvalue() and "FID " not in buffer.getvalue().split("FID from")[0]
+    assert re.search(r"LCM-LoRA 4 steps − fine-tuned, DDIM 50 steps +20\.0 \[10\.0, 30\.0\]", buffer.getvalue())
 
 
 def test_pairs_worth_reading_set_a_student_against_the_rivals_of_its_time(metrics: dict[str, Any]):
@@ -227,7 +261,7 @@ def test_the_console_shows_every_contender_paired_differences_and_every_warning(
     assert figures.row_count == 7 and differences.row_count == 5 and "biased" in str(differences.caption)
     buffer = io.StringIO()
     Console(file=buffer, width=80).print(figures, differences)
-    assert re.search(r"LCM-LoRA 4 steps − fine-tuned, DDIM 50 steps +2\.00 \[1\.00, 3\.00\]", buffer.getvalue())
+    assert re.search(r"LCM-LoRA 4 steps − fine-tuned, DDIM 50 steps +2\.10 \[1\.10, 3\.10\]", buffer.getvalue())
     assert max(map(len, buffer.getvalue().splitlines())) <= 80
     del metrics["comparisons"]
     assert len(console_tables(metrics)) == 1

@@ -10,9 +10,7 @@ import numpy as np
 from scipy import linalg
 
 from lcm_lightning.errors import UserError
-from lcm_lightning.evaluation.metrics import Estimate, Resampling, estimate
-
-PARTITIONS = 5
+from lcm_lightning.evaluation.metrics import Resampling
 
 
 def frechet_distance(generated: np.ndarray, real: np.ndarray) -> float:
@@ -131,35 +129,24 @@ def _sum_of_roots(eigenvalues: np.ndarray) -> float:
     return float(np.sqrt(np.maximum(eigenvalues, 0)).sum())
 
 
-def frechet_infinity(
-    distance: FrechetDistance, resampling: Resampling, draws: np.ndarray, seed: int = 0
-) -> Estimate | None:
+def frechet_infinity(draws: np.ndarray, resampling: Resampling, dimension: int) -> np.ndarray | None:
     """FID of infinitely many images and photos, extrapolated (Chong and Forsyth 2020, arXiv 1911.07023); may be < 0.
 
-    The distance is a line in 1/N plus noise. It is fitted through the distance of all and the mean of those of the two
-    halves of the photos, each with its images, over `PARTITIONS` ways to halve: halves together hold each image once,
-    which takes the noise out of the slope. Halving both sides takes out the bias of few real images too, which the
-    paper, with its fixed reference, leaves in. The standard error is that of `draws`, the distance's under
-    `resampling`, and the halves' own.
+    The distance is a line in 1/N plus noise, fitted through that of all and the mean of those of halves. The two halves
+    of a way to halve hold each image once, which takes the noise of single images out of the slope. Halving both sides
+    takes out the bias of few real images too, which the paper, with its fixed reference, leaves in.
+
+    Args:
+        draws: FID's under `resampling`, of features of length `dimension`.
 
     Returns:
-        None where a half has fewer images or photos than there are features: there the distance is no line.
+        Draws as `estimate` wants them. None without halves, or where a half has fewer images or photos than there are
+        features: there the distance is no line.
     """
     number = resampling.real.shape[1]
-    if min(number, len(resampling.photos)) // 2 < distance.real.shape[1]:
+    if len(draws) == 1 or min(number, len(resampling.photos)) // 2 < dimension:
         return None
-    halves = _halves(number, PARTITIONS, seed)
-    found = distance.draws(halves[:, resampling.photos], halves).reshape(PARTITIONS, 2).mean(axis=1)
-    gain = np.mean(number / halves.sum(axis=1)) - 1  # of 1/N from all to half, in units of 1 / all
-    line = draws - (found.mean() - draws[0]) / gain
-    noise = float(np.std(found, ddof=1)) / gain / math.sqrt(PARTITIONS)
-    return estimate(line, len(resampling.photos), noise=noise)
-
-
-def _halves(number: int, partitions: int, seed: int) -> np.ndarray:
-    """0 or 1 for each of `number` photos, [2 partitions, number]; rows 2 i and 2 i + 1 are a partition."""
-    rng = np.random.default_rng(seed)
-    first = np.zeros((partitions, number))
-    for row in first:
-        row[rng.permutation(number)[: number // 2]] = 1
-    return np.stack([first, 1 - first], axis=1).reshape(2 * partitions, number)
+    gain = np.mean(number / resampling.real[1:].sum(axis=1)) - 1  # of 1/N from all to half, in units of 1 / all
+    line = draws.copy()
+    line[0] -= (draws[1:].mean() - draws[0]) / gain
+    return line

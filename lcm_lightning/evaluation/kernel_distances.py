@@ -17,8 +17,6 @@ class KernelDistance:
     """Unbiased squared MMD between images and the real ones (Gretton et al. 2012, eq. 3), under a `Resampling`.
 
     ``mean_{i != j} k(x_i, x_j) + mean_{i != j} k(y_i, y_j) - 2 mean_{ij} k(x_i, y_j)``, over all pairs, not subsets.
-    In a bootstrap draw a photo that counts c times stands for c photos that happen to be alike, but is never paired
-    with itself: it would make every draw look closer together than new photos would be.
 
     Args:
         kernel: of the inner products of two vectors.
@@ -28,33 +26,20 @@ class KernelDistance:
     def __init__(self, kernel: Kernel, real: np.ndarray, resampling: Resampling) -> None:
         self.kernel, self.resampling = kernel, resampling
         self.real = np.asarray(real, dtype=np.float64)
-        self._within_real = self._within(self.real, np.arange(len(real)))
+        self._within_real = self._within(self.real, resampling.real)
 
     def draws(self, generated: np.ndarray) -> np.ndarray:
-        """The distance of `generated` [N, D] under each row of counts, [1 + B]. NaN where a row holds no pair."""
-        x = np.asarray(generated, dtype=np.float64)
-        return self._within(x, self.resampling.photos) + self._within_real - 2 * self._between(x)
+        """The distance of `generated` [N, D] under each row of counts, [R]. NaN where a row holds no pair."""
+        x, counts = np.asarray(generated, dtype=np.float64), self.resampling
+        between = self._total(x, counts.generated, self.real, counts.real)
+        pairs = counts.generated.sum(axis=1) * counts.real.sum(axis=1)
+        return self._within(x, counts.generated) + self._within_real - 2 * _ratio(between, pairs)
 
-    def _within(self, x: np.ndarray, photos: np.ndarray) -> np.ndarray:
-        """Mean of the kernel over pairs of different vectors of `x`, of each row of counts."""
-        counts = self.resampling.real
-        number = counts.shape[1]
-        same = np.bincount(photos, self.kernel((x * x).sum(axis=1)), number)
-        mates, pairs = _pairs_of_a_photo(self.kernel, x, photos, number)
-        images = np.bincount(photos, minlength=number)
-        total = self._total(x, counts[:, photos], x, counts[:, photos]) - counts**2 @ (same + mates) + counts @ mates
-        weight = (counts @ images) ** 2 - counts**2 @ images**2 + counts @ pairs
-        return _ratio(total, weight)
-
-    def _between(self, x: np.ndarray) -> np.ndarray:
-        """Mean of the kernel over pairs of a vector of `x` and a real one, of each row of counts."""
-        counts, photos = self.resampling.real, self.resampling.photos
-        number = counts.shape[1]
-        own = np.bincount(photos, self.kernel((x * self.real[photos]).sum(axis=1)), number)
-        images = np.bincount(photos, minlength=number)
-        total = self._total(x, counts[:, photos], self.real, counts) - (counts**2 - counts) @ own
-        weight = (counts @ images) * counts.sum(axis=1) - (counts**2 - counts) @ images
-        return _ratio(total, weight)
+    def _within(self, x: np.ndarray, counts: np.ndarray) -> np.ndarray:
+        """Mean of the kernel over pairs of different vectors of `x`, of each row of counts, 0 or 1."""
+        total = self._total(x, counts, x, counts) - counts @ self.kernel((x * x).sum(axis=1))
+        number = counts.sum(axis=1)
+        return _ratio(total, number * (number - 1))
 
     def _total(self, x: np.ndarray, weights_x: np.ndarray, y: np.ndarray, weights_y: np.ndarray) -> np.ndarray:
         """``sum_ij w_i w_j k(x_i, y_j)`` of each row of weights."""
@@ -63,17 +48,6 @@ class KernelDistance:
             kernel = self.kernel(x[start : start + ROWS] @ y.T)
             total += np.einsum("bi,ib->b", weights_x[:, start : start + ROWS], kernel @ weights_y.T)
         return total
-
-
-def _pairs_of_a_photo(kernel: Kernel, x: np.ndarray, photos: np.ndarray, number: int) -> tuple[np.ndarray, np.ndarray]:
-    """Sum of the kernel over ordered pairs of different images of each photo, and how many there are; [number] each."""
-    total, pairs = np.zeros(number), np.zeros(number)
-    for offset in range(1, int(np.bincount(photos).max())):
-        first = np.flatnonzero(photos[:-offset] == photos[offset:])
-        values = kernel((x[first] * x[first + offset]).sum(axis=1))
-        total += 2 * np.bincount(photos[first], values, number)
-        pairs += 2 * np.bincount(photos[first], minlength=number)
-    return total, pairs
 
 
 def _ratio(total: np.ndarray, weight: np.ndarray) -> np.ndarray:

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
+
 import numpy as np
 
-from lcm_lightning.evaluation.metrics import Resampling, mean_draws
+from lcm_lightning.evaluation.metrics import Resampling
 
 ROWS = 512  # of a distance matrix at a time: 123 MB where there are 30,000 images
 PRECISION_NEIGHBOURS = 3
 DENSITY_NEIGHBOURS = 5
+CANDIDATES = 32  # neighbours kept: of so many, fewer than 5 are in a given half once in 100,000 times
 
 
 class Manifold:
@@ -18,8 +22,7 @@ class Manifold:
     A set's manifold is the union of the balls around its vectors that reach to their k-th neighbour. Precision: share
     of generated images inside the real manifold. Recall: share of real ones inside the generated. Density: in how many
     real balls a generated image lies on average, over k; 1 is what real images would get. Coverage: share of real balls
-    that hold a generated image. Each is a mean over images, and its draws are that mean's; the balls stay as they are,
-    since repeated images would shrink them.
+    that hold a generated image. In a draw, which is a half of either side, balls reach to neighbours in that half.
 
     Args:
         real: features [M, D].
@@ -27,53 +30,134 @@ class Manifold:
 
     def __init__(self, real: np.ndarray, resampling: Resampling) -> None:
         self.real, self.resampling = np.asarray(real, dtype=np.float64), resampling
-        neighbours = [k for k in (PRECISION_NEIGHBOURS, DENSITY_NEIGHBOURS) if k < len(real)]
-        radii = neighbour_distances(self.real, neighbours) if neighbours else np.empty((0, len(real)))
-        self._real_radii = dict(zip(neighbours, radii, strict=True))
+        self._real_balls = Balls.around(self.real)
 
     def draws(self, generated: np.ndarray) -> dict[str, np.ndarray]:
-        """Draws [1 + B] by name of the metric; without those that have too few images for their k."""
-        x = np.asarray(generated, dtype=np.float64)
-        found: dict[str, np.ndarray] = {}
-        if PRECISION_NEIGHBOURS in self._real_radii and len(x) > PRECISION_NEIGHBOURS:
-            found |= self._precision_and_recall(x)
-        if DENSITY_NEIGHBOURS in self._real_radii:
-            found |= self._density_and_coverage(x)
-        return found
+        """Draws [R] by name of the metric, NaN where a row counts too few images; without those that have too few
+        images for their k in all."""
+        x, counts = np.asarray(generated, dtype=np.float64), self.resampling
+        balls = Balls.around(x)
+        in_real, in_generated = self._inside(x, balls)
+        found: dict[str, list[float]] = {}
+        for of_x, of_real in zip(counts.generated > 0, counts.real > 0, strict=True):
+            row: dict[str, float] = {}
+            if min(len(x), len(self.real)) > PRECISION_NEIGHBOURS:
+                radii = self._real_balls.radii(PRECISION_NEIGHBOURS, of_real)
+                row["precision"] = in_real.share(of_x, of_real, radii)
+                row["recall"] = in_generated.share(of_real, of_x, balls.radii(PRECISION_NEIGHBOURS, of_x))
+            if len(self.real) > DENSITY_NEIGHBOURS:
+                radii = self._real_balls.radii(DENSITY_NEIGHBOURS, of_real)
+                row["density"] = in_real.mean_number(of_x, of_real, radii) / DENSITY_NEIGHBOURS
+                row["coverage"] = in_real.share_filled(of_x, of_real, radii)
+            for name, value in row.items():
+                found.setdefault(name, []).append(value)
+        return {name: np.array(values) for name, values in found.items()}
 
-    def _precision_and_recall(self, x: np.ndarray) -> dict[str, np.ndarray]:
-        (radii,) = neighbour_distances(x, [PRECISION_NEIGHBOURS])
-        inside_real, inside_generated = np.zeros(len(x), bool), np.zeros(len(self.real), bool)
+    def _inside(self, x: np.ndarray, balls: Balls) -> tuple[Inside, Inside]:
+        """Generated images in the widest real balls, and real images in the widest generated ones."""
+
+        def distances(rows: slice) -> np.ndarray:
+            return squared_distances(x[rows], self.real)
+
+        return (
+            Inside.of(len(x), distances, lambda far, rows: far <= self._real_balls.reach),
+            Inside.of(len(x), distances, lambda far, rows: far <= balls.reach[rows, None]).turned(),
+        )
+
+
+@dataclass(frozen=True)
+class Balls:
+    """The nearest others of each vector of a set of N.
+
+    Attributes:
+        neighbours: their places, nearest first, [N, K], K = `CANDIDATES` or all others.
+        distances: squared, [N, K].
+    """
+
+    neighbours: np.ndarray
+    distances: np.ndarray
+
+    @classmethod
+    def around(cls, x: np.ndarray) -> Balls:
+        """Of the vectors `x` [N, D]."""
+        number = min(CANDIDATES, len(x) - 1)
+        neighbours, found = np.empty((len(x), number), np.int64), np.empty((len(x), number))
         for rows in _chunks(len(x)):
-            distances = squared_distances(x[rows], self.real)
-            inside_real[rows] = (distances <= self._real_radii[PRECISION_NEIGHBOURS]).any(axis=1)
-            inside_generated |= (distances <= radii[rows, None]).any(axis=0)
-        return {
-            "precision": mean_draws(inside_real, self.resampling.generated),
-            "recall": mean_draws(inside_generated, self.resampling.real),
-        }
+            distances = squared_distances(x[rows], x)
+            distances[np.arange(len(distances)), np.arange(rows.start, rows.start + len(distances))] = np.inf
+            near = np.argpartition(distances, number - 1, axis=1)[:, :number]
+            far = np.take_along_axis(distances, near, axis=1)
+            order = np.argsort(far, axis=1)
+            neighbours[rows] = np.take_along_axis(near, order, axis=1)
+            found[rows] = np.take_along_axis(far, order, axis=1)
+        return cls(neighbours, found)
 
-    def _density_and_coverage(self, x: np.ndarray) -> dict[str, np.ndarray]:
-        balls, covered = np.zeros(len(x)), np.zeros(len(self.real), bool)
-        for rows in _chunks(len(x)):
-            inside = squared_distances(x[rows], self.real) <= self._real_radii[DENSITY_NEIGHBOURS]
-            balls[rows] = inside.sum(axis=1)
-            covered |= inside.any(axis=0)
-        return {
-            "density": mean_draws(balls / DENSITY_NEIGHBOURS, self.resampling.generated),
-            "coverage": mean_draws(covered, self.resampling.real),
-        }
+    @property
+    def reach(self) -> np.ndarray:
+        """Squared radius that no ball of any half exceeds, [N]."""
+        return self.distances[:, -1]
+
+    def radii(self, k: int, counted: np.ndarray) -> np.ndarray:
+        """Squared distance of each vector to the k-th neighbour among those `counted` [N]; NaN where they are too few.
+
+        Where so few of the candidates are counted that the k-th lies beyond them, the farthest stands in.
+        """
+        if counted.sum() <= k:
+            return np.full(len(counted), np.nan)
+        nearer = np.cumsum(counted[self.neighbours], axis=1) < k
+        place = np.minimum(nearer.sum(axis=1), self.distances.shape[1] - 1)
+        return self.distances[np.arange(len(place)), place]
 
 
-def neighbour_distances(x: np.ndarray, neighbours: list[int]) -> np.ndarray:
-    """Squared distance of each of `x` [N, D] to its k-th nearest other, for each k; [len(neighbours), N]."""
-    found = np.empty((len(neighbours), len(x)))
-    for rows in _chunks(len(x)):
-        distances = squared_distances(x[rows], x)
-        # Place 0 of a row is the vector itself, at no distance.
-        distances[np.arange(distances.shape[0]), np.arange(rows.start, rows.start + len(distances))] = 0
-        found[:, rows] = np.partition(distances, neighbours, axis=1)[:, neighbours].T
-    return found
+@dataclass(frozen=True)
+class Inside:
+    """Pairs of a vector and a ball that may hold it: places [P] of either, squared distance [P] to the centre."""
+
+    vectors: np.ndarray
+    balls: np.ndarray
+    distances: np.ndarray
+
+    @classmethod
+    def of(
+        cls,
+        number: int,
+        distances: Callable[[slice], np.ndarray],
+        near: Callable[[np.ndarray, slice], np.ndarray],
+    ) -> Inside:
+        """The pairs (i, j) of a matrix of `number` rows, given by chunks of rows, that are `near`."""
+        parts = []
+        for rows in _chunks(number):
+            far = distances(rows)
+            i, j = np.nonzero(near(far, rows))
+            parts.append((i + rows.start, j, far[i, j]))
+        return cls(*(np.concatenate(part) for part in zip(*parts, strict=True)))
+
+    def turned(self) -> Inside:
+        """With vectors and balls in each other's place."""
+        return Inside(self.balls, self.vectors, self.distances)
+
+    def share(self, vectors: np.ndarray, balls: np.ndarray, radii: np.ndarray) -> float:
+        """Of the counted `vectors`, the share that lies in a counted ball."""
+        return _share(self.vectors[self._holds(vectors, balls, radii)], vectors, radii)
+
+    def share_filled(self, vectors: np.ndarray, balls: np.ndarray, radii: np.ndarray) -> float:
+        """Of the counted `balls`, the share that holds a counted vector."""
+        return _share(self.balls[self._holds(vectors, balls, radii)], balls, radii)
+
+    def mean_number(self, vectors: np.ndarray, balls: np.ndarray, radii: np.ndarray) -> float:
+        """Of counted balls that hold a counted vector."""
+        return float(self._holds(vectors, balls, radii).sum() / vectors.sum()) if _known(radii) else np.nan
+
+    def _holds(self, vectors: np.ndarray, balls: np.ndarray, radii: np.ndarray) -> np.ndarray:
+        return vectors[self.vectors] & balls[self.balls] & (self.distances <= radii[self.balls])
+
+
+def _share(hit: np.ndarray, counted: np.ndarray, radii: np.ndarray) -> float:
+    return len(np.unique(hit)) / float(counted.sum()) if _known(radii) else np.nan
+
+
+def _known(radii: np.ndarray) -> bool:
+    return bool(len(radii)) and not np.isnan(radii[0])
 
 
 def squared_distances(x: np.ndarray, y: np.ndarray) -> np.ndarray:

@@ -30,7 +30,8 @@ from lcm_lightning.evaluation.protocol import Protocol
 from lcm_lightning.evaluation.reference import Reference
 from lcm_lightning.evaluation.teacher import PerceptualDistance, Picture, distances, perceptual_distance
 
-COMPARED = ("fid", "kid", "cmmd", "clip_score")
+COMPARED = ("fid", "fid_infinity", "kid", "cmmd", "clip_score")
+CORRECTED = ("fid", "fid_infinity")  # see metrics.standard_error
 # What an estimate's interval cannot leave.
 BOUNDS = {"fid": (0.0, np.inf), "density": (0.0, np.inf), "latent_mse": (0.0, np.inf), "perceptual": (0.0, np.inf)}
 BOUNDS |= dict.fromkeys(("precision", "recall", "coverage"), (0.0, 1.0))
@@ -42,7 +43,8 @@ class Measurements:
 
     Attributes:
         models: an entry a contender, in their order.
-        comparisons: a paired difference, a minus b, for every two contenders and every metric of `COMPARED`.
+        comparisons: a paired difference, a minus b, for every two contenders and those metrics of `COMPARED`
+            that both have.
     """
 
     models: list[dict[str, Any]]
@@ -78,7 +80,7 @@ def measure(
     photos = photo_of_each_image(reference, protocol.captions_per_image)
     resampling = Resampling.of(photos, len(reference.captions), protocol.bootstrap_samples, protocol.seed)
     texts = torch.cat([clip.text_features([drawing.prompts[i] for i in batch]) for batch in drawing.batches()]).numpy()
-    judge = Judge(resampling, reference, texts, extractor.name, clip.name, protocol.seed)
+    judge = Judge(resampling, reference, texts, extractor.name, clip.name)
     bar = progress.add_task("intervals", total=len(contenders) * len(resampling.real))
     entries, draws = [], {}
     for contender, folder, sight in zip(contenders, folders, sights, strict=True):
@@ -163,9 +165,9 @@ class Judge:
     """
 
     def __init__(
-        self, resampling: Resampling, reference: Reference, texts: np.ndarray, features: str, clip: str, seed: int
+        self, resampling: Resampling, reference: Reference, texts: np.ndarray, features: str, clip: str
     ) -> None:
-        self.resampling, self.texts, self.features, self.clip, self.seed = resampling, texts, features, clip, seed
+        self.resampling, self.texts, self.features, self.clip = resampling, texts, features, clip
         self._real = reference.features[features]
         self._scale = 1.0 if features == InceptionFeatures.name else unit_scale(self._real)
         self._kid = kid(self._real / self._scale, resampling)
@@ -188,15 +190,14 @@ class Judge:
             "clip_score": mean_draws(clip_scores(features[self.clip], self.texts), counts.generated),
             **self._manifold.draws(generated),
         }
-        estimates = {name: asdict(_estimate(name, drawn, len(generated))) for name, drawn in draws.items()}
-        infinity = frechet_infinity(frechet, counts, draws["fid"], self.seed)
+        infinity = frechet_infinity(draws["fid"], counts, generated.shape[1])
         if infinity is not None:
-            estimates["fid_infinity"] = asdict(infinity)
-        return estimates, draws
+            draws["fid_infinity"] = infinity
+        return {name: asdict(_estimate(name, drawn, len(generated))) for name, drawn in draws.items()}, draws
 
 
 def _estimate(name: str, draws: np.ndarray, n: int) -> Estimate:
-    return estimate(draws, n, BOUNDS.get(name, (-np.inf, np.inf)))
+    return estimate(draws, n, BOUNDS.get(name, (-np.inf, np.inf)), corrected=name in CORRECTED)
 
 
 def _description(contender: Contender, folder: Path, n: int) -> dict[str, Any]:
@@ -228,7 +229,12 @@ def _teacher_entry(
 def compare(draws: Mapping[str, Mapping[str, np.ndarray]], n: int) -> list[dict[str, Any]]:
     """Paired differences of every two contenders, from their draws by slug and metric."""
     return [
-        {"a": a, "b": b, "metric": metric, "difference": asdict(difference(draws[a][metric], draws[b][metric], n))}
+        {"a": a, "b": b, "metric": metric, "difference": asdict(_difference(metric, draws[a], draws[b], n))}
         for a, b in combinations(draws, 2)
         for metric in COMPARED
+        if metric in draws[a] and metric in draws[b]
     ]
+
+
+def _difference(name: str, a: Mapping[str, np.ndarray], b: Mapping[str, np.ndarray], n: int) -> Estimate:
+    return difference(a[name], b[name], n, corrected=name in CORRECTED)

@@ -112,13 +112,14 @@ def without_nan(value: Any) -> Any:
 
 
 def console_tables(metrics: Mapping[str, Any]) -> list[ConsoleTable]:
-    """The report's main figures for a terminal, and the paired differences of FID with their intervals."""
+    """The report's main figures for a terminal, and the paired differences of FID∞, or else KID, with intervals."""
     shown = {"UNet passes": "UNet", "s / image": "s/image", "speed-up": "faster"}
     shown |= {"FID": "FID", "CMMD": "CMMD", "CLIP score": "CLIP"}
     title = (metrics["dataset"], metrics["protocol"], metrics["features"], f"N={metrics['models'][0]['n_images']}")
     found = [_console_table(tables.quality_table(metrics["models"]), shown, ", ".join(title), intervals=False)]
     if (comparisons := tables.comparison_table(metrics)) is not None:
-        found.append(_console_table(comparisons, {"FID": "FID"}, "paired differences", intervals=True))
+        unbiased = "FID∞" if any(heading == "FID∞" for heading, _ in comparisons.headings) else "KID ×1000"
+        found.append(_console_table(comparisons, {unbiased: unbiased}, "paired differences", intervals=True))
     found[-1].caption = "\n".join(metrics["warnings"])
     return found
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 
@@ -159,17 +159,31 @@ def cost_table(models: Sequence[Mapping[str, Any]]) -> Table:
 
 
 def comparison_table(metrics: Mapping[str, Any]) -> Table | None:
-    """One row a pair worth reading, first minus second, paired; None where no differences were measured."""
+    """One row a pair worth reading, first minus second, paired; None where no differences were measured.
+
+    FID is biased by different amounts for different models, which no interval shows: it names a winner only where its
+    limit, FID∞, is known and names the same.
+    """
     comparisons = metrics.get("comparisons") or ()
     found = {(c["a"], c["b"], c["metric"]): c["difference"] for c in comparisons}
     found |= {(c["b"], c["a"], c["metric"]): _turned(c["difference"]) for c in comparisons}
     columns = [metric for metric in METRICS if any(key == metric.key for _, _, key in found)]
     rows = []
     for a, b in telling_pairs(metrics["models"]):
-        cells = [_difference_cell(found.get((a["slug"], b["slug"], metric.key)), metric) for metric in columns]
-        rows.append(Row(a["role"], f"{a['label']} − {b['label']}", tuple(cells)))
-    headings = [("", ""), *((metric.title, f"{metric.better} is better") for metric in columns)]
+        cells = {m.key: _difference_cell(found.get((a["slug"], b["slug"], m.key)), m) for m in columns}
+        if "fid" in cells and cells["fid"].look != cells.get("fid_infinity", Cell("–")).look:
+            cells["fid"] = replace(cells["fid"], look="open")
+        rows.append(Row(a["role"], f"{a['label']} − {b['label']}", tuple(cells.values())))
+    limited = any(metric.key == "fid_infinity" for metric in columns)
+    headings = [("", ""), *(_comparison_heading(metric, limited) for metric in columns)]
     return Table(tuple(headings), tuple(rows)) if rows and columns else None
+
+
+def _comparison_heading(metric: Metric, limited: bool) -> tuple[str, str]:
+    """`limited`: FID's limit was measured."""
+    if metric.key == "fid" and not limited:
+        return f"{metric.title}, biased", "too few images to name a winner: the bias differs between models"
+    return metric.title, f"{metric.better} is better"
 
 
 def telling_pairs(models: Sequence[Mapping[str, Any]]) -> list[tuple[Mapping[str, Any], Mapping[str, Any]]]:
@@ -193,10 +207,6 @@ def telling_pairs(models: Sequence[Mapping[str, Any]]) -> list[tuple[Mapping[str
             (model, other) for other in models[:place] if [other[k] for k in ("role", "sampler", "steps")] == kind
         ]
     return pairs
-
-
-def _kind(model: Mapping[str, Any]) -> tuple[str, str, int]:
-    return model["role"], model["sampler"], model["steps"]
 
 
 def _nearest_rivals(student: Mapping[str, Any], models: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
