@@ -70,10 +70,11 @@ def train(
     every_n_steps: int | None = 1,
     batch_size: int = 4,
     num_workers: int = 0,
+    checkpoint: Path | None = None,
     **options: Any,
 ) -> Small:
-    """Go on with the run in `folder`, or start it."""
-    checkpoint = find_checkpoint("auto", folder)
+    """Go on with the run in `folder`, from its newest checkpoint if none is given, or start it."""
+    checkpoint = checkpoint or find_checkpoint("auto", folder)
     module = Small(kill_at)
     trainer = L.Trainer(
         accelerator="cpu",
@@ -231,6 +232,24 @@ def test_a_checkpoint_holds_tensors_and_plain_containers_of_what_is_trained_only
     train(tmp_path, flickr_shards)
     content = state(tmp_path)  # weights_only
     assert set(content["state_dict"]) == {"layer.weight", "layer.bias"}
+
+
+def test_a_run_that_went_back_goes_on_from_where_it_went_back_to(tmp_path: Path, flickr_shards: Path, whole_runs):
+    """Steps given up, by naming an older checkpoint, come back under no name."""
+    folder, _ = whole_runs()
+    train(tmp_path, flickr_shards, kill_at=9, keep_last=9, best_by="val/loss")
+    checkpoints = tmp_path / "checkpoints"
+    assert global_step(checkpoints / "best.ckpt") == 8
+    back = checkpoints / "step_000003.ckpt"
+    train(tmp_path, flickr_shards, kill_at=0, keep_last=9, checkpoint=back)
+    assert global_step(find_checkpoint("auto", tmp_path)) == 3
+    assert sorted(path.name for path in checkpoints.glob("*.ckpt")) == [
+        "last.ckpt",
+        *(f"step_00000{step}.ckpt" for step in (1, 2, 3)),
+    ]
+    assert (checkpoints / "last.ckpt").samefile(back)
+    train(tmp_path, flickr_shards)
+    assert_same_end(folder, tmp_path)
 
 
 @pytest.mark.parametrize("damage", ["cut off", "empty", "noise"])

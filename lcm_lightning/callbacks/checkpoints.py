@@ -12,7 +12,7 @@ import lightning as L
 from lightning.pytorch.callbacks import Checkpoint
 
 from lcm_lightning.callbacks.loggers import MetricsFile
-from lcm_lightning.checkpoints import publish_link
+from lcm_lightning.checkpoints import global_step, publish_link
 from lcm_lightning.data.plan import steps_per_epoch
 from lcm_lightning.errors import UserError
 from lcm_lightning.files import replace
@@ -93,10 +93,7 @@ class Checkpoints(Checkpoint):
         self.signals.listen(trainer)
         if trainer.is_global_zero:
             (self.folder / PENDING).unlink(missing_ok=True)
-            for path in step_files(self.folder):
-                if step_of(path) > trainer.global_step:
-                    log.warning("%s is of a later step than this run goes on from: renamed *.discarded", path)
-                    path.replace(path.with_suffix(".ckpt.discarded"))
+            discard_later(self.folder, trainer.global_step)
 
     def on_train_batch_end(
         self, trainer: L.Trainer, module: L.LightningModule, outputs: Any, batch: Any, batch_index: int
@@ -192,6 +189,27 @@ def step_files(folder: Path) -> list[Path]:
 def step_of(path: Path) -> int:
     """The step in a checkpoint's name."""
     return int(path.stem.removeprefix("step_"))
+
+
+def discard_later(folder: Path, step: int) -> None:
+    """Rename the checkpoints of steps after `step` to *.discarded, whatever their name; `last.ckpt` is one that is left.
+
+    A run that goes on from `step` has given them up; the next one must not go on from them.
+    """
+    for path in (*step_files(folder), folder / LAST, folder / BEST):
+        if path.is_file() and is_later(path, step):
+            log.warning("%s is of a later step than this run goes on from: renamed *.discarded", path)
+            path.replace(path.with_suffix(".ckpt.discarded"))
+    if step_files(folder) and not (folder / LAST).is_file():
+        publish_link(step_files(folder)[-1], folder / LAST)
+
+
+def is_later(path: Path, step: int) -> bool:
+    """Whether a checkpoint is of a step after `step`, by its name if that tells; not if it cannot be read."""
+    try:
+        return (global_step(path) if path.name in (LAST, BEST) else step_of(path)) > step
+    except UserError:
+        return False
 
 
 def validates_now(trainer: L.Trainer) -> bool:
