@@ -6,13 +6,14 @@ import io
 import json
 import signal
 import tarfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
+from safetensors.numpy import save
 
 from lcm_lightning.data.datamodule import CaptionedImages
 from lcm_lightning.data.images import ImageFault, decode_image
@@ -52,15 +53,34 @@ def encoded(image: Image.Image, format: str, **options: object) -> bytes:
     return buffer.getvalue()
 
 
-def archive(rng: np.random.Generator) -> tuple[bytes, dict[str, bytes]]:
+Contents = Callable[[int, np.random.Generator], tuple[tuple[str, bytes], ...]]
+
+
+def pair(number: int, rng: np.random.Generator) -> tuple[tuple[str, bytes], ...]:
+    """The members of a sample of an image."""
+    captions = json.dumps({"captions": [f"caption {number}"] * int(rng.integers(1, 60))}).encode()
+    return ("jpg", encoded(picture(number), "JPEG")), ("json", captions)
+
+
+def latents(number: int, rng: np.random.Generator) -> tuple[tuple[str, bytes], ...]:
+    """The members of a sample of cached latents."""
+    captions = [f"caption {number}"] * int(rng.integers(1, 60))
+    tensors = {
+        "moments": rng.standard_normal((2, 2, 4, 3, 3)).astype(np.float16),
+        "text": rng.standard_normal((len(captions), 5, 6)).astype(np.float16),
+    }
+    described = json.dumps({"captions": captions, "image_shard": "train-0.tar"}).encode()
+    return ("json", described), ("safetensors", save(tensors))
+
+
+def archive(rng: np.random.Generator, contents: Contents = pair) -> tuple[bytes, dict[str, bytes]]:
     """A shard, and the bytes of each of its samples from the first header to the padding of the last member."""
     buffer, spans = io.BytesIO(), {}
     style = rng.choice([tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
     with tarfile.open(fileobj=buffer, mode="w", format=int(style)) as file:
         for number in range(SAMPLES):
             key, start = f"sample{number}", buffer.tell()
-            captions = json.dumps({"captions": [f"caption {number}"] * int(rng.integers(1, 60))}).encode()
-            for suffix, content in (("jpg", encoded(picture(number), "JPEG")), ("json", captions)):
+            for suffix, content in contents(number, rng):
                 member = tarfile.TarInfo(f"{key}.{suffix}")
                 member.size = len(content)
                 file.addfile(member, io.BytesIO(content))
@@ -101,12 +121,28 @@ def files_below(folder: Path) -> set[str]:
     return {str(path.relative_to(folder)) for path in folder.rglob("*")}
 
 
-def check_archives(cases: range, folder: Path) -> tuple[int, int]:
+def write_index(folder: Path, content: bytes) -> None:
+    """The index of a cache of one whole shard, as `lcm_lightning.caching` leaves it."""
+    shard = {"file": "train-0.tar", "samples": SAMPLES, "bytes": len(content), "sha256": "0"}
+    described = {"key": {}, "crops": 1, "flips": True, "latent_shape": [4, 3, 3], "images": "nowhere"}
+    index = {
+        "format": 1,
+        "name": "fuzz",
+        "splits": {"train": {"samples": SAMPLES, "shards": [shard]}},
+        "latents": described | {"empty_caption": "empty.safetensors"},
+    }
+    (folder / "index.json").write_text(json.dumps(index))
+    (folder / "empty.safetensors").write_bytes(save({"text": np.zeros((5, 6), np.float16)}))
+
+
+def check_archives(cases: range, folder: Path, contents: Contents = pair) -> tuple[int, int]:
     """Deliver every damaged archive's samples; the numbers of good samples and of faults there were."""
     good = faults = 0
     for case in cases:
         rng = np.random.default_rng(case)
-        content, samples = archive(rng)
+        content, samples = archive(rng, contents)
+        if contents is latents:
+            write_index(folder, content)
         content = damaged(content, rng)
         path = folder / "train-0.tar"
         path.write_bytes(content)
@@ -114,7 +150,7 @@ def check_archives(cases: range, folder: Path) -> tuple[int, int]:
         whole = {key for key, span in samples.items() if span in content}
         data = CaptionedImages(
             "fuzz",
-            str(path),
+            str(folder if contents is latents else path),
             resolution=16,
             batch_size=4,
             num_workers=0,
@@ -188,6 +224,12 @@ def test_of_damaged_archives_every_good_sample_is_delivered(tmp_path):
     assert good > FAST and faults > FAST / 2, "the damage is neither total nor none"
 
 
+def test_of_damaged_caches_every_good_sample_is_delivered(tmp_path):
+    (tmp_path / "shards").mkdir()
+    good, faults = check_archives(range(FAST), tmp_path / "shards", latents)
+    assert good > FAST and faults > FAST / 2, "the damage is neither total nor none"
+
+
 def test_damaged_images_are_decoded_or_refused():
     decoded, refused = check_images(range(FAST))
     assert decoded > FAST / 20 and refused > FAST / 5
@@ -197,6 +239,12 @@ def test_damaged_images_are_decoded_or_refused():
 def test_of_two_thousand_damaged_archives_every_good_sample_is_delivered(tmp_path):
     (tmp_path / "shards").mkdir()
     check_archives(range(CASES), tmp_path / "shards")
+
+
+@pytest.mark.faults
+def test_of_two_thousand_damaged_caches_every_good_sample_is_delivered(tmp_path):
+    (tmp_path / "shards").mkdir()
+    check_archives(range(CASES), tmp_path / "shards", latents)
 
 
 @pytest.mark.faults

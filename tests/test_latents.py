@@ -514,6 +514,64 @@ def test_a_damaged_sample_is_left_out_of_its_batch(
     assert "damaged latents" in caplog.text
 
 
+@pytest.mark.parametrize("suffix", ["json", "safetensors"])
+def test_a_damaged_header_costs_one_sample(
+    square_shards: Path, pipeline_folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, suffix: str
+):
+    cache(square_shards, tmp_path, pipeline_folder)
+    shard = tmp_path / "train-000000.tar"
+    with tarfile.open(shard) as archive:
+        first = next(member for member in archive if member.name.endswith(suffix))
+    with shard.open("r+b") as file:
+        file.seek(first.offset)
+        file.write(b"\xff" * 512)
+    loader = data(tmp_path, flip_probability=0, max_bad_fraction=0.5).train_dataloader()
+    loader.set_epoch(0)
+    kept = {key for batch in loader for key, weight in zip(batch["keys"], batch["weight"], strict=True) if weight > 0}
+    assert len(kept) == 10 and first.name.partition(".")[0] not in kept
+    assert loader.bad_samples == 1 and f"left out: shard {shard}" in caplog.text
+
+
+@pytest.mark.parametrize(
+    "description",
+    [b"", b"[" * 100_000, b"[]", b'{"captions": []}', b'{"captions": [3], "image_shard": "a"}', b" " * (2 << 20)],
+)
+def test_a_damaged_description_costs_one_sample(square_latents: Path, tmp_path: Path, description: bytes):
+    folder = shutil.copytree(square_latents, tmp_path / "copy")
+    shard = folder / "train-000000.tar"
+    found = list(members(shard))
+    with tarfile.open(shard, "w") as archive:
+        for number, (name, content) in enumerate(found):
+            member = tarfile.TarInfo(name)
+            member.size = len(description if number == 0 else content)
+            archive.addfile(member, io.BytesIO(description if number == 0 else content))
+    index = json.loads((folder / "index.json").read_text())
+    index["splits"]["train"]["shards"][0]["bytes"] = shard.stat().st_size
+    (folder / "index.json").write_text(json.dumps(index))
+    loader = data(folder, max_bad_fraction=0.5).train_dataloader()
+    loader.set_epoch(0)
+    kept = {key for batch in loader for key, weight in zip(batch["keys"], batch["weight"], strict=True) if weight > 0}
+    assert len(kept) == 10 and loader.bad_samples == 1
+
+
+@pytest.mark.parametrize(
+    "header",
+    [
+        b"[" * 100_000,
+        b'{"text": {"dtype": "F16", "shape": [2, 40], "data_offsets": [0, 281474976710656]}}',
+        b'{"text": {"dtype": "F16", "shape": [2, 40], "data_offsets": [9, 0]}}',
+        b'{"text": {"dtype": "F16", "shape": [0, 40], "data_offsets": [0, 0]}}',
+    ],
+)
+def test_a_header_that_means_harm_is_a_fault_of_that_sample(tmp_path: Path, header: bytes):
+    (tmp_path / "file").write_bytes(len(header).to_bytes(8, "little") + header + b"x" * 160)
+    with pytest.raises(ImageFault, match="damaged latents"):
+        read_rows(tmp_path / "file", 0, {"text": 1})
+    (tmp_path / "file").write_bytes((1 << 40).to_bytes(8, "little") + header)
+    with pytest.raises(ImageFault, match="damaged latents: a header of 1099511627776 bytes"):
+        read_rows(tmp_path / "file", 0, {"text": 1})
+
+
 def test_a_teacher_s_lora_is_fused_without_reading_the_encoders(
     pipeline_folder: Path, square_latents: Path, tiny_model: StableDiffusion, tmp_path: Path
 ):

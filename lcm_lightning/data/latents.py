@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import json
 import struct
-import tarfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -24,14 +23,14 @@ from typing import Any
 import numpy as np
 import torch
 from safetensors.numpy import load_file
-from webdataset.tariterators import base_plus_ext
 
 from lcm_lightning.data.downloads import download, is_url
 from lcm_lightning.data.images import ImageFault
 from lcm_lightning.data.plan import stable_hash
-from lcm_lightning.data.shards import ShardIndex, cache_folder
+from lcm_lightning.data.shards import MAX_CAPTION_BYTES, ShardIndex, cache_folder, grouped
 from lcm_lightning.data.stream import Fault, ShardStream, augmentation_draws
-from lcm_lightning.errors import UserError
+from lcm_lightning.data.tar import MAX_MEMBER_BYTES, Member, read_at
+from lcm_lightning.errors import UserError, first_line
 
 MOMENTS, TEXT = "moments", "text"
 # What happens to an image before the VAE sees it. Change it with `lcm_lightning.data.images`: old caches are refused.
@@ -128,12 +127,11 @@ class LatentChoice:
     empty_text: np.ndarray
     latent_shape: tuple[int, int, int]
 
-    def __call__(self, sample: Mapping[str, Any], seed: int) -> LatentExample:
-        """Read what was chosen. Raises `ImageFault` when the sample is damaged."""
+    def __call__(self, sample: Mapping[str, Any], captions: Sequence[str], seed: int) -> LatentExample:
+        """Read what was chosen of the sample `PlaceReader` has placed. Raises `ImageFault` when it is damaged."""
         choice, dropout, flip, place, _ = augmentation_draws(seed)
         if not self.random:
             choice, place = 0.0, 0.0
-        captions = sample["captions"]
         row = int(place * self.crops) * (1 + self.flips) + bool(self.flips and flip < self.flip_probability)
         caption = int(choice * len(captions))
         dropped = dropout < self.caption_dropout
@@ -157,6 +155,8 @@ def read_rows(path: str | Path, offset: int, rows: Mapping[str, int]) -> dict[st
         with Path(path).open("rb", buffering=0) as file:
             file.seek(offset)
             (length,) = struct.unpack("<Q", file.read(8))
+            if length > MAX_CAPTION_BYTES:
+                raise ImageFault(f"damaged latents: a header of {length} bytes")
             header = json.loads(file.read(length))
             found = {}
             for name, row in rows.items():
@@ -164,48 +164,83 @@ def read_rows(path: str | Path, offset: int, rows: Mapping[str, int]) -> dict[st
                 if header[name]["dtype"] != "F16" or not row < count:
                     raise ImageFault(f"damaged latents: {name} is {header[name]['dtype']} with {count} rows")
                 size = (end - begin) // count
+                if not 0 <= size <= MAX_MEMBER_BYTES:
+                    raise ImageFault(f"damaged latents: {name} has rows of {size} bytes")
                 file.seek(offset + 8 + length + begin + row * size)
                 found[name] = np.frombuffer(file.read(size), np.float16).reshape(shape)
             return found
-    except (OSError, struct.error, ValueError, KeyError, TypeError, MemoryError, OverflowError) as error:
-        if isinstance(error, ImageFault):
-            raise
+    except ImageFault:
+        raise
+    except (OSError, struct.error, ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
         raise ImageFault(f"damaged latents: {error}") from error
 
 
-class PlaceReader:
-    """Key, captions, the image's shard and the place of the tensors of a shard's samples, by number.
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where a sample lies in its shard: its JSON, and the start of its safetensors file; or what is damaged of it."""
 
-    What describes the samples is read once, on first use; a damaged shard has the samples before the damage.
+    key: str
+    described: int
+    described_size: int
+    offset: int
+    fault: str = ""
+
+
+class PlaceReader:
+    """Places the samples of one shard by number; the tar headers are read once, on first use.
+
+    Damaged samples, and stretches of damage, have the last numbers: so many as the index promises are then all whole
+    ones, also where damage has broken one sample into several.
     """
 
     def __init__(self, path: Path) -> None:
-        self.places: list[dict[str, Any]] = []
-        self.damage = "the shard holds fewer samples than were counted"
-        try:
-            self.places.extend(read_places(path))
-        except Exception as error:  # tarfile and zlib raise many types on damaged archives
-            self.damage = str(error)
+        self.path = path
+        with path.open("rb") as archive:
+            places = [place(key, sample) for key, sample in grouped(archive, is_latent_member)]
+        self.places = sorted(places, key=lambda place: bool(place.fault))
 
     def read(self, number: int) -> dict[str, Any]:
-        """Place number `number`. Raises `OSError` where the shard ends before it."""
+        """Key, JSON and offset of sample number `number`. Raises `OSError` where the file is gone, or has changed."""
         if number >= len(self.places):
-            raise OSError(self.damage)
-        return self.places[number]
+            raise OSError("the shard holds fewer samples than were counted")
+        found = self.places[number]
+        if found.fault:
+            return {"__key__": found.key, "__fault__": found.fault}
+        with self.path.open("rb") as archive:
+            described = read_at(archive, found.described, found.described_size)
+        return {"__key__": found.key, "json": described, "offset": found.offset}
 
 
-def read_places(path: Path) -> Iterator[dict[str, Any]]:
-    """What describes each sample of a shard, in order: its JSON, and the offset of its safetensors file."""
-    with tarfile.open(path) as archive:
-        described: dict[str, Any] = {}
-        for member in archive:
-            key, suffix = base_plus_ext(member.name)
-            if suffix == "json":
-                described = {"__key__": key, **json.load(archive.extractfile(member))}
-            elif suffix == "safetensors":
-                if described.get("__key__") != key:
-                    raise tarfile.ReadError(f"{member.name} follows no {key}.json")
-                yield described | {"offset": member.offset_data}
+def is_latent_member(name: str) -> bool:
+    """True for the members a sample of latents is made of."""
+    return name.rpartition(".")[2] in ("json", "safetensors")
+
+
+def place(key: str, sample: Mapping[str, Member]) -> Place:
+    """Where the members of a sample lie."""
+    fault = next((f"{member.name} {member.fault}".strip() for member in sample.values() if member.fault), "")
+    if not fault and (missing := {"json", "safetensors"} - sample.keys()):
+        fault = f"no {', '.join(sorted(missing))}"
+    if not fault and sample["json"].size > MAX_CAPTION_BYTES:
+        fault = f"captions too large: {sample['json'].size} bytes"
+    if fault:
+        return Place(key, 0, 0, 0, fault)
+    return Place(key, sample["json"].offset, sample["json"].size, sample["safetensors"].offset)
+
+
+def parse_description(sample: Mapping[str, Any]) -> tuple[list[str], str]:
+    """Captions of a sample, and the file name of its image's shard. Raises `ImageFault` when it is damaged."""
+    if "__fault__" in sample:
+        raise ImageFault(sample["__fault__"])
+    try:
+        content = json.loads(sample["json"])
+        captions, image_shard = content["captions"], content["image_shard"]
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise ImageFault(f"damaged description: {first_line(error)}") from error
+    texts = isinstance(captions, list) and all(isinstance(text, str) for text in [*captions, image_shard])
+    if not texts or not captions:
+        raise ImageFault("damaged description: no captions, or no shard of its image")
+    return captions, image_shard
 
 
 def decode_latents(
@@ -217,8 +252,9 @@ def decode_latents(
             yield sample
             continue
         try:
+            captions, image_shard = parse_description(sample)
             # As from images: by the name of the shard the image lies in.
-            yield choice(sample, stable_hash(seed, epoch, sample["image_shard"], sample["__key__"]))
+            yield choice(sample, captions, stable_hash(seed, epoch, image_shard, sample["__key__"]))
         except ImageFault as fault:
             yield Fault(sample["__shard__"], sample["__key__"], str(fault))
 

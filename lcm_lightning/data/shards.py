@@ -32,6 +32,7 @@ log = logging.getLogger(__name__)
 
 CAPTION_SUFFIXES = ("json", "txt")
 UNKNOWN = -1
+MAX_CAPTION_BYTES = 1 << 20  # of one member; Python needs a hundred times that for some JSON
 COUNTING = 2  # changes when samples are counted in another way, so that remembered counts are made anew
 
 
@@ -92,15 +93,17 @@ def is_sample_member(name: str) -> bool:
     return not hidden and member_suffix(name) in (*IMAGE_SUFFIXES, *CAPTION_SUFFIXES)
 
 
-def grouped(archive: IO[bytes]) -> Iterator[tuple[str, dict[str, Member]]]:
-    """The samples of an archive in order: their key, and their members by suffix.
+def grouped(
+    archive: IO[bytes], is_part: Callable[[str], bool] = is_sample_member
+) -> Iterator[tuple[str, dict[str, Member]]]:
+    """The samples of an archive in order: their key, and their members by suffix, of those whose name `is_part`.
 
     A sample ends where the next name has another key, or a suffix it has already: keys that come twice are two samples.
     A damaged stretch is a sample of its own, without a key.
     """
     key, sample = "", {}
     for member in members(archive):
-        if member.name and not is_sample_member(member.name):
+        if member.name and not is_part(member.name):
             continue
         folder, slash, file = member.name.rpartition("/")
         stem, _, suffix = file.partition(".")
