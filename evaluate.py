@@ -14,7 +14,7 @@ from lcm_lightning.errors import report_configuration_errors, report_user_errors
 from lcm_lightning.evaluation.dashboard import log_evaluation
 from lcm_lightning.evaluation.evaluation import check_size, evaluate_models
 from lcm_lightning.evaluation.reference import RealImages
-from lcm_lightning.evaluation.report import console_tables
+from lcm_lightning.evaluation.report import console_tables, publish
 from lcm_lightning.evaluation.subject import evaluation_data, find_subjects
 from lcm_lightning.resolvers import register_resolvers
 from lcm_lightning.training import instantiate_each, instantiate_group, make_fabric, quiet_known_warnings, resolve
@@ -56,6 +56,8 @@ def main(cfg: DictConfig) -> None:
         threads=threads,
     )
     if fabric.is_global_zero:
+        if cfg.run is not None and folder.parent == Path(cfg.run).expanduser() / "evaluation":
+            publish(folder, folder.parent)
         for logger in loggers:
             log_evaluation(logger, metrics, folder)
         for table in console_tables(metrics):

@@ -18,6 +18,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from lcm_lightning.errors import UserError
 from lcm_lightning.models.adapters import load_lora, locate_lora, lora_layers, set_active_adapters
+from lcm_lightning.models.identity import tokenizer_digest
 from lcm_lightning.models.runs import MANIFEST, load_run, read_config, read_manifest
 from lcm_lightning.models.stable_diffusion import StableDiffusion
 from lcm_lightning.training import instantiate_group
@@ -224,11 +225,20 @@ def evaluation_data(cfg: DictConfig, sources: Sequence[SubjectSource]) -> DictCo
 
 
 def weights_digest(model: StableDiffusion) -> str:
-    """Hex digest of all weights but the adapters', and of the noise schedule."""
-    schedule = json.dumps(model.scheduler_config, sort_keys=True, default=str)
-    digest = hashlib.sha256(schedule.encode())
+    """Hex digest of all that a model draws by but its adapters.
+
+    Weights, the networks' configs (a VAE's scaling factor is no weight), tokenizer and noise schedule; not where they
+    lie, nor which version of a library wrote them.
+    """
+    configs = [model.unet.config, model.vae.config, model.text_encoder.config.to_dict(), model.scheduler_config]
+    content = [[_without_origin(config) for config in configs], tokenizer_digest(model.tokenizer)]
+    digest = hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode())
     tensors = {k.replace(".base_layer.", "."): v for k, v in model.state_dict().items() if ".lora_" not in k}
     return _hash_tensors(digest, tensors)
+
+
+def _without_origin(config: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in config.items() if not key.startswith("_") and key != "transformers_version"}
 
 
 def adapter_digest(model: StableDiffusion, name: str) -> str:
