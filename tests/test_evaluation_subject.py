@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -26,13 +27,12 @@ from lcm_lightning.evaluation.subject import (
     Subject,
     SubjectSource,
     adapter_digest,
-    evaluation_data,
-    find_subjects,
     weights_digest,
 )
 from lcm_lightning.models.adapters import LoraSettings, add_lora, lora_layers, lora_parameters
 from lcm_lightning.models.stable_diffusion import StableDiffusion, load_stable_diffusion
 from lcm_lightning.resolvers import register_resolvers
+from lcm_lightning.subjects import evaluation_data, find_subjects
 
 CONF = Path(__file__).parent.parent / "conf"
 
@@ -282,3 +282,8 @@ def test_a_base_found_first_without_its_run_knows_the_fine_tuned_model_made_from
     first, second = (entrant.contender for entrant in distinguish(found, keys, teachers))
     assert (first.teacher, first.teachers) == ("base_ddim_50", ("base_ddim_50", "finetuned_ddim_50"))
     assert second.teachers == ("finetuned_ddim_50",)
+
+
+def test_nothing_below_the_entry_points_composes_or_reads_a_configuration():
+    for module in (CONF.parent / "lcm_lightning" / "evaluation").glob("*.py"):
+        assert not re.search(r"^(from|import) (hydra|omegaconf)", module.read_text(), re.MULTILINE), module.name
