@@ -14,9 +14,9 @@ from lcm_lightning.errors import report_configuration_errors, report_user_errors
 from lcm_lightning.evaluation.dashboard import log_evaluation
 from lcm_lightning.evaluation.evaluation import check_size, evaluate_models
 from lcm_lightning.evaluation.reference import RealImages
-from lcm_lightning.evaluation.report import console_tables
-from lcm_lightning.evaluation.subject import evaluation_data, find_subjects
+from lcm_lightning.evaluation.report import console_tables, publish
 from lcm_lightning.resolvers import register_resolvers
+from lcm_lightning.subjects import evaluation_data, find_subjects
 from lcm_lightning.training import instantiate_each, instantiate_group, make_fabric, quiet_known_warnings, resolve
 
 register_resolvers()
@@ -35,9 +35,7 @@ def main(cfg: DictConfig) -> None:
     protocol = instantiate_group(cfg, "evaluation")
     sources = find_subjects(cfg)
     data = evaluation_data(cfg, sources)
-    real = RealImages(
-        data.name, data.source, protocol.split, protocol.num_images, data.resolution, data.get("cache_dir")
-    )
+    real = RealImages(data.name, data.source, protocol.split, protocol.num_images, data.resolution, data.cache_dir)
     check_size(real)  # before there are other processes that would wait for one that gave up
     fabric = make_fabric(cfg.accelerator, cfg.devices)
     threads = torch.get_num_threads()  # launching several processes shares the cores out between them
@@ -56,6 +54,8 @@ def main(cfg: DictConfig) -> None:
         threads=threads,
     )
     if fabric.is_global_zero:
+        if cfg.run is not None and folder.parent == Path(cfg.run).expanduser() / "evaluation":
+            publish(folder, folder.parent)
         for logger in loggers:
             log_evaluation(logger, metrics, folder)
         for table in console_tables(metrics):

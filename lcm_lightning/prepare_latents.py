@@ -18,11 +18,11 @@ from lcm_lightning.data.layouts import recognise
 from lcm_lightning.data.shards import ShardIndex, find_shards, open_split
 from lcm_lightning.data.writing import SKIPPED_NAME, Written
 from lcm_lightning.errors import UserError
-from lcm_lightning.evaluation.subject import parse_dtype
 from lcm_lightning.models.adapters import fuse_lora
 from lcm_lightning.models.stable_diffusion import StableDiffusion
 from lcm_lightning.prepare import skipped_lines, summary
 from lcm_lightning.progress import image_progress
+from lcm_lightning.subjects import parse_dtype
 from lcm_lightning.training import instantiate_group, make_fabric, quiet_known_warnings
 
 

@@ -20,13 +20,13 @@ def mul(a: int, b: int) -> int:
     return a * b
 
 
-def evaluation_folder(run: str | None, name: str, overrides: str) -> str:
-    """Where an evaluation is written: into the folder of the run it is of, or else `outputs/<name>/<digest>`.
+def evaluation_folder(run: str | None, protocol: str, name: str, overrides: str) -> str:
+    """Where an evaluation is written: `<run>/evaluation/<protocol>`, or else `outputs/<name>/<digest>`.
 
     The digest is of the command's `overrides`: the same command finds what it drew before it was stopped.
     """
     if run is not None:
-        return str(Path(run).expanduser() / "evaluation")
+        return str(Path(run).expanduser() / "evaluation" / protocol)
     return f"outputs/{name}/{hashlib.sha256(overrides.encode()).hexdigest()[:8]}"
 
 

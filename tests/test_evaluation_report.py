@@ -18,7 +18,7 @@ from rich.console import Console
 
 from lcm_lightning.evaluation.dashboard import log_evaluation
 from lcm_lightning.evaluation.figures import Grid, curves, frontier
-from lcm_lightning.evaluation.report import SCHEMA_VERSION, console_tables, write_report
+from lcm_lightning.evaluation.report import SCHEMA_VERSION, console_tables, publish, write_report
 from lcm_lightning.evaluation.tables import (
     Cell,
     comparison_table,
@@ -196,6 +196,8 @@ def test_pairs_worth_reading_set_a_student_against_the_rivals_of_its_time(metric
         ("lcm_lora_4", "finetuned_ddim_10"),
         ("lcm_lora_4", "finetuned_dpmpp_10"),
     }
+    metrics["models"][0] |= {"teacher": "base_ddim_50", "teachers": ["base_ddim_50", TEACHER]}  # first found alone
+    assert {(a["slug"], b["slug"]) for a, b in telling_pairs(metrics["models"])} == pairs
     other = {**metrics["models"][6], "slug": "lcm_lora-b_4"}
     assert (other, metrics["models"][6]) in telling_pairs([*metrics["models"], other])
 
@@ -220,6 +222,31 @@ def test_table_1_is_shown_where_it_belongs(metrics: dict[str, Any], tmp_path: Pa
     assert "26.95" in (write(metrics, tmp_path / "a") / "report.html").read_text()
     metrics |= {"protocol": "quick", "dataset": "twemoji/train"}
     assert "26.95" not in (write(metrics, tmp_path / "b") / "report.html").read_text()
+
+
+def test_notes_assume_nothing_of_the_source_and_say_what_fids_interval_is_about(
+    metrics: dict[str, Any], tmp_path: Path
+):
+    folder = write(metrics, tmp_path)
+    for page in ("report.html", "report.md"):
+        text = (folder / page).read_text().replace("&rsquo;", "'")
+        assert re.search(r"If its features are Inception's 2,048, [^.]*rank 99[^.]*1\.68", text)
+        assert "FID's bracket is about its mean at 100 images, which is biased upward" in text
+
+
+def test_a_report_with_fewer_pictures_leaves_no_stale_ones(metrics: dict[str, Any], tmp_path: Path):
+    (tmp_path / "grid-2.png").touch()
+    assert [path.name for path in write(metrics, tmp_path).glob("grid*.png")] == ["grid.png"]
+
+
+def test_a_run_shows_its_newest_evaluation_and_keeps_those_of_other_protocols(metrics: dict[str, Any], tmp_path: Path):
+    for protocol in ("standard", "quick"):
+        write({**metrics, "protocol": protocol}, tmp_path / protocol)
+        publish(tmp_path / protocol, tmp_path)
+        newest = json.loads((tmp_path / "metrics.json").read_text())
+        assert newest["protocol"] == protocol and newest["models"][0]["images"] == f"{protocol}/images/base_ddim_50"
+        assert f"“{protocol}”" in (tmp_path / "report.html").read_text().replace("&ldquo;", "“").replace("&rdquo;", "”")
+    assert json.loads((tmp_path / "standard" / "metrics.json").read_text())["protocol"] == "standard"
 
 
 def test_rivals_and_students_are_curves_by_time(metrics: dict[str, Any]):

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import re
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,22 +17,22 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 
 from lcm_lightning.data.shards import Shard
 from lcm_lightning.errors import UserError
-from lcm_lightning.evaluation import evaluation
+from lcm_lightning.evaluation import evaluation, generation
 from lcm_lightning.evaluation.contenders import Contender, Lineup
 from lcm_lightning.evaluation.evaluation import Entrant, check_size, distinguish
+from lcm_lightning.evaluation.generation import Drawing, image_folder
 from lcm_lightning.evaluation.protocol import Protocol
 from lcm_lightning.evaluation.reference import RealImages
 from lcm_lightning.evaluation.subject import (
     Subject,
     SubjectSource,
     adapter_digest,
-    evaluation_data,
-    find_subjects,
     weights_digest,
 )
 from lcm_lightning.models.adapters import LoraSettings, add_lora, lora_layers, lora_parameters
 from lcm_lightning.models.stable_diffusion import StableDiffusion, load_stable_diffusion
 from lcm_lightning.resolvers import register_resolvers
+from lcm_lightning.subjects import evaluation_data, find_subjects
 
 CONF = Path(__file__).parent.parent / "conf"
 
@@ -128,7 +131,7 @@ def test_the_same_command_finds_its_folder_again(composed, tmp_path: Path):
     assert folder().startswith("outputs/evaluate/")
     assert folder() == folder("devices=2", "accelerator=cpu", "logger=none", "evaluation.latency_repeats=3")
     assert len({folder(), folder("evaluation=quick"), folder("seed=1"), folder("model.path=x")}) == 4
-    assert composed(f"run={tmp_path}", "evaluation=quick").run_dir == f"{tmp_path}/evaluation"
+    assert composed(f"run={tmp_path}", "evaluation=quick").run_dir == f"{tmp_path}/evaluation/quick"
 
 
 def test_runs_on_different_data_need_a_choice(composed, tmp_path: Path):
@@ -202,6 +205,46 @@ def test_identities_know_weights_and_scale_but_not_names(pipeline_folder: Path):
     assert weights_digest(changed) != weights_digest(plain)
 
 
+def test_identities_know_what_is_no_weight_but_decides_pixels(pipeline_folder: Path, tmp_path: Path):
+    def fresh(folder: Path = pipeline_folder) -> StableDiffusion:
+        return load_stable_diffusion(str(folder))
+
+    plain, scaled, cut, scheduled = fresh(), fresh(), fresh(), fresh()
+    elsewhere = fresh(Path(shutil.copytree(pipeline_folder, tmp_path / "copy")))
+    assert weights_digest(elsewhere) == weights_digest(plain)
+    scaled.vae.register_to_config(scaling_factor=0.5)
+    cut.tokenizer.model_max_length = 8
+    scheduled.scheduler_config["beta_end"] = 0.02
+    assert len({weights_digest(model) for model in (plain, scaled, cut, scheduled)}) == 4
+
+
+def test_images_of_another_device_type_version_or_program_are_not_taken(monkeypatch: pytest.MonkeyPatch):
+    contender, drawing = Contender("base", "base", (), "ddim", 5, 7.5), Drawing(["a"], 0, 32, 1)
+
+    def folder(weights: str = "w", device: str = "cpu", dtype: torch.dtype = torch.float32) -> Path:
+        return image_folder(Path("images"), contender, drawing, weights, device, dtype)
+
+    assert folder() == folder()
+    found = {folder(), folder("v"), folder(device="cuda"), folder(dtype=torch.bfloat16)}
+    with monkeypatch.context() as other:
+        other.setattr(generation, "version", lambda package: "0.0")
+        found.add(folder())
+    monkeypatch.setattr(generation, "DRAWING", generation.DRAWING + 1)
+    assert len({*found, folder()}) == 6
+
+
+def test_the_clip_warning_names_the_models_that_share_the_encoder(pipeline_folder: Path):
+    own, judge = load_stable_diffusion(str(pipeline_folder)), SimpleNamespace(name="clip:x", model=SimpleNamespace())
+    judge.model.text_model = load_stable_diffusion(str(pipeline_folder)).text_encoder
+    assert evaluation.shares_text_tower(own, judge)
+    own.text_encoder.get_input_embeddings().weight.data[0] += 1
+    assert not evaluation.shares_text_tower(own, judge)
+    real = RealImages("flickr8k", None, "test", 99, 64)
+    (said,) = evaluation._warnings(["a", "c"], judge, SimpleNamespace(name="inception"), 2, 99, 99, real)
+    assert said.startswith("The text encoder of a, c is the text tower of clip:x")
+    assert not evaluation._warnings([], judge, SimpleNamespace(name="inception"), 2, 99, 99, real)
+
+
 def test_contenders_that_share_a_name_but_not_weights_are_told_apart_and_keep_their_teacher():
     def source(name: str) -> SubjectSource:
         return SubjectSource(name, name, lambda: Subject(None, ()))
@@ -218,10 +261,29 @@ def test_contenders_that_share_a_name_but_not_weights_are_told_apart_and_keep_th
         "4": Entrant(student, c, "s2", Path("4")),  # c has the weights of b
     }
     keys = {("a", "base_ddim_50"): "1", ("b", "base_ddim_50"): "3", ("c", "base_ddim_50"): "3"}
-    named = {entrant.contender.slug: entrant.contender.teacher for entrant in distinguish(found, keys)}
+    teachers = {key: [(entrant.source.name, "base_ddim_50")] for key, entrant in found.items()}
+    named = {entrant.contender.slug: entrant.contender.teacher for entrant in distinguish(found, keys, teachers)}
     assert named == {
         "base-a_ddim_50": "base-a_ddim_50",
         "base-b_ddim_50": "base-b_ddim_50",
         "lcm_lora-a_4": "base-a_ddim_50",
         "lcm_lora-c_4": "base-b_ddim_50",
     }
+
+
+def test_a_base_found_first_without_its_run_knows_the_fine_tuned_model_made_from_it():
+    """`models=[sd15,run:a]`: alone it is its own teacher, and the fine-tuned one is still held against it."""
+    sd15, run = (SubjectSource(name, name, lambda: Subject(None, ())) for name in ("sd15", "a"))
+    base = Contender("base", "base", (), "ddim", 50, 7.5, "base_ddim_50")
+    tuned = Contender("finetuned", "finetuned", ("finetuned",), "ddim", 50, 7.5, "finetuned_ddim_50")
+    found = {"b": Entrant(base, sd15, "w1", Path("b")), "f": Entrant(tuned, run, "w2", Path("f"))}
+    keys = {("sd15", "base_ddim_50"): "b", ("a", "base_ddim_50"): "b", ("a", "finetuned_ddim_50"): "f"}
+    teachers = {"b": [("sd15", "base_ddim_50"), ("a", "finetuned_ddim_50")], "f": [("a", "finetuned_ddim_50")]}
+    first, second = (entrant.contender for entrant in distinguish(found, keys, teachers))
+    assert (first.teacher, first.teachers) == ("base_ddim_50", ("base_ddim_50", "finetuned_ddim_50"))
+    assert second.teachers == ("finetuned_ddim_50",)
+
+
+def test_nothing_below_the_entry_points_composes_or_reads_a_configuration():
+    for module in (CONF.parent / "lcm_lightning" / "evaluation").glob("*.py"):
+        assert not re.search(r"^(from|import) (hydra|omegaconf)", module.read_text(), re.MULTILINE), module.name

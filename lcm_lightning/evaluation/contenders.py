@@ -30,6 +30,8 @@ class Contender:
         adapters: that act, by name; empty for the base model.
         sampler, steps, guidance_scale: see `lcm_lightning.models.sampling.sample`.
         teacher: slug of the contender it is measured against: the teacher at full length, itself for that one.
+        teachers: that slug in each of the compared models that has this contender: a base model is its own teacher
+            alone, and below a fine-tuned one beside it.
         model: which of the compared models it belongs to, where its role alone does not say.
     """
 
@@ -41,6 +43,7 @@ class Contender:
     guidance_scale: float
     teacher: str = ""
     model: str = ""
+    teachers: tuple[str, ...] = ()
 
     @property
     def label(self) -> str:

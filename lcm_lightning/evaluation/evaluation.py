@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -61,6 +61,7 @@ def evaluate_models(
     """
     first = fabric.is_global_zero
     desk = Desk(fabric.device)
+    flattered: list[str] = []
     with image_progress(disable=not first) as progress:
         clip = Clip(protocol.clip, fabric.device)
         with fabric.rank_zero_first():
@@ -68,20 +69,24 @@ def evaluate_models(
             reference = read_reference(real, list({e.name: e for e in (extractor, clip)}.values()), progress)
         prompts = reference.prompts(protocol.captions_per_image)
         drawing = Drawing(prompts, protocol.seed, real.resolution, protocol.batch_size)
-        entrants = draw_everything(sources, desk, protocol, drawing, folder / "images", fabric, progress)
+
+        def look_at(source: SubjectSource, model: StableDiffusion) -> None:
+            flattered.extend([source.name] if shares_text_tower(model, clip) else [])
+
+        entrants = draw_everything(sources, desk, protocol, drawing, folder / "images", fabric, progress, look_at)
         if not first:
             return {}
         torch.set_num_threads(threads)
         contenders = [entrant.contender for entrant in entrants]
         folders = [entrant.folder for entrant in entrants]
         measured = measure(contenders, folders, drawing, reference, extractor, clip, protocol, progress)
-        flattered = _shares_text_tower(desk.model, clip)
         clip.to("cpu")  # what is measured is the model's time and memory, not the judges'
         extractor.to("cpu")
         peak = matrix_peak(fabric.device, desk.model.dtype)
         costs = time_everything(sources, entrants, desk, protocol, drawing, peak, progress)
     for entry, entrant, cost in zip(measured.models, entrants, costs, strict=True):
-        entry |= {"series": entrant.contender.series, "teacher": entrant.contender.teacher, **cost}
+        contender = entrant.contender
+        entry |= {"series": contender.series, "teacher": contender.teacher, "teachers": contender.teachers, **cost}
         entry |= {"source": entrant.source.name, "trained_on": entrant.source.data and entrant.source.data.name}
     dimension = reference.features[extractor.name].shape[1]
     dtype = str(desk.model.dtype).removeprefix("torch.")
@@ -160,31 +165,43 @@ def draw_everything(
     root: Path,
     fabric: Fabric,
     progress: Progress,
+    look_at: Callable[[SubjectSource, StableDiffusion], None],
 ) -> list[Entrant]:
-    """Draw what is missing, model after model; contenders of the same role, weights and sampler are one."""
+    """Draw what is missing, model after model; contenders of the same role, weights and sampler are one.
+
+    `look_at` is called with each model before it draws.
+    """
     found: dict[str, Entrant] = {}
     keys: dict[tuple[str, str], str] = {}
+    teachers: dict[str, list[tuple[str, str]]] = {}
     for source in sources:
         subject = desk.fetch(source)
+        look_at(source, subject.model)
         subject.model.check_resolution(drawing.resolution)
         identities = subject.identities()
         for contender in protocol.lineup.contenders(subject.adapters):
             identity = " ".join(identities[name] for name in ("", *contender.adapters))
-            folder = image_folder(root, contender, drawing, identity)
+            folder = image_folder(root, contender, drawing, identity, desk.device.type, subject.model.dtype)
             key = f"{contender.role} {folder.name}"
             keys[source.name, contender.slug] = key
+            teachers.setdefault(key, []).append((source.name, contender.teacher))
             if key not in found:
                 found[key] = Entrant(contender, source, identity, folder)
                 draw_missing(subject.model, contender, drawing, folder, fabric, progress)
-    return distinguish(found, keys)
+    return distinguish(found, keys, teachers)
 
 
-def distinguish(found: Mapping[str, Entrant], keys: Mapping[tuple[str, str], str]) -> list[Entrant]:
+def distinguish(
+    found: Mapping[str, Entrant],
+    keys: Mapping[tuple[str, str], str],
+    teachers: Mapping[str, Sequence[tuple[str, str]]],
+) -> list[Entrant]:
     """The entrants with names of their own: where a name stands for several weights, that of the source is added.
 
     Args:
         found: by a key of their own.
         keys: that key by name of the source and the contender's slug in it.
+        teachers: by key of an entrant, its teacher's in each source that has it, as `keys` has them.
     """
     owners: dict[str, dict[str, str]] = {}
     for entrant in found.values():
@@ -195,11 +212,12 @@ def distinguish(found: Mapping[str, Entrant], keys: Mapping[tuple[str, str], str
         owner = sharing[entrant.weights]
         return contender if len(sharing) == 1 else replace(contender, name=f"{contender.name}-{owner}", model=owner)
 
-    def with_teacher(entrant: Entrant) -> Entrant:
-        teacher = found[keys[entrant.source.name, entrant.contender.teacher]]
-        return replace(entrant, contender=replace(named(entrant), teacher=named(teacher).slug))
+    def with_teachers(key: str) -> Entrant:
+        slugs = tuple(dict.fromkeys(named(found[keys[place]]).slug for place in teachers[key]))
+        contender = replace(named(found[key]), teacher=slugs[0], teachers=slugs)
+        return replace(found[key], contender=contender)
 
-    return sorted(map(with_teacher, found.values()), key=lambda entrant: ROLES.index(entrant.contender.role))
+    return sorted(map(with_teachers, found), key=lambda entrant: ROLES.index(entrant.contender.role))
 
 
 def time_everything(
@@ -255,7 +273,7 @@ def is_rival(contender: Contender, protocol: Protocol) -> bool:
 
 
 def _warnings(
-    flattered: bool,
+    flattered: Sequence[str],
     clip: Clip,
     extractor: FeatureExtractor,
     dimension: int,
@@ -279,13 +297,14 @@ def _warnings(
         found.append("Prompts and real images are from the training split: nothing here shows generalisation.")
     if flattered:
         found.append(
-            f"The model's text encoder is the text tower of {clip.name}: its CLIP score shows obedience to that "
-            "encoder, and flatters all models of the report alike."
+            f"The text encoder of {', '.join(flattered)} is the text tower of {clip.name}: the CLIP score shows "
+            "obedience to that encoder, and flatters those who draw by it."
         )
     return found
 
 
-def _shares_text_tower(model: StableDiffusion, clip: Clip) -> bool:
+def shares_text_tower(model: StableDiffusion, clip: Clip) -> bool:
+    """Whether a model reads captions by the text tower that the CLIP score is told by."""
     ours = model.text_encoder.get_input_embeddings().weight
     judges = clip.model.text_model.get_input_embeddings().weight  # type: ignore[union-attr, operator]
     return ours.shape == judges.shape and torch.equal(ours.cpu(), judges.detach().cpu().to(ours.dtype))

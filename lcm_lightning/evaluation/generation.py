@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +22,8 @@ from lcm_lightning.models.adapters import merged_adapters
 from lcm_lightning.models.sampling import sample
 from lcm_lightning.models.stable_diffusion import StableDiffusion
 from lcm_lightning.pictures import to_pil
+
+DRAWING = 1  # changes when the same model draws other pixels than before, so that old images are not taken for new
 
 
 @dataclass(frozen=True)
@@ -50,10 +53,19 @@ class Drawing:
         return [range(start, min(start + self.batch_size, total)) for start in range(0, total, self.batch_size)]
 
 
-def image_folder(root: Path, contender: Contender, drawing: Drawing, weights_identity: str) -> Path:
-    """Where a contender's images lie: the name ends in a digest of everything their pixels depend on."""
+def image_folder(
+    root: Path, contender: Contender, drawing: Drawing, weights_identity: str, device: str, dtype: torch.dtype
+) -> Path:
+    """Where a contender's images lie: the name ends in a digest of everything their pixels depend on.
+
+    Args:
+        weights_identity: of the networks with the contender's adapters; see `Subject.identities`.
+        device: kind of device that draws, as "cpu": kernels of different kinds round differently.
+        dtype: of weights and activations.
+    """
     sampler = [contender.sampler, contender.steps, contender.guidance_scale]
-    content = json.dumps([weights_identity, sampler, asdict(drawing)], sort_keys=True, default=list)
+    program = [DRAWING, version("diffusers"), device, str(dtype)]
+    content = json.dumps([program, weights_identity, sampler, asdict(drawing)], sort_keys=True, default=list)
     return root / f"{contender.sampler}_{contender.steps}-{hashlib.sha256(content.encode()).hexdigest()[:12]}"
 
 

@@ -45,8 +45,22 @@ def write_report(folder: Path, metrics: Mapping[str, Any], grids: Sequence[Grid]
         "report.md": environment.get_template("report.md.j2").render(content).encode(),
         "metrics.json": (json.dumps(without_nan(metrics), indent=2) + "\n").encode(),
     }
+    for stale in set(folder.glob("grid*.png")) - {folder / name for name in pictures}:
+        stale.unlink()  # of an earlier evaluation with more contenders
     for name, data in files.items():
         write_atomic(folder / name, data)
+
+
+def publish(folder: Path, place: Path) -> None:
+    """Put page and figures of the newest evaluation of a run, in `folder`, into `place` above it.
+
+    Those of other protocols stay in folders of their own. Image folders in `place`'s metrics.json are relative to it.
+    """
+    metrics = json.loads((folder / "metrics.json").read_text())
+    for model in metrics["models"]:
+        model["images"] = (folder.relative_to(place) / model["images"]).as_posix()
+    write_atomic(place / "report.html", (folder / "report.html").read_bytes())
+    write_atomic(place / "metrics.json", (json.dumps(metrics, indent=2) + "\n").encode())
 
 
 def report_content(metrics: Mapping[str, Any], config: str) -> dict[str, Any]:

@@ -1,30 +1,18 @@
-"""What is evaluated: models with their adapters, where they come from, and what identifies them."""
+"""What is evaluated: models with their adapters, and what identifies them."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from pathlib import Path
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from hydra import compose
-from hydra.core.hydra_config import HydraConfig
-from hydra.errors import ConfigCompositionException, MissingConfigException
-from omegaconf import DictConfig, OmegaConf
 
-from lcm_lightning.errors import UserError
-from lcm_lightning.models.adapters import load_lora, locate_lora, lora_layers, set_active_adapters
-from lcm_lightning.models.runs import MANIFEST, load_run, read_config, read_manifest
+from lcm_lightning.models.adapters import lora_layers
+from lcm_lightning.models.identity import tokenizer_digest
 from lcm_lightning.models.stable_diffusion import StableDiffusion
-from lcm_lightning.training import instantiate_group
-
-DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
-ROLES = ("finetuned", "lcm")
-SPECS = "the name of a file in conf/model, run:FOLDER, or lora:, lcm: or finetuned: with a file or hub id"
 
 
 @dataclass(frozen=True)
@@ -45,6 +33,20 @@ class Subject:
 
 
 @dataclass(frozen=True)
+class DataChoice:
+    """A data set as a configuration names it.
+
+    Attributes:
+        name, source, resolution, cache_dir: see `lcm_lightning.data.datamodule.CaptionedImages`.
+    """
+
+    name: str
+    source: str | None
+    resolution: int
+    cache_dir: str | None = None
+
+
+@dataclass(frozen=True)
 class SubjectSource:
     """Where a subject comes from; nothing is loaded before `load`.
 
@@ -52,183 +54,30 @@ class SubjectSource:
         name: short, unique in an evaluation.
         spec: what the user wrote.
         load: reads model and adapters.
-        data: the data configuration of the run it comes from; None for a model without a run.
+        data: of the run it comes from; None for a model without a run.
     """
 
     name: str
     spec: str
     load: Callable[[], Subject]
-    data: DictConfig | None = None
-
-
-def parse_dtype(dtype: str) -> torch.dtype:
-    """The type called `dtype`.
-
-    Raises:
-        UserError: another name.
-    """
-    if dtype not in DTYPES:
-        raise UserError(f"dtype={dtype}: expected {', '.join(DTYPES)}")
-    return DTYPES[dtype]
-
-
-def load_subject(cfg: DictConfig) -> Subject:
-    """The one model that an entry point's `run`, or its `model`, `lora` and `lora_role`, name.
-
-    Raises:
-        UserError: both or neither, or it cannot be loaded.
-    """
-    return find_subjects(cfg)[0].load()
-
-
-def find_subjects(cfg: DictConfig) -> list[SubjectSource]:
-    """Everything that the entry point's `models` name; `run`, or `model` with or without `lora`, stand for one of them.
-
-    Raises:
-        UserError: several ways at once, none, or something that is not there. What takes long to load is not loaded.
-    """
-    dtype = parse_dtype(cfg.dtype)
-    specs = _specs(cfg)
-    found = [_find(cfg, spec, dtype) for spec in specs]
-    names = Counter(source.name for source in found)
-    seen: Counter[str] = Counter()
-    for place, source in enumerate(found):
-        seen[source.name] += 1
-        if names[source.name] > 1:
-            found[place] = replace(source, name=f"{source.name}-{seen[source.name]}")
-    return found
-
-
-def _specs(cfg: DictConfig) -> list[str]:
-    """`models`, or what the shorthands stand for."""
-    models = cfg.get("models")
-    shorthand = [f"{key}={cfg[key]}" for key in ("run", "lora") if cfg[key] is not None]
-    if models is not None:
-        if isinstance(models, str) or not all(isinstance(spec, str) for spec in models) or not models:
-            raise UserError(f"models={models}: expected a list such as 'models=[sd15,run:outputs/...,lcm:FILE]'")
-        if shorthand:
-            raise UserError(f"{shorthand[0]} and models=...: put it into the list, {shorthand[0].replace('=', ':', 1)}")
-        if repeated := [spec for spec, times in Counter(models).items() if times > 1]:
-            raise UserError(f"models: names {repeated[0]} more than once; name each model once")
-        return list(models)
-    if len(shorthand) > 1:
-        raise UserError(f"run={cfg.run} and lora={cfg.lora}: a run brings its own LoRA; give model=... with lora=...")
-    if shorthand:
-        return [shorthand[0].replace("=", ":", 1)]
-    if cfg.get("model") is None:
-        several = ", or several of them with models=[...]" if "models" in cfg else ""
-        raise UserError(f"give run=outputs/<experiment>/<date_time>, or model=sd15 with or without lora=...{several}")
-    return [_chosen_model()]
-
-
-def _find(cfg: DictConfig, spec: str, dtype: torch.dtype) -> SubjectSource:
-    kind, colon, place = spec.partition(":")
-    if not colon:
-        return _named_model(cfg, spec, dtype)
-    if kind == "run":
-        return _run(cfg, place, spec, dtype)
-    if kind in ("lora", *ROLES):
-        return _lora(cfg, place, cfg.lora_role if kind == "lora" else kind, spec, dtype)
-    raise UserError(f"models: {spec} is of no known kind; expected {SPECS}")
-
-
-def _chosen_model() -> str:
-    """What `model=` chose from conf/model."""
-    return HydraConfig.get().runtime.choices.get("model") or "model"
-
-
-def _named_model(cfg: DictConfig, name: str, dtype: torch.dtype) -> SubjectSource:
-    """A file of conf/model; with the changes made on the command line where `model=` chooses the same."""
-    part = cfg
-    if cfg.get("model") is None or name != _chosen_model():
-        try:
-            composed = compose(HydraConfig.get().job.config_name, overrides=[f"model={name}"])
-        except (MissingConfigException, ConfigCompositionException) as error:
-            looks = f"; a run is written run:{name}" if (Path(name).expanduser() / "config.yaml").is_file() else ""
-            raise UserError(f"models: no model is called {name}; expected {SPECS}{looks}") from error
-        part = OmegaConf.create({"model": OmegaConf.to_container(composed.model, resolve=True)})
-    return SubjectSource(name, name, lambda: Subject(instantiate_group(part, "model", dtype=dtype).eval(), ()))
-
-
-def _run(cfg: DictConfig, run: str, spec: str, dtype: torch.dtype) -> SubjectSource:
-    """The base model of a run with every adapter the run exported."""
-    folder = Path(run).expanduser()
-    config = read_config(folder)
-    read_manifest(folder)  # its absence is known before anything else is drawn
-    overrides = {}
-    if cfg.get("models") is None and cfg.get("model") is not None:
-        overrides = {key: value for key, value in cfg.model.items() if key != "_target_"}
-
-    def load() -> Subject:
-        loaded = load_run(folder, dtype=dtype, **overrides)
-        return Subject(loaded.model.eval(), loaded.adapters)
-
-    return SubjectSource(str(config.get("name") or folder.name), spec, load, config.data)
-
-
-def _lora(cfg: DictConfig, lora: str, role: str | None, spec: str, dtype: torch.dtype) -> SubjectSource:
-    """`model=` with the LoRA at `lora`: a run folder, which knows what its LoRAs are, a file or a hub id."""
-    if cfg.get("model") is None:
-        raise UserError(f"{spec}: a LoRA needs the model it belongs on; add model=sd15")
-    run = Path(lora).expanduser()
-    if (run / "lora" / MANIFEST).is_file():
-        files = {adapter.name: run / "lora" / adapter.file for adapter in read_manifest(run)}
-    elif role in ROLES:
-        files = {role: locate_lora(lora)}
-    else:
-        raise UserError(
-            f"lora_role={role}: say what lora={lora} is: lora_role=lcm for an LCM-LoRA, which is drawn in few "
-            "steps without guidance, or lora_role=finetuned for any other"
-        )
-    return SubjectSource(_lora_name(lora), spec, lambda: _with_adapters(cfg, files, dtype), _data_of(run))
-
-
-def _with_adapters(cfg: DictConfig, files: Mapping[str, Path], dtype: torch.dtype) -> Subject:
-    model: StableDiffusion = instantiate_group(cfg, "model", dtype=dtype)
-    for name, file in files.items():
-        load_lora(model, file, name)
-    set_active_adapters(model, tuple(files))
-    return Subject(model.eval(), tuple(files))
-
-
-def _lora_name(lora: str) -> str:
-    path = Path(lora)
-    generic = path.stem in ("pytorch_lora_weights", "kohya_lora_weights") and path.parent.name
-    parts = [part for part in path.parent.parts if part != "lora"]
-    return parts[-1] if generic and parts else path.stem if path.suffix == ".safetensors" else path.name
-
-
-def _data_of(run: Path) -> DictConfig | None:
-    return read_config(run).get("data") if (run / "config.yaml").is_file() else None
-
-
-def evaluation_data(cfg: DictConfig, sources: Sequence[SubjectSource]) -> DictConfig:
-    """The data set everyone is measured on: `data`, or else what the runs were trained on.
-
-    Raises:
-        UserError: there is none, or the runs have several.
-    """
-    if cfg.get("data") is not None:
-        return cfg.data
-    known = {
-        (source.data.name, source.data.source, source.data.resolution): source for source in sources if source.data
-    }
-    if len(known) > 1:
-        listed = ", ".join(f"{source.spec} on {name}" for (name, _, _), source in known.items())
-        raise UserError(f"data: the runs were trained on different data ({listed}); choose with data=flickr8k, say")
-    if not known:
-        raise UserError("data: a model without a run needs a data set, such as data=flickr8k")
-    (source,) = known.values()
-    assert source.data is not None
-    return source.data
+    data: DataChoice | None = None
 
 
 def weights_digest(model: StableDiffusion) -> str:
-    """Hex digest of all weights but the adapters', and of the noise schedule."""
-    schedule = json.dumps(model.scheduler_config, sort_keys=True, default=str)
-    digest = hashlib.sha256(schedule.encode())
+    """Hex digest of all that a model draws by but its adapters.
+
+    Weights, the networks' configs (a VAE's scaling factor is no weight), tokenizer and noise schedule; not where they
+    lie, nor which version of a library wrote them.
+    """
+    configs = [model.unet.config, model.vae.config, model.text_encoder.config.to_dict(), model.scheduler_config]
+    content = [[_without_origin(config) for config in configs], tokenizer_digest(model.tokenizer)]
+    digest = hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode())
     tensors = {k.replace(".base_layer.", "."): v for k, v in model.state_dict().items() if ".lora_" not in k}
     return _hash_tensors(digest, tensors)
+
+
+def _without_origin(config: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in config.items() if not key.startswith("_") and key != "transformers_version"}
 
 
 def adapter_digest(model: StableDiffusion, name: str) -> str:

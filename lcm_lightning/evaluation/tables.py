@@ -196,8 +196,9 @@ def telling_pairs(models: Sequence[Mapping[str, Any]]) -> list[tuple[Mapping[str
     pairs = []
     for place, model in enumerate(models):
         teacher = by_slug.get(model["teacher"], model)
-        if model["role"] == "base" and teacher["role"] == "finetuned" and model["steps"] == teacher["steps"]:
-            pairs.append((teacher, model))
+        tuned = [by_slug[slug] for slug in model.get("teachers") or [model["teacher"]] if slug in by_slug]
+        if model["role"] == "base":
+            pairs += [(t, model) for t in tuned if t["role"] == "finetuned" and t["steps"] == model["steps"]]
         if model["role"] in ("undistilled", "student"):
             pairs.append((model, teacher))
         if model["role"] == "student":
