@@ -192,7 +192,7 @@ def step_of(path: Path) -> int:
 
 
 def discard_later(folder: Path, step: int) -> None:
-    """Rename the checkpoints of steps after `step` to *.discarded, whatever their name; `last.ckpt` is one that is left.
+    """Rename the checkpoints of steps after `step` to *.discarded, and let `last.ckpt` be one that is left.
 
     A run that goes on from `step` has given them up; the next one must not go on from them.
     """
