@@ -224,7 +224,7 @@ class UnetPretraining(Pretraining):
     def training_step(self, batch: dict[str, Any], batch_index: int) -> Tensor:
         """Mean loss of a batch."""
         loss = (batch["weight"] * self.losses(batch)).mean()
-        self.log("train/loss", loss, prog_bar=True, batch_size=len(batch["keys"]))
+        self.log("train/loss", loss, batch_size=len(batch["keys"]))
         return loss
 
     def validation_step(self, batch: dict[str, Any], batch_index: int) -> None:
