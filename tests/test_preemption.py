@@ -64,8 +64,8 @@ def test_all_ranks_stop_at_the_same_step_when_one_is_asked_to(start: Start, tmp_
 
 
 @pytest.mark.multiprocess
-def test_a_cancelled_job_is_not_queued_again_though_another_rank_heard_slurm_s_warning(tmp_path: Path):
-    """SIGTERM reaches one rank and SIGUSR1, after which a job is queued again, another."""
+def test_ranks_agree_on_the_signal_the_clock_and_the_bad_samples(tmp_path: Path):
+    """SIGTERM reaches one rank and SIGUSR1, after which a job is queued again, another: it was cancelled."""
     context = torch.multiprocessing.get_context("fork")
     asked = [signal.SIGTERM, signal.SIGUSR1, None]
     processes = [
@@ -76,7 +76,7 @@ def test_a_cancelled_job_is_not_queued_again_though_another_rank_heard_slurm_s_w
     for process in processes:
         process.join(60)
     found = [(tmp_path / str(rank)).read_text() for rank in range(3)]
-    assert found == [f"({int(signal.SIGTERM)}, True, 6) False"] * 3
+    assert found == [f"({int(signal.SIGTERM)}, True, 6) [6] False"] * 3
 
 
 def agree(rank: int, received: int | None, store: Path, folder: Path) -> None:
@@ -86,9 +86,13 @@ def agree(rank: int, received: int | None, store: Path, folder: Path) -> None:
     checkpoints.signals.received, checkpoints.signals.requeue_signal = received, signal.SIGUSR1
     checkpoints.saved_at = time.monotonic() - (700 if rank == 0 else 0)
     checkpoints.hosts = torch.distributed.new_group(backend="gloo")
-    trainer = SimpleNamespace(world_size=3, global_step=1, train_dataloader=SimpleNamespace(bad_samples=rank + 1))
+    bad: list[int] = []
+    loader = SimpleNamespace(bad_samples=rank + 1, check_bad=bad.append)
+    trainer = SimpleNamespace(world_size=3, global_step=1, max_steps=9, should_stop=False, train_dataloader=loader)
+    trainer.save_checkpoint = lambda path, weights_only: None
     agreed = checkpoints._agree(trainer)
-    (folder / str(rank)).write_text(f"{agreed} {checkpoints.signals.exception(agreed[0]).requeue}")
+    checkpoints.on_train_batch_end(trainer, None, None, None, 0)
+    (folder / str(rank)).write_text(f"{agreed} {bad} {checkpoints.signals.exception(checkpoints.stopping).requeue}")
     torch.distributed.destroy_process_group()
 
 
