@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import io
 import logging
 from collections.abc import Iterable
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 from omegaconf import OmegaConf
 
 from lcm_lightning.errors import UserError, first_line
-from lcm_lightning.files import replace, write_atomic
+from lcm_lightning.files import atomic_file, replace, write_atomic
 
 log = logging.getLogger(__name__)
 
@@ -31,10 +30,11 @@ class AtomicCheckpointIO(TorchCheckpointIO):
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: object = None) -> None:
         """Write `checkpoint` to `path`, whole or not at all."""
-        content = io.BytesIO()
-        torch.save(checkpoint, content)
         try:
-            write_atomic(Path(path), content.getbuffer())
+            with atomic_file(Path(path)) as file:
+                target = PatientFile(file)
+                torch.save(checkpoint, target)
+                target.check()
         except OSError as error:
             log.warning("checkpoint %s not written (%s); those before it are kept", path, error)
 
@@ -43,6 +43,31 @@ class AtomicCheckpointIO(TorchCheckpointIO):
     ) -> dict[str, Any]:
         """Tensors and plain containers of the file at `path`."""
         return super().load_checkpoint(path, map_location, weights_only=True)
+
+
+class PatientFile:
+    """Takes what `torch.save` writes, and keeps the first error of the disk: torch would raise one of its own."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self.file = file
+        self.error: OSError | None = None
+
+    def write(self, content: bytes | memoryview) -> int:
+        """Write, or drop what follows an error."""
+        if self.error is None:
+            try:
+                self.file.write(content)
+            except OSError as error:
+                self.error = error
+        return memoryview(content).nbytes
+
+    def flush(self) -> None:
+        """`atomic_file` does."""
+
+    def check(self) -> None:
+        """Raise the error that writing met."""
+        if self.error is not None:
+            raise self.error
 
 
 def publish_link(source: Path, target: Path) -> None:

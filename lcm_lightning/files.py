@@ -4,12 +4,22 @@ from __future__ import annotations
 
 import hashlib
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import BinaryIO
 from uuid import uuid4
 
 
 def write_atomic(path: Path, content: bytes | memoryview, *, shared: bool = False) -> None:
-    """Write a file that survives a crash of program or machine whole, or does not appear.
+    """Write a file that survives a crash of program or machine whole, or does not appear. See `atomic_file`."""
+    with atomic_file(path, shared=shared) as file:
+        file.write(content)
+
+
+@contextmanager
+def atomic_file(path: Path, *, shared: bool = False) -> Iterator[BinaryIO]:
+    """A file to write to that appears under its name, whole and synced, at the end of the block.
 
     Args:
         shared: other processes or machines may write the same file at the same moment. Otherwise what a killed process
@@ -22,11 +32,11 @@ def write_atomic(path: Path, content: bytes | memoryview, *, shared: bool = Fals
     temporary = path.with_name(f".{path.name}{f'.{uuid4().hex}' if shared else ''}.tmp")
     try:
         with temporary.open("wb") as file:
-            file.write(content)
+            yield file
             file.flush()
             os.fsync(file.fileno())
         replace(temporary, path)
-    except OSError:
+    except Exception:
         temporary.unlink(missing_ok=True)
         raise
 

@@ -43,16 +43,18 @@ class StopSignals:
         if threading.current_thread() is threading.main_thread():
             for number in {signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, self.requeue_signal or signal.SIGUSR1}:
                 signal.signal(number, self._remember)
+        # Lightning's own way to tell the ranks of SIGTERM, which its handler no longer sees, waits for the device at
+        # each batch.
+        trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None
 
-    def exception(self) -> Preempted:
-        """What to raise; a rank that was not signalled itself follows those that were."""
-        number = self.received or self.requeue_signal or signal.SIGTERM
+    def exception(self, number: int) -> Preempted:
+        """What to raise on all ranks when signal `number` has reached one."""
         return Preempted(number, requeue=number == self.requeue_signal)
 
     def _remember(self, number: int, frame: FrameType | None) -> None:
         if self.received is not None and number == signal.SIGINT:
             raise KeyboardInterrupt
-        self.received = number
+        self.received = max(number, self.received or 0)
         log.warning("%s: saving after this step, then stopping", signal.Signals(number).name)
 
 

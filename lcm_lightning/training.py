@@ -175,6 +175,7 @@ def quiet_known_warnings() -> None:
         ".*isinstance\\(treespec, LeafSpec\\).*",  # Lightning's own use of torch
         ".*does not have many workers.*",  # the number of workers is the user's choice, data.num_workers
         ".*module\\(s\\) in eval mode at the start.*",  # the frozen networks
+        ".*overridden `transfer_batch_to_device` in `LightningModule`.*",  # to leave the seeds on the host
         ".*Already found a `peft_config` attribute.*",  # a run has several adapters
     ):
         warnings.filterwarnings("ignore", message)

@@ -10,7 +10,6 @@ import lightning as L
 import pytest
 import torch
 from lightning.pytorch.strategies import DDPStrategy
-from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
@@ -20,14 +19,16 @@ from lcm_lightning.errors import UserError
 from lcm_lightning.models.adapters import LoraSettings
 from lcm_lightning.models.stable_diffusion import load_stable_diffusion
 from lcm_lightning.modules.adapter_training import propagate_faults
+from lcm_lightning.modules.clipping import FusedClipping
 from lcm_lightning.modules.consistency_distillation import LcmLoraDistillation
 
 
-class Scaled(L.LightningModule):
+class Scaled(FusedClipping):
     """The loss is the mean of a weight times the batch's numbers, so these decide what is finite."""
 
-    def __init__(self) -> None:
+    def __init__(self, fused: bool = False) -> None:
         super().__init__()
+        self.fused = fused
         self.weight = nn.Parameter(torch.ones(3))
         self.weights: list[Tensor] = []  # after each batch
         self.figures: list[float] = []
@@ -39,7 +40,7 @@ class Scaled(L.LightningModule):
         self.weights.append(self.weight.detach().clone())
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        return torch.optim.AdamW(self.parameters(), lr=0.1)
+        return torch.optim.AdamW(self.parameters(), lr=0.1, fused=self.fused)
 
 
 def batches(*numbers: float) -> DataLoader:
@@ -51,21 +52,21 @@ def fit(module: L.LightningModule, loader: Any, folder: Path, *, max_in_a_row: i
     trainer = L.Trainer(
         accelerator="cpu",
         max_epochs=1,
-        log_every_n_steps=1,
         enable_model_summary=False,
         gradient_clip_val=1.0,
-        callbacks=[NumericalFaults(str(folder), max_in_a_row)],
-        **(quiet | options),
+        **({"log_every_n_steps": 1, "callbacks": [NumericalFaults(str(folder), max_in_a_row)]} | quiet | options),
     )
     trainer.fit(module, loader)
     return trainer
 
 
+@pytest.mark.parametrize("fused", [True, False])
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
-def test_a_bad_step_changes_neither_weights_nor_optimizer(tmp_path: Path, bad: float):
-    with_fault, without = Scaled(), Scaled()
-    trainer = fit(with_fault, batches(1.0, bad, 2.0), tmp_path)
-    other = fit(without, batches(1.0, 2.0), tmp_path)
+def test_a_bad_step_changes_neither_weights_nor_optimizer(tmp_path: Path, bad: float, precision: str, fused: bool):
+    with_fault, without = Scaled(fused), Scaled(fused)
+    trainer = fit(with_fault, batches(1.0, bad, 2.0), tmp_path, precision=precision)
+    other = fit(without, batches(1.0, 2.0), tmp_path, precision=precision)
     assert torch.equal(with_fault.weights[0], with_fault.weights[1])
     assert torch.equal(with_fault.weight, without.weight)
     assert str(trainer.optimizers[0].state_dict()) == str(other.optimizers[0].state_dict())
@@ -81,20 +82,35 @@ def test_one_bad_batch_of_an_accumulated_step_costs_that_step_alone(tmp_path: Pa
     assert trainer.callback_metrics["train/skipped_steps"] == 1
 
 
-def test_good_steps_between_bad_ones_reset_the_count(tmp_path: Path):
+@pytest.mark.parametrize("fused", [True, False])
+@pytest.mark.parametrize("log_every_n_steps", [1, 6])
+def test_good_steps_between_bad_ones_reset_the_count(tmp_path: Path, fused: bool, log_every_n_steps: int):
     nan = float("nan")
-    trainer = fit(Scaled(), batches(nan, nan, 1.0, nan, nan, 1.0), tmp_path)
+    numbers = (nan, nan, 1.0, nan, nan, 1.0)
+    trainer = fit(Scaled(fused), batches(*numbers), tmp_path, log_every_n_steps=log_every_n_steps)
     assert trainer.callback_metrics["train/skipped_steps"] == 4
 
 
-def test_too_many_in_a_row_stop_the_run_with_the_batches_of_the_step_saved(tmp_path: Path):
+def test_a_fused_optimizer_s_faults_are_known_a_step_later(tmp_path: Path):
+    loader = batches(1.0, *[float("nan")] * 9)
+    with pytest.raises(UserError, match=r"3 steps in a row.*step_000004_rank_0.json"):
+        fit(module := Scaled(fused=True), loader, tmp_path, log_every_n_steps=100)
+    assert len(module.weights) == 4 and all(torch.equal(module.weights[0], weights) for weights in module.weights)
+
+
+def test_a_checkpoint_counts_the_step_it_follows(tmp_path: Path):
+    callback = NumericalFaults(str(tmp_path))
+    fit(Scaled(fused=True), batches(1.0, float("nan")), tmp_path, log_every_n_steps=100, callbacks=[callback])
+    assert callback.state_dict() == {"skipped": 1, "in_a_row": 1}
+
+
+def test_too_many_in_a_row_stop_the_run_with_the_samples_of_the_step_named(tmp_path: Path):
     nan = float("nan")
     loader = batches(1.0, 1.0, nan, nan, nan, 5.0, nan, nan, 1.0, 1.0)
     message = r"not finite in 3 steps in a row \(callbacks\.faults\.max_in_a_row\).*step_000004_rank_0.*optimizer\.lr"
     with pytest.raises(UserError, match=message):
         fit(Scaled(), loader, tmp_path, accumulate_grad_batches=2)
-    saved = load_file(tmp_path / "step_000004_rank_0.safetensors")
-    assert saved.keys() == {"0.x", "1.x"} and saved["0.x"].isnan().all() and saved["1.x"].isnan().all()
+
     assert json.loads((tmp_path / "step_000004_rank_0.json").read_text()) == [{"keys": ["key nan"]}] * 2
     assert not list(tmp_path.glob(".*"))
 
@@ -129,14 +145,47 @@ def test_all_ranks_leave_out_the_step_that_is_bad_on_one(tmp_path: Path):
     fit(BadOnOneRank(), batches(*[1.0] * 8), tmp_path, devices=2, strategy=strategy, use_distributed_sampler=False)
 
 
+class Overflowing(Scaled):
+    """What fp16 cannot hold becomes infinite in the gradient."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight.register_hook(lambda gradient: torch.where(gradient > 65504, torch.inf, gradient))
+
+
+TOO_LARGE = 3e5  # a gradient of 1e5: too large for fp16 at a scale of 1 too
+
+
 def test_in_fp16_an_overflow_is_the_scaler_s_until_its_scale_is_one(tmp_path: Path):
-    nan = float("nan")
-    numbers = [1.0] + [nan] * 25
     with pytest.raises(UserError, match="3 steps in a row"):
-        fit(Scaled(), batches(*numbers), tmp_path, plugins=[fp16_on_the_cpu()])
+        fit(Overflowing(), batches(1.0, *[TOO_LARGE] * 25), tmp_path, plugins=[fp16_on_the_cpu()])
     (saved,) = tmp_path.glob("*.json")
     # 65536 is halved 16 times by as many overflows; the 3 after those are faults.
     assert saved.name == "step_000020_rank_0.json"
+
+
+def test_in_fp16_no_fault_takes_the_scale_below_one(tmp_path: Path):
+    numbers = [1.0] + [TOO_LARGE] * 25
+    trainer = fit(Overflowing(), batches(*numbers), tmp_path, max_in_a_row=100, plugins=[fp16_on_the_cpu()])
+    assert trainer.callback_metrics["train/skipped_steps"] == 9
+    assert trainer.precision_plugin.scaler.get_scale() == 1
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_in_fp16_a_bad_loss_is_a_fault_at_any_scale(tmp_path: Path, bad: float):
+    module = Scaled()
+    trainer = fit(module, batches(1.0, bad, 1.0), tmp_path, plugins=[fp16_on_the_cpu()])
+    assert trainer.callback_metrics["train/skipped_steps"] == 1
+    assert torch.equal(module.weights[0], module.weights[1]) and not torch.equal(module.weights[1], module.weights[2])
+    assert trainer.precision_plugin.scaler.get_scale() == 65536
+
+
+def test_a_lower_limit_than_the_faults_a_run_goes_on_with_stops_it_too(tmp_path: Path):
+    callback = NumericalFaults(str(tmp_path), 3)
+    callback.load_state_dict({"skipped": 5, "in_a_row": 5})
+    with pytest.raises(UserError, match="6 steps in a row"):
+        fit(Scaled(), batches(float("nan")), tmp_path, callbacks=[callback])
+    assert fit(Scaled(), batches(1.0), tmp_path, callbacks=[callback]).global_step == 1
 
 
 def fp16_on_the_cpu() -> Any:

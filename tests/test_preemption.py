@@ -7,10 +7,13 @@ import re
 import signal
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 from test_kill import Command, Start, assert_same_end, start, whole_run
 
+from lcm_lightning.callbacks.checkpoints import Checkpoints
 from lcm_lightning.checkpoints import checkpoint_files, find_checkpoint, global_step
 
 __all__ = ["start"]  # the fixture
@@ -58,6 +61,39 @@ def test_all_ranks_stop_at_the_same_step_when_one_is_asked_to(start: Start, tmp_
     os.kill(command.processes[1], signal.SIGTERM)
     assert command.wait() == [128 + signal.SIGTERM] * 2, command.log.read_text()
     assert saved_step_as_said(run, command.log, "SIGTERM") < 20
+
+
+@pytest.mark.multiprocess
+def test_ranks_agree_on_the_signal_the_clock_and_the_bad_samples(tmp_path: Path):
+    """SIGTERM reaches one rank and SIGUSR1, after which a job is queued again, another: it was cancelled."""
+    context = torch.multiprocessing.get_context("fork")
+    asked = [signal.SIGTERM, signal.SIGUSR1, None]
+    processes = [
+        context.Process(target=agree, args=(rank, asked[rank], tmp_path / "store", tmp_path)) for rank in range(3)
+    ]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(60)
+    found = [(tmp_path / str(rank)).read_text() for rank in range(3)]
+    assert found == [f"({int(signal.SIGTERM)}, True, 6) [6] False"] * 3
+
+
+def agree(rank: int, received: int | None, store: Path, folder: Path) -> None:
+    """Write what three ranks agree on, of which the first alone finds a checkpoint due, and whether to queue again."""
+    torch.distributed.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=3)
+    checkpoints = Checkpoints(str(folder), every_n_minutes=10)
+    checkpoints.signals.received, checkpoints.signals.requeue_signal = received, signal.SIGUSR1
+    checkpoints.saved_at = time.monotonic() - (700 if rank == 0 else 0)
+    checkpoints.hosts = torch.distributed.new_group(backend="gloo")
+    bad: list[int] = []
+    loader = SimpleNamespace(bad_samples=rank + 1, check_bad=bad.append)
+    trainer = SimpleNamespace(world_size=3, global_step=1, max_steps=9, should_stop=False, train_dataloader=loader)
+    trainer.save_checkpoint = lambda path, weights_only: None
+    agreed = checkpoints._agree(trainer)
+    checkpoints.on_train_batch_end(trainer, None, None, None, 0)
+    (folder / str(rank)).write_text(f"{agreed} {bad} {checkpoints.signals.exception(checkpoints.stopping).requeue}")
+    torch.distributed.destroy_process_group()
 
 
 @pytest.mark.slow

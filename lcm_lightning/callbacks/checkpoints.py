@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
+import torch
 from lightning.pytorch.callbacks import Checkpoint
 
 from lcm_lightning.callbacks.loggers import MetricsFile
@@ -64,7 +65,8 @@ class Checkpoints(Checkpoint):
         self.saved_step = 0
         self.saved_at = 0.0  # seconds
         self.owed = False  # a validation fell between two batches of one step
-        self.stopping = False
+        self.stopping = 0  # the signal that asked some rank to stop
+        self.hosts: Any = None  # the ranks' process group for numbers on the host
         self.best = False  # the checkpoint about to appear is the best one
 
     # ---- what of it is state ---------------------------------------------------------------------------------------
@@ -91,6 +93,8 @@ class Checkpoints(Checkpoint):
         """Listen to signals; put checkpoints of steps this run has yet to make out of the way."""
         self.step, self.saved_at = trainer.global_step, time.monotonic()
         self.signals.listen(trainer)
+        if trainer.world_size > 1:
+            self.hosts = torch.distributed.new_group(backend="gloo")
         if trainer.is_global_zero:
             (self.folder / PENDING).unlink(missing_ok=True)
             discard_later(self.folder, trainer.global_step)
@@ -102,15 +106,17 @@ class Checkpoints(Checkpoint):
         stepped, self.step = trainer.global_step != self.step, trainer.global_step
         if not stepped or self._is_last_step(trainer):
             return
-        self.stopping = trainer.strategy.reduce_boolean_decision(self.signals.received is not None, all=False)
-        if self.stopping or (self._is_due(trainer) and not validates_now(trainer)):
+        self.stopping, due, bad_samples = self._agree(trainer)
+        if hasattr(trainer.train_dataloader, "check_bad"):
+            trainer.train_dataloader.check_bad(bad_samples)
+        if self.stopping or (due and not validates_now(trainer)):
             self._save(trainer)
 
     def on_train_batch_start(self, trainer: L.Trainer, module: L.LightningModule, batch: Any, batch_index: int) -> None:
         """The figures of the step before are logged: let its checkpoint appear."""
         self._publish(trainer)
         if self.stopping:
-            raise self.signals.exception()
+            raise self.signals.exception(self.stopping)
 
     def on_validation_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         """Save, unless the validation fell in the middle of an accumulated step: then after it."""
@@ -134,13 +140,24 @@ class Checkpoints(Checkpoint):
     def _is_last_step(self, trainer: L.Trainer) -> bool:
         return trainer.should_stop or trainer.global_step == trainer.max_steps
 
+    def _agree(self, trainer: L.Trainer) -> tuple[int, bool, int]:
+        """The signal to stop by or 0, whether a checkpoint is due, and the epoch's bad samples: alike on all ranks.
+
+        One exchange of a few numbers between hosts; no device is waited for.
+        """
+        mine = [self.signals.received or 0, self._is_due(trainer), getattr(trainer.train_dataloader, "bad_samples", 0)]
+        ranks = [torch.tensor(mine, dtype=torch.int64)]
+        if self.hosts is not None:
+            ranks = [torch.empty(len(mine), dtype=torch.int64) for _ in range(trainer.world_size)]
+            torch.distributed.all_gather(ranks, torch.tensor(mine, dtype=torch.int64), group=self.hosts)
+        signals, due, bad_samples = zip(*(numbers.tolist() for numbers in ranks), strict=True)
+        # SIGTERM is above the signal after which a job is queued again: a cancelled job is not.
+        return max(signals), bool(due[0]), sum(bad_samples)  # by the clock of the first rank
+
     def _is_due(self, trainer: L.Trainer) -> bool:
         if self.owed or (self.every_n_steps and trainer.global_step % self.every_n_steps == 0):
             return True
-        if self.every_n_minutes is None:
-            return False
-        late = time.monotonic() - self.saved_at >= 60 * self.every_n_minutes
-        return trainer.strategy.broadcast(late)  # the clock of the first rank
+        return self.every_n_minutes is not None and time.monotonic() - self.saved_at >= 60 * self.every_n_minutes
 
     def _is_best(self, trainer: L.Trainer) -> bool:
         if self.best_by is None:
@@ -192,7 +209,7 @@ def step_of(path: Path) -> int:
 
 
 def discard_later(folder: Path, step: int) -> None:
-    """Rename the checkpoints of steps after `step` to *.discarded under every name; `last.ckpt` is one that is left.
+    """Rename the checkpoints of steps after `step` to *.discarded, and let `last.ckpt` be one that is left.
 
     A run that goes on from `step` has given them up; the next one must not go on from them.
     """

@@ -10,8 +10,8 @@ from typing import Any
 import lightning as L
 import torch
 from lightning.pytorch.plugins import MixedPrecision
-from safetensors.torch import save as safetensors_bytes
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from lcm_lightning.errors import UserError
@@ -19,19 +19,25 @@ from lcm_lightning.files import write_atomic
 
 log = logging.getLogger(__name__)
 
+Samples = list[dict[str, Any]]
+
 
 class NumericalFaults(L.Callback):
-    """Leave out optimizer steps with a non-finite gradient, count them, and stop after too many in a row.
+    """Leave out optimizer steps with a non-finite loss or gradient, count them, and stop after too many in a row.
 
     The gradient is looked at after the ranks have averaged theirs, so all of them decide alike; a non-finite loss
-    makes it non-finite (`AdapterTraining`). In fp16 an overflow is what Lightning's loss scaler expects: it leaves
-    the step out and lowers the scale, and only overflows at a scale of 1 count here.
+    makes it non-finite (`AdapterTraining`). In fp16 an overflow of the gradient alone is what Lightning's loss scaler
+    expects: it leaves the step out and lowers the scale, and only overflows at a scale of 1 count here.
 
-    Logs `train/skipped_steps`, the number so far. The batches of the step that stops a run are written to
-    `folder/step_<n>_rank_<r>.safetensors` (tensors) and `.json` (captions, keys).
+    A fused optimizer leaves a step out on the device, by the flag it takes from loss scalers. The host learns of it
+    one step later, or when it logs or saves, and never waits for the device in between. For other optimizers the host
+    must know before the step.
+
+    Logs `train/skipped_steps`, the number so far. What tells the samples of the step that stops a run (keys, captions,
+    seeds) is written to `folder/step_<n>_rank_<r>.json`; with these the data module makes the same batches again.
 
     Args:
-        folder: where these batches go.
+        folder: where that goes.
         max_in_a_row: so many steps left out one after the other stop the run.
     """
 
@@ -42,11 +48,16 @@ class NumericalFaults(L.Callback):
         self.max_in_a_row = max_in_a_row
         self.skipped = 0
         self.in_a_row = 0
-        self.batches: list[dict[str, Any]] = []  # of the optimizer step that is running
         self.step = 0
+        self.samples: Samples = []  # of the optimizer step that is running, a part for each of its batches
+        self.loss_is_finite: Tensor | None = None  # of the same step, on the device
+        self.unread: Verdict | None = None  # on the step before
+        self.last_fault: tuple[int, Samples] | None = None  # None once a step was good
+        self.scale: float | None = None  # of a loss scaler that must not answer the fault at hand
 
     def state_dict(self) -> dict[str, int]:
         """The counts."""
+        self._read()
         return {"skipped": self.skipped, "in_a_row": self.in_a_row}
 
     def load_state_dict(self, state_dict: dict[str, int]) -> None:
@@ -56,57 +67,128 @@ class NumericalFaults(L.Callback):
     def on_train_batch_start(
         self, trainer: L.Trainer, module: L.LightningModule, batch: dict[str, Any], batch_index: int
     ) -> None:
-        """Keep the batches of the step at hand."""
+        """Keep what tells the samples of the step at hand."""
         if trainer.global_step != self.step:
-            self.step, self.batches = trainer.global_step, []
-        self.batches.append(batch)
+            self.step, self.samples, self.loss_is_finite = trainer.global_step, [], None
+        self.samples.append({name: value for name, value in batch.items() if is_description(name, value)})
+
+    def on_before_backward(self, trainer: L.Trainer, module: L.LightningModule, loss: Tensor) -> None:
+        """Look at the loss of each batch of a step."""
+        finite = torch.isfinite(loss.detach())
+        self.loss_is_finite = finite if self.loss_is_finite is None else self.loss_is_finite & finite
 
     def on_before_optimizer_step(self, trainer: L.Trainer, module: L.LightningModule, optimizer: Optimizer) -> None:
-        """Drop a non-finite gradient: an optimizer leaves parameters without one as they are, its own state too."""
-        if gradient_is_finite(module):
-            self.in_a_row = 0
-        elif scaler_has_room(trainer):
+        """Let a bad step change neither parameters nor the optimizer's state."""
+        step, finite = trainer.global_step + 1, gradient_is_finite(module)
+        if takes_found_inf(optimizer):
+            optimizer.found_inf = (~finite).float()  # type: ignore[attr-defined]
+            self._read()
+            self.unread = Verdict(step, finite, self.samples)
+        elif finite:
+            self._count(step, True, self.samples)
+        elif self._is_overflow(trainer):
             return
+        else:
+            self._count(step, False, self.samples)
+            # An optimizer leaves parameters without a gradient as they are, its own state too.
+            for parameter in module.parameters():
+                parameter.grad = None
+        if step % trainer.log_every_n_steps == 0:
+            self._read()
+            module.log("train/skipped_steps", float(self.skipped))
+        if self.last_fault is not None and self.in_a_row >= self.max_in_a_row:
+            self._stop(trainer, *self.last_fault)
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, module: L.LightningModule, outputs: Any, batch: dict[str, Any], batch_index: int
+    ) -> None:
+        """Give a loss scaler back the scale it has lowered for a fault that is no overflow."""
+        if self.scale is not None:
+            loss_scaler(trainer).update(self.scale)  # type: ignore[union-attr]
+            self.scale = None
+
+    def _read(self) -> None:
+        if self.unread is not None:
+            verdict, self.unread = self.unread, None
+            self._count(verdict.step, verdict.read(), verdict.samples)
+
+    def _count(self, step: int, finite: bool, samples: Samples) -> None:
+        if finite:
+            self.in_a_row, self.last_fault = 0, None
         else:
             self.skipped += 1
             self.in_a_row += 1
-            log.warning("step %d left out: loss or gradient not finite", trainer.global_step + 1)
-            if self.in_a_row == self.max_in_a_row:
-                self._stop(trainer)
-            for parameter in module.parameters():
-                parameter.grad = None
-        if (trainer.global_step + 1) % trainer.log_every_n_steps == 0:
-            module.log("train/skipped_steps", float(self.skipped))
+            self.last_fault = step, samples
+            log.warning("step %d left out: loss or gradient not finite", step)
 
-    def _stop(self, trainer: L.Trainer) -> None:
-        path = self.folder / f"step_{trainer.global_step + 1:06d}_rank_{trainer.global_rank}"
-        save_batches(path, self.batches)
+    def _is_overflow(self, trainer: L.Trainer) -> bool:
+        """Whether a lower loss scale may mend the gradient: the same answer on all ranks, which call it together."""
+        scaler = loss_scaler(trainer)
+        if scaler is None:
+            return False
+        losses_are_finite = trainer.strategy.reduce_boolean_decision(bool(self.loss_is_finite))
+        if scaler.get_scale() > 1 and losses_are_finite:
+            return True
+        self.scale = max(scaler.get_scale(), 1.0)
+        return False
+
+    def _stop(self, trainer: L.Trainer, step: int, samples: Samples) -> None:
+        path = self.folder / f"step_{step:06d}_rank_{trainer.global_rank}.json"
+        try:
+            save_samples(path, samples)
+        except OSError as error:
+            log.warning("%s not written (%s)", path, error)
         raise UserError(
             f"loss or gradient not finite in {self.in_a_row} steps in a row (callbacks.faults.max_in_a_row); the last "
-            f"one's batch is in {path}.safetensors and .json; lower optimizer.lr, or try trainer.precision=32-true; "
+            f"one's samples are named in {path}; lower optimizer.lr, or try trainer.precision=32-true; "
             "resume=auto goes on from the last checkpoint"
         )
 
 
-def gradient_is_finite(module: nn.Module) -> bool:
-    """Whether the norm of all gradients, over all shards where they are sharded, is a number."""
+class Verdict:
+    """Whether a step was good, on its way from the device to the host."""
+
+    def __init__(self, step: int, finite: Tensor, samples: Samples) -> None:
+        self.step = step
+        self.samples = samples
+        self.finite = finite.to("cpu", non_blocking=True)
+        self.arrived: torch.cuda.Event | None = None
+        if finite.is_cuda:
+            self.arrived = torch.cuda.Event()
+            self.arrived.record()
+
+    def read(self) -> bool:
+        """Wait for the copy, which has long arrived if a step was queued since."""
+        if self.arrived is not None:
+            self.arrived.synchronize()
+        return bool(self.finite.numpy())
+
+
+def gradient_is_finite(module: nn.Module) -> Tensor:
+    """Whether the norm of all gradients, over all shards where there are some, is a number: bool [], not waited for."""
     gradients = [parameter.grad for parameter in module.parameters() if parameter.grad is not None]
     norm = nn.utils.get_total_norm(gradients)
-    return bool(torch.isfinite(norm.full_tensor() if hasattr(norm, "full_tensor") else norm))
+    return torch.isfinite(norm.full_tensor() if isinstance(norm, DTensor) else norm)
 
 
-def scaler_has_room(trainer: L.Trainer) -> bool:
-    """Whether a loss scaler can still answer an overflow with a lower scale."""
+def takes_found_inf(optimizer: Optimizer) -> bool:
+    """Whether the optimizer's kernel leaves out a step whose `found_inf` is 1; those on sharded tensors do not."""
+    parameters = (parameter for group in optimizer.param_groups for parameter in group["params"])
+    return bool(optimizer.defaults.get("fused")) and not any(isinstance(parameter, DTensor) for parameter in parameters)
+
+
+def loss_scaler(trainer: L.Trainer) -> torch.amp.GradScaler | None:
+    """The loss scaler of fp16 training."""
     plugin = trainer.precision_plugin
-    scaler = plugin.scaler if isinstance(plugin, MixedPrecision) else None
-    return scaler is not None and scaler.get_scale() > 1
+    return plugin.scaler if isinstance(plugin, MixedPrecision) else None
 
 
-def save_batches(path: Path, batches: list[dict[str, Any]]) -> None:
-    """Write the accumulated batches of a step to `path`.safetensors and `path`.json, tensors and the rest."""
-    tensors, rest = {}, []
-    for number, batch in enumerate(batches):
-        rest.append({name: value for name, value in batch.items() if not isinstance(value, Tensor)})
-        tensors |= {f"{number}.{name}": value.cpu() for name, value in batch.items() if isinstance(value, Tensor)}
-    write_atomic(path.with_suffix(".safetensors"), safetensors_bytes(tensors))
-    write_atomic(path.with_suffix(".json"), (json.dumps(rest, indent=2, default=str) + "\n").encode())
+def is_description(name: str, value: object) -> bool:
+    """Whether part of a batch tells its samples, and is small and on the host."""
+    return name == "seed" or not isinstance(value, Tensor)
+
+
+def save_samples(path: Path, samples: Samples) -> None:
+    """Write what tells the samples of a step's batches as JSON. Raises `OSError`."""
+    plain = [{name: v.tolist() if isinstance(v, Tensor) else v for name, v in part.items()} for part in samples]
+    write_atomic(path, (json.dumps(plain, indent=2, default=str) + "\n").encode())

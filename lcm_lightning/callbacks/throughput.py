@@ -59,7 +59,7 @@ class Throughput(L.Callback):
             return
         now = time.perf_counter()
         seconds, waited = self.seconds + now - self.started, trainer.train_dataloader.waited
-        module.log("train/images_per_second", self.images / seconds, prog_bar=True)
+        module.log("train/images_per_second", self.images / seconds)
         module.log("train/data_wait_fraction", (waited - self.waited) / seconds)
         module.log("train/peak_memory_gb", peak_memory_gb(module.device))
         self.images, self.seconds, self.started, self.waited = 0, 0.0, now, waited

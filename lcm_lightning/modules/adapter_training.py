@@ -6,7 +6,6 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, ClassVar
 
-import lightning as L
 import torch
 from diffusers.optimization import SchedulerType, get_scheduler
 from torch import Tensor, nn
@@ -20,6 +19,7 @@ from lcm_lightning.errors import UserError
 from lcm_lightning.models.adapters import LoraSettings, add_lora, lora_parameters
 from lcm_lightning.models.sampling import SamplingSetup
 from lcm_lightning.models.stable_diffusion import StableDiffusion
+from lcm_lightning.modules.clipping import FusedClipping
 from lcm_lightning.modules.randomness import SampleRandomness
 
 # Piecewise constant ones would need rules of their own.
@@ -33,7 +33,7 @@ def propagate_faults(loss: Tensor) -> Tensor:
     return loss * torch.where(torch.isfinite(loss.detach()), 1.0, torch.nan)
 
 
-class AdapterTraining(L.LightningModule, ABC):
+class AdapterTraining(FusedClipping, ABC):
     """Train the adapter `adapter_name` of a frozen Stable Diffusion model.
 
     A batch holds `pixel_values` float32 [B, 3, H, W] in [-1, 1], `captions` (B strings), `seed` int64 [B] and `weight`
@@ -93,11 +93,16 @@ class AdapterTraining(L.LightningModule, ABC):
     ) -> list[SamplingSetup]:
         """The ways of drawing images that show what training has done."""
 
+    def transfer_batch_to_device(self, batch: dict[str, Any], device: torch.device, dataloader_index: int) -> Any:
+        """All but the seeds, which are for generators on the host: to read them back would wait for the device."""
+        moved = super().transfer_batch_to_device({**batch, "seed": None}, device, dataloader_index)
+        return {**moved, "seed": batch["seed"]}
+
     def training_step(self, batch: dict[str, Any], batch_index: int) -> Tensor:
         """Weighted mean loss of a batch."""
-        torch.manual_seed(int(batch["seed"][0]))  # of LoRA dropout, which a resumed run must draw alike
+        torch.manual_seed(batch["seed"].tolist()[0])  # of LoRA dropout, which a resumed run must draw alike
         loss = propagate_faults((batch["weight"] * self._batch_losses(batch)).mean())
-        self.log("train/loss", loss, prog_bar=True, batch_size=len(batch["captions"]))
+        self.log("train/loss", loss, batch_size=len(batch["captions"]))
         return loss
 
     def validation_step(self, batch: dict[str, Any], batch_index: int) -> None:

@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-import lightning as L
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from torch import Tensor, nn
@@ -30,6 +29,7 @@ from lcm_lightning.models.tiny import (
     tiny_vae,
     train_tokenizer,
 )
+from lcm_lightning.modules.clipping import FusedClipping
 from lcm_lightning.modules.randomness import SampleRandomness
 
 OptimizerFactory = Callable[[Iterable[nn.Parameter]], Optimizer]
@@ -44,7 +44,7 @@ def trapezoid(step: int, *, warmup: int, decay: int, total: int) -> float:
     return max(0.0, min(1.0, (step + 1) / max(warmup, 1), (total - step) / max(decay, 1)))
 
 
-class Pretraining(L.LightningModule, ABC):
+class Pretraining(FusedClipping, ABC):
     """What the three trainings share: optimizer, learning rate, and the folder the finished network is written to.
 
     Args:
@@ -224,7 +224,7 @@ class UnetPretraining(Pretraining):
     def training_step(self, batch: dict[str, Any], batch_index: int) -> Tensor:
         """Mean loss of a batch."""
         loss = (batch["weight"] * self.losses(batch)).mean()
-        self.log("train/loss", loss, prog_bar=True, batch_size=len(batch["keys"]))
+        self.log("train/loss", loss, batch_size=len(batch["keys"]))
         return loss
 
     def validation_step(self, batch: dict[str, Any], batch_index: int) -> None:

@@ -16,7 +16,7 @@ class SampleRandomness:
     """One CPU generator for each sample of a batch. Draws must be made in a fixed order.
 
     Args:
-        seeds: int64 [B], each at least 0.
+        seeds: int64 [B] on the CPU, each at least 0.
         device: where draws are put.
     """
 
