@@ -150,6 +150,9 @@ def read_sample(archive: IO[bytes], key: str, sample: Mapping[str, Member]) -> d
     for member in sample.values():
         if member.fault:
             return {"__key__": key, "__fault__": f"{member.name} {member.fault}".strip()}
+    captions = [member.size for suffix, member in sample.items() if member_suffix("." + suffix) in CAPTION_SUFFIXES]
+    if (size := max(captions, default=0)) > MAX_CAPTION_BYTES:
+        return {"__key__": key, "__fault__": f"captions too large: {size} bytes"}
     if (size := sum(member.size for member in sample.values())) > MAX_MEMBER_BYTES:
         return {"__key__": key, "__fault__": f"too large: {size} bytes"}
     return {"__key__": key} | {suffix: read_at(archive, m.offset, m.size) for suffix, m in sample.items()}
