@@ -16,7 +16,9 @@ from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNe
 from PIL import Image
 from transformers import CLIPTextConfig, CLIPTextModel
 
+from lcm_lightning.caching import CacheSettings, cache_key, cache_latents
 from lcm_lightning.data.records import Record
+from lcm_lightning.data.shards import find_shards
 from lcm_lightning.data.writing import ShardSettings, write_shards
 from lcm_lightning.models.architectures import SD15_SCHEDULER, byte_tokenizer
 from lcm_lightning.models.stable_diffusion import StableDiffusion, load_stable_diffusion
@@ -109,6 +111,21 @@ def flickr_shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ]
     write_shards(records, folder, name="flickr8k", settings=ShardSettings(samples_per_shard=6), workers=1)
     return folder
+
+
+def cached_latents(shards: Path, pipeline: Path, output: Path, resolution: int = 32) -> Path:
+    """`output`, filled with the latents of a folder of shards of images by a pipeline, in float32."""
+    model = load_stable_diffusion(str(pipeline))
+    cache_latents(
+        find_shards(str(shards)),
+        output,
+        images=str(shards),
+        model=model,
+        key=cache_key(model, resolution, None),
+        settings=CacheSettings(flips=True, dtype="float32"),
+        workers=1,
+    )
+    return output
 
 
 def noise_jpeg(seed: int) -> bytes:

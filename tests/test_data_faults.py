@@ -98,6 +98,11 @@ UNREADABLE = {
     "caption in UTF-16": (pair("bad", caption="a photo".encode("utf-16")), "'bad': captions are not UTF-8"),
     "json that is none": ([("bad.png", png()), ("bad.json", b"{caption: a}")], "'bad': captions are no JSON"),
     "json without end": ([("bad.png", png()), ("bad.json", b"[" * 100_000)], "'bad': captions are no JSON"),
+    "json of 2 MB": (
+        [("bad.png", png()), ("bad.json", b'{"caption": "a"' + b" " * (2 << 20) + b"}")],
+        "captions too large",
+    ),
+    "text of 2 MB": (pair("bad", caption=b"a " * (1 << 20)), "sample 'bad': captions too large: 2097152 bytes"),
     "json of another kind": ([("bad.png", png()), ("bad.json", b'{"captions": [{"a": [1]}]}')], "'bad': no caption"),
     "one pixel": (pair("bad", png(size=(1, 1))), "sample 'bad': too small: 1x1"),
     "a hair": (pair("bad", png(size=(8, 500_000))), "sample 'bad': too elongated: 8x500000"),
@@ -337,6 +342,17 @@ def with_ranges(request: http.server.BaseHTTPRequestHandler, content: bytes) -> 
     send(request, content, len(content), ranges=True)
 
 
+def etagged(tag: str, after: int | None = None) -> Answer:
+    """A server that keeps to RFC 9110: a part only of the version the client has begun with."""
+
+    def answer(request: http.server.BaseHTTPRequestHandler, content: bytes) -> None:
+        content = content if tag == '"new"' else content[::-1]
+        same = request.headers.get("If-Range") in (None, tag)
+        send(request, content, len(content) if after is None else after, ranges=same, tag=tag)
+
+    return answer
+
+
 def dropping(after: int, ranges: bool = False) -> Answer:
     return lambda request, content: send(request, content, after, ranges)
 
@@ -361,7 +377,12 @@ def trickling(request: http.server.BaseHTTPRequestHandler, content: bytes) -> No
 
 
 def send(
-    request: http.server.BaseHTTPRequestHandler, content: bytes, length: int, ranges: bool, pause: float = 0.0
+    request: http.server.BaseHTTPRequestHandler,
+    content: bytes,
+    length: int,
+    ranges: bool,
+    pause: float = 0.0,
+    tag: str | None = None,
 ) -> None:
     """Send `length` of the bytes that were announced, from where the client asks if `ranges`."""
     wish = re.fullmatch(r"bytes=(\d+)-", request.headers.get("Range", ""))
@@ -370,6 +391,8 @@ def send(
     if start:
         request.send_header("Content-Range", f"bytes {start}-{len(content) - 1}/{len(content)}")
     request.send_header("Content-Length", str(len(content) - start))
+    if tag is not None:
+        request.send_header("ETag", tag)
     request.end_headers()
     request.wfile.write(content[start : start + length])
     request.wfile.flush()
@@ -441,6 +464,13 @@ def test_a_download_that_fails_is_tried_again_from_where_it_broke(server, tmp_pa
     assert [wish for _, wish in server.requests] == ranges
     assert caplog.text.count("trying again in") == len(answers) - 1
     assert [file.name for file in (tmp_path / "shards").iterdir()] == [path.name]
+
+
+@pytest.mark.parametrize("second", ['"new"', '"old"'])
+def test_a_download_never_joins_parts_of_two_versions(server, tmp_path, second):
+    address = server.add("/0.tar", CONTENT, etagged('"old"', after=30_000), etagged(second))
+    assert download(address, tmp_path).read_bytes() == (CONTENT if second == '"new"' else CONTENT[::-1])
+    assert [wish for _, wish in server.requests] == [None, "bytes=30000-"]
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import tarfile
 import time
+import weakref
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from PIL import Image
 
 from lcm_lightning.data.datamodule import CaptionedImages
 from lcm_lightning.data.shards import ShardReader, read_samples
+from lcm_lightning.data.stream import ShardStream
 
 Members = list[tuple[str, bytes]]
 
@@ -54,6 +56,32 @@ def test_a_cut_off_shard_gives_the_samples_before_the_cut(tmp_path: Path):
     assert "damaged" in reader.read(5)["__fault__"]
     with pytest.raises(OSError, match="fewer samples than were counted"):
         reader.read(6)
+
+
+def test_readers_are_held_no_longer_than_a_shuffle_window_needs_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """40 shards of 10 samples in windows of 20: two shards fill a window."""
+    for shard in range(40):
+        tar(
+            tmp_path / f"train-{shard:02d}.tar",
+            [m for n in range(10) for m in ((f"k{n}.png", b""), (f"k{n}.txt", b"a"))],
+        )
+    opened, alive, most = 0, weakref.WeakSet(), 0
+
+    class Watched(ShardReader):
+        def __init__(self, path: Path) -> None:
+            nonlocal opened, most
+            super().__init__(path)
+            alive.add(self)
+            opened, most = opened + 1, max(most, len(alive))
+
+    monkeypatch.setattr(ShardStream, "open_shard", Watched)
+    options = {"shuffle_buffer": 20, "num_workers": 0, "val_limit": 0, "max_bad_fraction": 1.0}
+    data = CaptionedImages("red", str(tmp_path), resolution=32, cache_dir=str(tmp_path / "cache"), **options)
+    loader = data.train_dataloader()
+    for number in range(2):
+        loader.set_epoch(number)
+        assert sum(1 for _ in loader) == 50
+    assert opened == 2 * 40 and most <= 4
 
 
 @pytest.mark.slow

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import noise_jpeg
+from conftest import cached_latents, noise_jpeg
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -106,6 +106,28 @@ def test_two_processes_train_what_one_does(
         assert column(Path(name), "val/loss") == pytest.approx(column(Path("one"), "val/loss"), rel=1e-5)
         pictures = [np.asarray(Image.open(f"{run}/samples/step_000005.png"), dtype=int) for run in ("one", name)]
         assert np.abs(pictures[0] - pictures[1]).max() <= 1  # of 255
+
+
+@pytest.mark.slow
+@pytest.mark.multiprocess
+def test_two_processes_train_on_cached_latents_what_one_does(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pipeline_folder: Path, seven_shards: Path, train_command: Command
+):
+    monkeypatch.chdir(tmp_path)
+    latents = cached_latents(seven_shards, pipeline_folder, tmp_path / "latents")
+    common = ("experiment=lora_flickr8k", f"model.path={pipeline_folder}", f"data.source={latents}", *COMMON, *SGD)
+    common += ("optimizer.lr=2.0", "callbacks.samples=null")
+    for name, options in {
+        "one": ("trainer=cpu", "data.batch_size=8"),
+        "two": (*STRATEGIES["ddp_sim"], "data.batch_size=4"),
+    }.items():
+        finished = train_command(*common, *options, f"hydra.run.dir={name}")
+        assert finished.returncode == 0, finished.stderr
+    expected, found = (load_file(f"{run}/lora/pytorch_lora_weights.safetensors") for run in ("one", "two"))
+    assert max(tensor.abs().max() for key, tensor in expected.items() if ".lora_B." in key) > 1e-2
+    for key, tensor in expected.items():
+        torch.testing.assert_close(found[key], tensor, rtol=0, atol=1e-5)
+    assert column(Path("two"), "val/loss") == pytest.approx(column(Path("one"), "val/loss"), rel=1e-5)
 
 
 def name_in(key: str) -> str:

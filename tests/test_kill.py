@@ -9,9 +9,11 @@ import contextlib
 import csv
 import os
 import random
+import shutil
 import signal
 import socket
 import sys
+import tarfile
 import time
 import traceback
 from collections.abc import Callable
@@ -21,6 +23,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import cached_latents
+from safetensors.numpy import load, save
 from test_entry_points import SMALL, in_process
 
 COMMON = (
@@ -47,13 +51,16 @@ SETTINGS: dict[str, tuple[int, tuple[str, ...]]] = {
         ("experiment=lora_flickr8k", "data.num_workers=1", "trainer.accumulate_grad_batches=2"),
     ),
     "lcm, two workers": (1, ("experiment=lcm_flickr8k", "data.num_workers=2")),
+    # With latents, which take the place of the images' shards, and with latents of which one sample is not a number.
+    "lcm, latents, two workers": (1, ("experiment=lcm_flickr8k", "data.num_workers=2", "data.source=latents")),
+    "lora, a sample that is no number": (1, ("experiment=lora_flickr8k", "data.source=spoilt", "data.num_workers=1")),
     "lora, two processes": (2, ("experiment=lora_flickr8k", *TWO)),
     "lcm, two processes, a worker each, accumulated": (
         2,
         ("experiment=lcm_flickr8k", *TWO, "data.num_workers=1", "trainer.accumulate_grad_batches=2"),
     ),
 }
-TIMED = ("train/images_per_second", "train/peak_memory_gb")
+TIMED = ("train/images_per_second", "train/peak_memory_gb", "train/data_wait_fraction")
 
 
 def free_port() -> int:
@@ -127,6 +134,8 @@ def start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pipeline_folder: Path
     """Starts a run of `SETTINGS` in a folder."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    cached_latents(flickr_shards, pipeline_folder, tmp_path / "latents")
+    spoil_one_sample(shutil.copytree(tmp_path / "latents", tmp_path / "spoilt") / "train-000000.tar")
     started: list[Command] = []
 
     def run(setting: str, folder: Path, *overrides: str) -> Command:
@@ -138,6 +147,19 @@ def start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pipeline_folder: Path
         return command
 
     return run
+
+
+def spoil_one_sample(shard: Path) -> None:
+    """Put NaN into all latents of the first sample."""
+    with tarfile.open(shard) as archive:
+        first = next(member for member in archive if member.name.endswith(".safetensors"))
+        content = archive.extractfile(first).read()
+    tensors = load(content)
+    spoilt = save({name: np.full_like(t, np.nan) if name == "moments" else t for name, t in tensors.items()})
+    assert len(spoilt) == len(content)
+    with shard.open("r+b") as file:
+        file.seek(first.offset_data)
+        file.write(spoilt)
 
 
 def rows(run: Path) -> list[dict[str, str]]:
@@ -192,7 +214,15 @@ def whole_run(start: Start, setting: str, folder: Path) -> float:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("setting", ["lcm, two workers", "lora, one worker, accumulated"])
+@pytest.mark.parametrize(
+    "setting",
+    [
+        "lcm, two workers",
+        "lora, one worker, accumulated",
+        "lcm, latents, two workers",
+        "lora, a sample that is no number",
+    ],
+)
 def test_a_few_kills_change_no_bit(start: Start, tmp_path: Path, setting: str):
     seconds = whole_run(start, setting, tmp_path / "whole")
     kill_until(start, setting, tmp_path / "killed", seconds, 3, random.Random(setting))

@@ -572,6 +572,39 @@ def test_a_header_that_means_harm_is_a_fault_of_that_sample(tmp_path: Path, head
         read_rows(tmp_path / "file", 0, {"text": 1})
 
 
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"format": 2}, "has format 2, this version of lcm-lightning reads 1"),
+        ({"latents": {"key": {}}}, "run prepare again"),
+        ({"latents": []}, "run prepare again"),
+        ({"crops": "two"}, "crops is two"),
+        ({"latent_shape": 4}, "index.json is none of cached latents"),
+        ({"latent_shape": ["a", 1, 1]}, "latent_shape is"),
+        ({"pyramid": 3}, "index.json is none of cached latents"),
+        ({"key": None}, "key is None"),
+    ],
+)
+def test_an_index_of_others_is_one_message(square_latents: Path, tmp_path: Path, change: dict[str, Any], said: str):
+    folder = shutil.copytree(square_latents, tmp_path / "copy")
+    index = json.loads((folder / "index.json").read_text())
+    for name, value in change.items():
+        (index if name in index else index["latents"])[name] = value
+    (folder / "index.json").write_text(json.dumps(index))
+    with pytest.raises(UserError, match=r"data\.source") as refusal:
+        data(folder).prepare_data()
+    assert said in str(refusal.value)
+
+
+@pytest.mark.parametrize("content", [None, b"", b"no tensors", save_bytes({"other": np.zeros(1, np.float16)})])
+def test_a_cache_without_its_empty_caption_is_one_message(square_latents: Path, tmp_path: Path, content: bytes | None):
+    folder = shutil.copytree(square_latents, tmp_path / "copy")
+    place = folder / "empty_caption.safetensors"
+    place.unlink() if content is None else place.write_bytes(content)
+    with pytest.raises(UserError, match=r"empty_caption.safetensors is missing or damaged"):
+        data(folder).train_dataloader()
+
+
 def test_a_teacher_s_lora_is_fused_without_reading_the_encoders(
     pipeline_folder: Path, square_latents: Path, tiny_model: StableDiffusion, tmp_path: Path
 ):

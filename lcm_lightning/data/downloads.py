@@ -13,7 +13,7 @@ import time
 import urllib.error
 import urllib.parse
 import urllib.request
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any
@@ -107,9 +107,12 @@ def fetch_file(address: str, path: Path) -> str:
     """
     with path.open("wb") as file, Progress(transient=True) as progress:
         bar = progress.add_task(Path(address).name, total=None)
+        version: dict[str, str] = {}
         for attempt in range(1, ATTEMPTS + 1):
             try:
-                fetch_rest(address, file, lambda done, total: progress.update(bar, completed=done, total=total))
+                fetch_rest(
+                    address, file, version, lambda done, total: progress.update(bar, completed=done, total=total)
+                )
                 break
             except NETWORK_ERRORS as error:
                 wait = pause(error, attempt)
@@ -125,15 +128,26 @@ def fetch_file(address: str, path: Path) -> str:
     return digest.hexdigest()
 
 
-def fetch_rest(address: str, file: IO[bytes], on_progress: Callable[[int, int | None], None]) -> None:
-    """Append what `file` lacks of `address`. Raises one of `NETWORK_ERRORS` when the server does not give it all."""
+def fetch_rest(
+    address: str, file: IO[bytes], version: dict[str, str], on_progress: Callable[[int, int | None], None]
+) -> None:
+    """Append what `file` lacks of `address`. Raises one of `NETWORK_ERRORS` when the server does not give it all.
+
+    Args:
+        version: the header "If-Range" once the server has told a version; then it sends the rest of that one, or all of
+            another (RFC 9110, section 13.1.5).
+    """
     had = file.tell()
-    request = urllib.request.Request(address, headers={"Range": f"bytes={had}-"} if had else {})
+    request = urllib.request.Request(address, headers={"Range": f"bytes={had}-", **version} if had else {})
     with urllib.request.urlopen(request, timeout=TIMEOUT) as response:
         if had and not response.headers.get("Content-Range", "").startswith(f"bytes {had}-"):  # it sends all again
             file.seek(0)
             file.truncate()
             had = 0
+        if not had:
+            version.clear()
+            if tag := strong_validator(response.headers):
+                version["If-Range"] = tag
         length = response.headers.get("Content-Length")
         total = had + int(length) if length and length.isdigit() else None
         started = time.monotonic()
@@ -145,6 +159,12 @@ def fetch_rest(address: str, file: IO[bytes], on_progress: Callable[[int, int | 
                 raise TimeoutError(f"slower than {SLOWEST} bytes/s")
     if total is not None and file.tell() != total:
         raise ConnectionError(f"the connection closed after {file.tell()} of {total} bytes")
+
+
+def strong_validator(headers: Mapping[str, str]) -> str | None:
+    """The entity tag of a file, None for a weak one or none: only a strong one promises the same bytes."""
+    tag = headers.get("ETag", "")
+    return tag if tag.startswith('"') else None
 
 
 def receive(response: http.client.HTTPResponse) -> bytes:

@@ -18,10 +18,11 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, get_origin, get_type_hints
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from safetensors.numpy import load_file
 
 from lcm_lightning.data.downloads import download, is_url
@@ -81,17 +82,36 @@ class LatentCache:
             )
 
     def empty_text(self, cache_dir: str | None) -> np.ndarray:
-        """Embedding of the empty caption, float16 [L, D]."""
+        """Embedding of the empty caption, float16 [L, D]. Raises `UserError` where it is missing or damaged."""
         place = self.empty_caption
-        return load_file(download(place, cache_folder(cache_dir)) if is_url(place) else place)[TEXT]
+        try:
+            text = load_file(download(place, cache_folder(cache_dir)) if is_url(place) else place)[TEXT]
+        except (OSError, KeyError, SafetensorError) as error:
+            raise UserError(
+                f"data.source={self.source}: {place} is missing or damaged ({first_line(error)}); make the cache "
+                "again, finished shards are kept"
+            ) from error
+        return text
 
 
 def latent_cache(index: ShardIndex, source: str) -> LatentCache | None:
-    """The cache an index describes; None where its shards hold images."""
+    """The cache an index describes; None where its shards hold images. Raises `UserError` for an index of others."""
     if index.latents is None:
         return None
-    content = index.latents
-    return LatentCache(source, **{**content, "latent_shape": tuple(content["latent_shape"])})
+    try:
+        cache = LatentCache(source, **{**index.latents, "latent_shape": tuple(index.latents["latent_shape"])})
+        for field, hint in get_type_hints(LatentCache).items():
+            if not isinstance(getattr(cache, field), get_origin(hint) or hint):
+                raise TypeError(f"{field} is {getattr(cache, field)}")
+        if len(cache.latent_shape) != 3 or not all(isinstance(size, int) for size in cache.latent_shape):
+            raise TypeError(f"latent_shape is {cache.latent_shape}")
+    except (KeyError, TypeError) as error:
+        raise UserError(
+            f"data.source={source}: its index.json is none of cached latents as this version makes them "
+            f"({first_line(error)}); install the version that wrote it, or make the cache again with\n"
+            "  python -m lcm_lightning.prepare data=... cache=latents model=... data.resolution=..."
+        ) from error
+    return cache
 
 
 @dataclass(frozen=True)

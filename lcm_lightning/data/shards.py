@@ -23,7 +23,7 @@ from PIL import Image
 
 from lcm_lightning.data.downloads import DownloadError, download, fetch_json, is_url, list_hub_shards
 from lcm_lightning.data.images import ImageFault, decode_image
-from lcm_lightning.data.records import IMAGE_SUFFIXES, INDEX_NAME, PARTS_NAME, SPLIT_NAMES, clean_caption
+from lcm_lightning.data.records import IMAGE_SUFFIXES, INDEX_FORMAT, INDEX_NAME, PARTS_NAME, SPLIT_NAMES, clean_caption
 from lcm_lightning.data.tar import MAX_MEMBER_BYTES, Member, members, read_at
 from lcm_lightning.errors import UserError
 from lcm_lightning.files import sha256_of, write_atomic
@@ -151,6 +151,9 @@ def read_sample(archive: IO[bytes], key: str, sample: Mapping[str, Member]) -> d
     for member in sample.values():
         if member.fault:
             return {"__key__": key, "__fault__": f"{member.name} {member.fault}".strip()}
+    captions = [member.size for suffix, member in sample.items() if member_suffix("." + suffix) in CAPTION_SUFFIXES]
+    if (size := max(captions, default=0)) > MAX_CAPTION_BYTES:
+        return {"__key__": key, "__fault__": f"captions too large: {size} bytes"}
     if (size := sum(member.size for member in sample.values())) > MAX_MEMBER_BYTES:
         return {"__key__": key, "__fault__": f"too large: {size} bytes"}
     return {"__key__": key} | {suffix: read_at(archive, m.offset, m.size) for suffix, m in sample.items()}
@@ -257,6 +260,11 @@ def index_from_json(content: Mapping[str, Any], locate: Callable[[str], str]) ->
 
 
 def _index_from_json(content: Mapping[str, Any], locate: Callable[[str], str]) -> ShardIndex:
+    if content.get("format", INDEX_FORMAT) != INDEX_FORMAT:
+        raise UserError(
+            f"data.source: {locate(INDEX_NAME)} has format {content['format']}, this version of lcm-lightning reads "
+            f"{INDEX_FORMAT}; install the version that wrote it, or run prepare again"
+        )
     entries = {
         split: {locate(shard["file"]): shard for shard in part["shards"]} for split, part in content["splits"].items()
     }
@@ -276,7 +284,7 @@ def index_folder(folder: Path) -> ShardIndex | None:
     if (folder / INDEX_NAME).is_file():
         try:
             content = json.loads((folder / INDEX_NAME).read_text())
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise UserError(f"data.source={folder}: {INDEX_NAME} is damaged ({error}); run prepare again") from error
         return index_from_json(content, lambda file: str(folder / file))
     if (folder / PARTS_NAME).is_dir():

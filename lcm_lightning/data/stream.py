@@ -98,16 +98,24 @@ def augmentation_draws(seed: int) -> np.ndarray:
 def read_planned(
     shards: Sequence[Shard], plan: StreamPlan, open_shard: Callable[[Path], SampleReader]
 ) -> Iterator[dict[str, Any] | Fault]:
-    """Stage 1: the raw samples of the plan, one by one; a fault in the place of each that its shard fails to give."""
+    """Stage 1: the raw samples of the plan, one by one; a fault in the place of each that its shard fails to give.
+
+    A reader knows the place of every sample of its shard. It is let go after the last one the plan takes from it, so
+    that those of the shards of one or two shuffle windows are there at a time, and none is made twice in an epoch.
+    """
+    last_use = {shard: place for place, shard in enumerate(plan.shards.tolist())}
     readers: dict[int, SampleReader] = {}
-    for shard, number in zip(plan.shards.tolist(), plan.numbers.tolist(), strict=True):
+    for place, (shard, number) in enumerate(zip(plan.shards.tolist(), plan.numbers.tolist(), strict=True)):
         path = shards[shard].path
         try:
             if shard not in readers:
                 readers[shard] = open_shard(path)
-            yield readers[shard].read(number) | {"__shard__": str(path)}
+            sample: dict[str, Any] | Fault = readers[shard].read(number) | {"__shard__": str(path)}
         except OSError as error:
-            yield Fault(str(path), "", f"unreadable shard: {error}")
+            sample = Fault(str(path), "", f"unreadable shard: {error}")
+        if last_use[shard] == place:
+            readers.pop(shard, None)
+        yield sample
 
 
 def decode(samples: Iterable[dict[str, Any] | Fault], augment: Augmentation, seed: int, epoch: int) -> Iterator[Any]:

@@ -25,7 +25,7 @@ REGULAR = (tarfile.REGTYPE, tarfile.AREGTYPE, tarfile.CONTTYPE)
 GNU_NAME, PAX = tarfile.GNUTYPE_LONGNAME, tarfile.XHDTYPE
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Member:
     """A regular file of an archive, or a damaged stretch.
 

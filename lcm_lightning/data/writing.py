@@ -25,12 +25,11 @@ from typing import Any
 from PIL import Image
 
 from lcm_lightning.data.images import ImageFault, announced_size, open_image, orientation, to_rgb
-from lcm_lightning.data.records import INDEX_NAME, PARTS_NAME, SPLITS, Record, clean_caption
+from lcm_lightning.data.records import INDEX_FORMAT, INDEX_NAME, PARTS_NAME, SPLITS, Record, clean_caption
 from lcm_lightning.errors import UserError
 from lcm_lightning.files import sha256_of as sha256_of  # for the cache of latents
 from lcm_lightning.files import write_atomic
 
-FORMAT = 1
 SKIPPED_NAME = "skipped.csv"
 # Formats every consumer reads; with the suffix their bytes are stored under.
 KEPT_FORMATS = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp"}
@@ -186,7 +185,7 @@ def image_name(record: Record) -> str:
 
 def digest_of(records: Iterable[Record], settings: ShardSettings) -> str:
     """Digest of all that decides a shard's bytes. A file counts by its path, size and time, not by its content."""
-    digest = hashlib.sha256(json.dumps([FORMAT, asdict(settings), Image.__version__]).encode())
+    digest = hashlib.sha256(json.dumps([INDEX_FORMAT, asdict(settings), Image.__version__]).encode())
     for record in records:
         if isinstance(record.image, Path):
             stat = record.image.stat() if record.image.is_file() else None
@@ -357,7 +356,7 @@ def write_index(
             "each. Check that data.source holds the images as well as their captions"
         )
     index = {
-        "format": FORMAT,
+        "format": INDEX_FORMAT,
         "name": name,
         "split_origin": split_origin,
         "settings": asdict(settings),
