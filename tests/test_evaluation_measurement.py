@@ -140,7 +140,7 @@ def test_measured_figures_of_a_teacher_a_copy_of_it_and_a_stranger(clip: Clip, t
 def test_differences_of_fid_and_of_its_limit_are_paired_on_the_same_halves():
     """A model and the same with one feature moved: what both share cancels, the limit takes off the bias of both."""
     rng, n, d = np.random.default_rng(0), 80, 8
-    real, x = rng.normal(size=(n, d)), rng.normal(size=(n, d))
+    real, x = rng.normal(size=(n, d)), rng.normal(size=(n, d)) + 1
     names = {"features": "f", "clip": "f"}
     reference = Reference(tuple(("a",) for _ in range(n)), {"f": real}, torch.empty(0))
     judge = Judge(Resampling.of(np.arange(n), n, 30), reference, rng.normal(size=(n, d)), **names)
