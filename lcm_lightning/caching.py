@@ -29,7 +29,15 @@ from lcm_lightning.data.images import ImageFault, crop_square, decode_image, nor
 from lcm_lightning.data.latents import MOMENTS, TEXT, TRANSFORM
 from lcm_lightning.data.plan import stable_hash
 from lcm_lightning.data.records import INDEX_NAME, PARTS_NAME
-from lcm_lightning.data.shards import Shard, ShardIndex, image_bytes, open_split, read_samples, sample_captions
+from lcm_lightning.data.shards import (
+    Shard,
+    ShardIndex,
+    content_digest,
+    image_bytes,
+    open_split,
+    read_samples,
+    sample_captions,
+)
 from lcm_lightning.data.writing import (
     OnShard,
     Skipped,
@@ -148,7 +156,7 @@ def cache_latents(
     for split in cached_splits(index):
         for number, shard in enumerate(open_split(index, split, cache_dir)):
             file, of_split = f"{split}-{number:06d}.tar", settings.of_split(split)
-            content = [FORMAT, dict(key), asdict(of_split), shard.identity, shard.path.name]
+            content = [FORMAT, dict(key), asdict(of_split), content_digest(shard, cache_dir), shard.path.name]
             task = Task(file, split, (), hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest())
             kept = kept_shard(task, output)
             if kept is None:

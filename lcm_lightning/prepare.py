@@ -20,7 +20,7 @@ from omegaconf import DictConfig
 from rich.console import Console
 from rich.table import Table
 
-from lcm_lightning.configuration import check_types, interpolate
+from lcm_lightning.configuration import check_types, check_values, interpolate
 from lcm_lightning.data.writing import SKIPPED_NAME, ShardSettings, Written, write_shards
 from lcm_lightning.errors import UserError, report_configuration_errors, report_user_errors
 from lcm_lightning.progress import image_progress
@@ -149,6 +149,8 @@ def check_command(config: DictConfig) -> None:
     groups = {"data": DictConfig, "prepare": DictConfig, "model": DictConfig | None, "cache": DictConfig | None}
     cache = {"cache.crops": int, "cache.flips": bool | None, "cache.batch_size": int}
     check_types(config, {**texts, **groups, **cache})
+    if config.get("cache") is not None:
+        check_values(config)  # imports what training would; cutting shards needs none of it
 
 
 def check_output(source: Source, location: str, output: Path) -> None:
