@@ -19,7 +19,9 @@ from omegaconf.errors import OmegaConfBaseException
 
 from lcm_lightning.errors import UserError, first_line
 
-SHOW_KEYS = f"python {Path(sys.argv[0]).name} --cfg job"
+_PROGRAM = Path(sys.argv[0])
+_COMMAND = f"-m lcm_lightning.{_PROGRAM.stem}" if _PROGRAM.parent.name == "lcm_lightning" else _PROGRAM.name
+SHOW_KEYS = f"python {_COMMAND} --cfg job"
 INSTRUCTIONS = ("_target_", "_partial_", "_recursive_", "_convert_", "_args_")
 WORDS = {int: "a whole number", float: "a number", bool: "true or false", str: "text", type(None): "null"}
 PRECISIONS = ("32-true", "bf16-mixed", "16-mixed")

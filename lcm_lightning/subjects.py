@@ -167,7 +167,7 @@ def _data_of(run: Path) -> DataChoice | None:
 
 
 def _data_choice(data: DictConfig | None) -> DataChoice | None:
-    return None if data is None else DataChoice(data.name, data.source, data.resolution, data.get("cache_dir"))
+    return None if not data else DataChoice(data.name, data.source, data.resolution, data.get("cache_dir"))
 
 
 def evaluation_data(cfg: DictConfig, sources: Sequence[SubjectSource]) -> DataChoice:

@@ -26,6 +26,8 @@ from lcm_lightning.data.latents import LatentCache
 from lcm_lightning.errors import UserError, first_line, innermost
 from lcm_lightning.resolvers import package_file
 
+log = logging.getLogger(__name__)
+
 FROZEN_DTYPES = {
     "32-true": torch.float32,
     "bf16-mixed": torch.bfloat16,
@@ -77,6 +79,13 @@ def build_module(cfg: DictConfig, precision: str, cache: LatentCache | None = No
     deferred = {"defer_encoders": True} if cache is not None else {}
     model = instantiate_group(cfg, "model", dtype=frozen_dtype(precision), **deferred)
     model.check_resolution(cfg.data.resolution)
+    if cfg.data.resolution >= 2 * model.default_resolution:
+        log.warning(
+            "data.resolution=%d: the model draws images of %d px; data.resolution=%d is that, and faster",
+            cfg.data.resolution,
+            model.default_resolution,
+            model.default_resolution,
+        )
     if (drawn := OmegaConf.select(cfg, "callbacks.samples.resolution")) is not None:
         model.check_resolution(drawn, "callbacks.samples.resolution")
     if cache is not None:
