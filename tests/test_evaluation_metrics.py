@@ -348,7 +348,7 @@ def test_intervals_cover_what_they_promise(d):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("d", "n", "decay", "limit"), [(16, 200, 0.0, True), (256, 300, 0.7, False)])
+@pytest.mark.parametrize(("d", "n", "decay", "limit"), [(16, 200, 0.0, True), (128, 150, 0.7, False)])
 def test_standard_errors_of_fid_between_equals_are_neither_too_small_nor_too_large(d, n, decay, limit):
     """Also where there are hardly more images than features."""
     found = [trial(seed, d, n, 0.0, samples=50, decay=decay) for seed in range(200)]
