@@ -9,7 +9,7 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 from rich import print as rich_print
 
-from lcm_lightning.configuration import check_writable
+from lcm_lightning.configuration import check_writable, resolve
 from lcm_lightning.errors import report_configuration_errors, report_user_errors
 from lcm_lightning.evaluation.dashboard import log_evaluation
 from lcm_lightning.evaluation.evaluation import check_size, evaluate_models
@@ -17,7 +17,7 @@ from lcm_lightning.evaluation.reference import RealImages
 from lcm_lightning.evaluation.report import console_tables, publish
 from lcm_lightning.resolvers import register_resolvers
 from lcm_lightning.subjects import evaluation_data, find_subjects
-from lcm_lightning.training import instantiate_each, instantiate_group, make_fabric, quiet_known_warnings, resolve
+from lcm_lightning.training import instantiate_each, instantiate_group, make_fabric, quiet_known_warnings
 
 register_resolvers()
 

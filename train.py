@@ -12,6 +12,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from lcm_lightning.callbacks.loggers import MetricsFile
 from lcm_lightning.checkpoints import find_checkpoint, global_step
+from lcm_lightning.configuration import resolve
 from lcm_lightning.errors import report_configuration_errors, report_user_errors
 from lcm_lightning.files import write_atomic
 from lcm_lightning.preemption import Preempted, requeue_slurm_job
@@ -24,7 +25,6 @@ from lcm_lightning.training import (
     instantiate_group,
     next_commands,
     quiet_known_warnings,
-    resolve,
 )
 
 register_resolvers()

@@ -20,10 +20,10 @@ from omegaconf import DictConfig, OmegaConf
 from benchmarks import report
 from benchmarks.inputs import random_pipeline, random_shards
 from benchmarks.limits import matrix_peak, step_flops
+from lcm_lightning.configuration import resolve
 from lcm_lightning.errors import UserError, report_user_errors
 from lcm_lightning.evaluation.latency import machine_info, package_versions
 from lcm_lightning.resolvers import package_file, register_resolvers
-from lcm_lightning.training import resolve
 
 register_resolvers()
 

@@ -11,7 +11,7 @@ import json
 import os
 import tarfile
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from itertools import islice
@@ -39,15 +39,15 @@ from lcm_lightning.data.shards import (
     sample_captions,
 )
 from lcm_lightning.data.writing import (
+    Members,
     OnShard,
     Skipped,
     Task,
     Written,
-    add_member,
     check_whole_number,
     kept_shard,
-    sha256_of,
     write_index,
+    write_samples,
 )
 from lcm_lightning.errors import UserError, first_line
 from lcm_lightning.files import write_atomic
@@ -310,32 +310,14 @@ def to_half(tensor: Tensor) -> Tensor:
 
 
 def write_latents(
-    task: Task,
-    output: Path,
-    batches: Iterator[list[tuple[str, list[tuple[str, bytes]]] | Skipped]],
-    on_samples: OnSamples | None,
+    task: Task, output: Path, batches: Iterable[list[tuple[str, Members] | Skipped]], on_samples: OnSamples | None
 ) -> Written:
-    """Write one shard under a temporary name, rename it, then leave its note."""
-    skipped: list[Skipped] = []
-    temporary = output / f"{task.file}.{os.getpid()}.tmp"
-    samples = 0
-    try:
-        with tarfile.open(temporary, "w", format=tarfile.PAX_FORMAT) as archive:
-            for batch in batches:
-                for result in batch:
-                    if isinstance(result, Skipped):
-                        skipped.append(result)
-                        continue
-                    key, members = result
-                    for suffix, content in members:
-                        add_member(archive, f"{key}.{suffix}", content)
-                    samples += 1
-                if on_samples is not None:
-                    on_samples(len(batch))
-        digest, size = sha256_of(temporary), temporary.stat().st_size
-        temporary.replace(output / task.file)
-    finally:
-        temporary.unlink(missing_ok=True)
-    written = Written(task.file, task.split, samples, size, digest, task.digest, tuple(skipped))
-    write_atomic(output / PARTS_NAME / f"{task.file}.json", json.dumps(asdict(written)).encode())
-    return written
+    """`write_samples` of batches, telling `on_samples` of each batch that is written."""
+
+    def samples() -> Iterator[tuple[str, Members] | Skipped]:
+        for batch in batches:
+            yield from batch
+            if on_samples is not None:
+                on_samples(len(batch))
+
+    return write_samples(task, output, samples(), tarfile.PAX_FORMAT)

@@ -14,7 +14,7 @@ from omegaconf import DictConfig, OmegaConf
 from PIL import Image
 from torch import Tensor
 
-from lcm_lightning.configuration import check_writable
+from lcm_lightning.configuration import check_writable, resolve
 from lcm_lightning.errors import UserError, report_configuration_errors, report_user_errors
 from lcm_lightning.evaluation.contenders import STUDENT
 from lcm_lightning.models.adapters import merged_adapters
@@ -23,7 +23,7 @@ from lcm_lightning.pictures import contact_sheet, to_pil
 from lcm_lightning.progress import image_progress
 from lcm_lightning.resolvers import register_resolvers
 from lcm_lightning.subjects import load_subject
-from lcm_lightning.training import make_fabric, quiet_known_warnings, resolve
+from lcm_lightning.training import make_fabric, quiet_known_warnings
 
 register_resolvers()
 

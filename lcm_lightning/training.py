@@ -21,7 +21,6 @@ from transformers.utils import logging as transformers_logging
 
 from lcm_lightning.caching import cache_key
 from lcm_lightning.configuration import SHOW_KEYS
-from lcm_lightning.configuration import resolve as resolve  # for the entry points
 from lcm_lightning.data.latents import LatentCache
 from lcm_lightning.errors import UserError, first_line, innermost
 from lcm_lightning.resolvers import package_file

@@ -174,7 +174,8 @@ def test_protocols_that_cannot_be_followed_are_refused(build: Callable[[], objec
 
 @pytest.mark.parametrize("protocol", ["report", "standard", "coco30k", "quick"])
 def test_every_protocol_composes(composed, protocol: str):
-    from lcm_lightning.training import instantiate_group, resolve
+    from lcm_lightning.configuration import resolve
+    from lcm_lightning.training import instantiate_group
 
     cfg = composed(f"evaluation={protocol}", "model=tiny", "data=coco")
     resolve(cfg, cfg.keys())

@@ -27,8 +27,10 @@ from PIL import Image
 from lcm_lightning.data.images import ImageFault, announced_size, open_image, orientation, to_rgb
 from lcm_lightning.data.records import INDEX_FORMAT, INDEX_NAME, PARTS_NAME, SPLITS, Record, clean_caption
 from lcm_lightning.errors import UserError
-from lcm_lightning.files import sha256_of as sha256_of  # for the cache of latents
-from lcm_lightning.files import write_atomic
+from lcm_lightning.files import sha256_of, write_atomic
+
+Members = list[tuple[str, bytes]]
+"""Suffix and content of each tar member of a sample."""
 
 SKIPPED_NAME = "skipped.csv"
 # Formats every consumer reads; with the suffix their bytes are stored under.
@@ -243,27 +245,40 @@ def kept_shard(task: Task, output: Path) -> Written | None:
 
 
 def write_shard(task: Task, output: Path, settings: ShardSettings) -> Written:
-    """Write one shard under a temporary name, rename it, then leave its note."""
+    """Encode the records of one shard and `write_samples` them."""
+    return write_samples(task, output, encoded_records(task, settings), tarfile.USTAR_FORMAT)
+
+
+def encoded_records(task: Task, settings: ShardSettings) -> Iterator[tuple[str, Members] | Skipped]:
+    """Key and members of each record, or why it is left out."""
+    for record in task.records:
+        try:
+            yield record.key, encode_record(record, settings)
+        except ImageFault as fault:
+            reason, _, detail = str(fault).partition(": ")
+            yield Skipped(record.key, task.split, image_name(record), reason, detail)
+
+
+def write_samples(task: Task, output: Path, samples: Iterable[tuple[str, Members] | Skipped], format: int) -> Written:
+    """Write one shard in a tar `format` under a temporary name, rename it, then leave its note."""
     skipped: list[Skipped] = []
     temporary = output / f"{task.file}.{os.getpid()}.tmp"
-    samples = 0
+    number = 0
     try:
-        with tarfile.open(temporary, "w", format=tarfile.USTAR_FORMAT) as archive:
-            for record in task.records:
-                try:
-                    members = encode_record(record, settings)
-                except ImageFault as fault:
-                    reason, _, detail = str(fault).partition(": ")
-                    skipped.append(Skipped(record.key, task.split, image_name(record), reason, detail))
+        with tarfile.open(temporary, "w", format=format) as archive:
+            for sample in samples:
+                if isinstance(sample, Skipped):
+                    skipped.append(sample)
                     continue
+                key, members = sample
                 for suffix, content in members:
-                    add_member(archive, f"{record.key}.{suffix}", content)
-                samples += 1
+                    add_member(archive, f"{key}.{suffix}", content)
+                number += 1
         digest, size = sha256_of(temporary), temporary.stat().st_size
         temporary.replace(output / task.file)
     finally:
         temporary.unlink(missing_ok=True)
-    written = Written(task.file, task.split, samples, size, digest, task.digest, tuple(skipped))
+    written = Written(task.file, task.split, number, size, digest, task.digest, tuple(skipped))
     write_atomic(output / PARTS_NAME / f"{task.file}.json", json.dumps(asdict(written)).encode())
     return written
 
@@ -275,7 +290,7 @@ def add_member(archive: tarfile.TarFile, name: str, content: bytes) -> None:
     archive.addfile(member, io.BytesIO(content))
 
 
-def encode_record(record: Record, settings: ShardSettings) -> list[tuple[str, bytes]]:
+def encode_record(record: Record, settings: ShardSettings) -> Members:
     """Members of a record, (suffix, bytes): the image, then all captions as json. Raises `ImageFault`."""
     captions = [caption for caption in map(clean_caption, record.captions) if caption]
     if not captions:
