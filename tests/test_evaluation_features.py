@@ -9,7 +9,7 @@ from transformers import CLIPVisionModel
 
 from lcm_lightning.errors import UserError
 from lcm_lightning.evaluation.features import Clip, ClipPatches, extract_features, make_extractor, weights_digest
-from lcm_lightning.evaluation.reference import RealImages, read_reference
+from lcm_lightning.evaluation.reference import RealImages, Spread, evenly, read_reference
 from lcm_lightning.progress import image_progress
 
 TINY_CLIP = Path(__file__).parent.parent / "lcm_lightning" / "assets" / "tiny_clip"
@@ -94,3 +94,20 @@ def test_a_rewritten_shard_of_the_same_size_gives_its_own_captions_and_photos(cl
         shard.write_bytes(shard.read_bytes().replace(caption.encode(), other.encode()))
         assert shard.stat().st_size == size
         assert read_reference(real, [clip], progress).captions[0][0] == other
+
+
+@pytest.mark.parametrize("length", [1, 2, 16, 17, 33, 300, 5000])
+def test_the_photos_shown_are_spread_over_all_of_them(length: int):
+    spread = Spread(16)
+    for place in range(length):
+        spread.offer(torch.tensor(place))
+    places = [place for place, _ in spread.kept()]
+    assert [image.item() for _, image in spread.kept()] == places == sorted(set(places))
+    assert len(places) == min(length, 16) and places[0] == 0
+    assert max(np.diff([*places, length])) <= 2 * -(-length // 16)
+
+
+def test_even_places_run_from_the_first_to_the_last():
+    assert evenly(300, 4) == [0, 100, 199, 299]
+    assert evenly(3, 8) == [0, 1, 2]
+    assert evenly(9, 1) == [0]

@@ -91,7 +91,7 @@ def test_measured_figures_of_a_teacher_a_copy_of_it_and_a_stranger(clip: Clip, t
     extractor = ClipPatches(clip)
     real = random_images(photos, seed=9)
     captions = tuple((f"red {i}", f"blue {i}", "unused") for i in range(photos))
-    reference = Reference(captions, {clip.name: clip(real).numpy(), extractor.name: extractor(real).numpy()}, real)
+    reference = Reference(captions, {clip.name: clip(real).numpy(), extractor.name: extractor(real).numpy()}, real, ())
     drawing = Drawing(reference.prompts(2), seed=0, resolution=64, batch_size=5)
     images, latents = random_images(n, seed=1), torch.randn(n, 4, 8, 8)
     folders = [
@@ -142,7 +142,7 @@ def test_differences_of_fid_and_of_its_limit_are_paired_on_the_same_halves():
     rng, n, d = np.random.default_rng(0), 80, 8
     real, x = rng.normal(size=(n, d)), rng.normal(size=(n, d)) + 1
     names = {"features": "f", "clip": "f"}
-    reference = Reference(tuple(("a",) for _ in range(n)), {"f": real}, torch.empty(0))
+    reference = Reference(tuple(("a",) for _ in range(n)), {"f": real}, torch.empty(0), ())
     judge = Judge(Resampling.of(np.arange(n), n, 30), reference, rng.normal(size=(n, d)), **names)
     moved = x + np.eye(d)[0]
     (estimates, a), (_, b) = judge.assess({"f": moved}), judge.assess({"f": x})

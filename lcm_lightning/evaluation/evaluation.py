@@ -23,7 +23,7 @@ from lcm_lightning.evaluation.generation import Drawing, draw_missing, image_fol
 from lcm_lightning.evaluation.latency import machine_info, matrix_peak, measure_latency, package_versions
 from lcm_lightning.evaluation.measurement import measure
 from lcm_lightning.evaluation.protocol import Protocol
-from lcm_lightning.evaluation.reference import RealImages, Reference, read_reference
+from lcm_lightning.evaluation.reference import RealImages, Reference, evenly, read_reference
 from lcm_lightning.evaluation.report import SCHEMA_VERSION, write_report
 from lcm_lightning.evaluation.subject import Subject, SubjectSource
 from lcm_lightning.models.stable_diffusion import StableDiffusion
@@ -248,10 +248,11 @@ def time_everything(
 
 
 def _grids(entrants: Sequence[Entrant], drawing: Drawing, reference: Reference, protocol: Protocol) -> list[Grid]:
-    """The first prompt of each of the first photos: the photo, then every contender's image, fast solvers apart."""
-    rows = min(protocol.shown, len(reference.shown))
-    firsts = np.cumsum([0] + [len(captions[: protocol.captions_per_image]) for captions in reference.captions])[:rows]
-    real = reference.shown[:rows].float() / 255
+    """The first prompt of some photos: the photo, then every contender's image, fast solvers apart."""
+    rows = evenly(len(reference.shown), protocol.shown)
+    starts = np.cumsum([0] + [len(captions[: protocol.captions_per_image]) for captions in reference.captions])
+    firsts = starts[[reference.places[row] for row in rows]]
+    real = reference.shown[rows].float() / 255
     titles = {False: "Models", True: "The teacher by fast solvers"}
     grids = []
     for rivals, title in titles.items():

@@ -57,7 +57,7 @@ class RealImages:
         """Hex digest of everything the pixels depend on."""
         shards = open_split(locate_images(self.name, self.source), self.split, self.cache_dir)
         photos = " ".join(content_digest(shard, self.cache_dir) for shard in shards)
-        text = f"{photos} {self.split} {self.num_images} {self.resolution} crop-2"
+        text = f"{photos} {self.split} {self.num_images} {self.resolution} crop-3"
         return hashlib.sha256(text.encode()).hexdigest()
 
 
@@ -68,12 +68,14 @@ class Reference:
     Attributes:
         captions: of each photo, all of them.
         features: [M, D] of the photos, by extractor name.
-        shown: the first photos, uint8 [<= 16, 3, R, R].
+        shown: some photos, spread over all of them, uint8 [<= 16, 3, R, R].
+        places: which photos `shown` are.
     """
 
     captions: tuple[tuple[str, ...], ...]
     features: Mapping[str, np.ndarray]
     shown: Tensor
+    places: tuple[int, ...]
 
     def prompts(self, captions_per_image: int | None) -> list[str]:
         """Captions to draw, photo by photo: of each its first so many, or all."""
@@ -96,22 +98,55 @@ def read_reference(
     with safe_open(file, framework="pt") as stored:
         captions = json.loads(stored.metadata()["captions"])
         features = {extractor.name: stored.get_tensor(extractor.name).numpy() for extractor in extractors}
-        shown = stored.get_tensor("shown")
-    return Reference(tuple(map(tuple, captions)), features, shown)
+        shown, places = stored.get_tensor("shown"), stored.get_tensor("places")
+    return Reference(tuple(map(tuple, captions)), features, shown, tuple(places.tolist()))
+
+
+class Spread:
+    """Keeps some of a stream of images, evenly spaced whatever its length turns out to be.
+
+    Args:
+        count: how many at most.
+    """
+
+    def __init__(self, count: int) -> None:
+        self.count = count
+        self.stride = 1
+        self.offered = 0
+        self.images: list[Tensor] = []  # of the places 0, stride, 2 stride, ...
+
+    def offer(self, image: Tensor) -> None:
+        """Take the next image of the stream."""
+        if self.offered % self.stride == 0:
+            self.images.append(image)
+        self.offered += 1
+        if len(self.images) > 2 * self.count:
+            self.images, self.stride = self.images[::2], 2 * self.stride
+
+    def kept(self) -> list[tuple[int, Tensor]]:
+        """Place in the stream and image of at most `count` of those offered."""
+        chosen = evenly(len(self.images), self.count)
+        return [(index * self.stride, self.images[index]) for index in chosen]
+
+
+def evenly(length: int, count: int) -> list[int]:
+    """At most `count` places among `length`, evenly spaced from the first to the last."""
+    return sorted({round(place) for place in np.linspace(0, length - 1, min(length, count)).tolist()})
 
 
 def _write_reference(
     real: RealImages, extractors: list[FeatureExtractor], progress: Progress, batch_size: int, file: Path
 ) -> None:
     captions: list[tuple[str, ...]] = []
-    shown: list[Tensor] = []
+    shown = Spread(SHOWN)
     found: dict[str, list[Tensor]] = {extractor.name: [] for extractor in extractors}
     bar = progress.add_task(f"real images of {real.name}", total=real.num_images)
     samples = real.samples()
     while chunk := list(islice(samples, batch_size)):
         images = torch.stack([real.square(sample) for sample in chunk])
         captions += [sample.captions for sample in chunk]
-        shown += images[: max(0, SHOWN - len(shown))]
+        for image in images:
+            shown.offer(image)
         features, _ = extract_features(images, extractors)
         for name, parts in found.items():
             parts.append(features[name])
@@ -121,7 +156,9 @@ def _write_reference(
         raise UserError(
             f"evaluation.split={real.split} of {real.name} holds {len(captions)} readable images: expected at least 2"
         )
-    tensors = {name: torch.cat(parts) for name, parts in found.items()} | {"shown": torch.stack(shown)}
+    places, photos = zip(*shown.kept(), strict=True)
+    tensors = {name: torch.cat(parts) for name, parts in found.items()}
+    tensors |= {"shown": torch.stack(photos), "places": torch.tensor(places)}
     file.parent.mkdir(parents=True, exist_ok=True)
     temporary = file.with_name(f".{os.getpid()}-{file.name}")
     save_file(tensors, temporary, metadata={"captions": json.dumps(captions)})
