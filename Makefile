@@ -5,6 +5,8 @@ READY := .venv/.ready
 NOW := $(shell date +%Y-%m-%d_%H-%M-%S)
 SLOW := slow or multiprocess
 PRETRAIN := outputs/pretrain
+# A process a core, each with one thread: a file of tests shares what is costly to make.
+PARALLEL := -n auto --maxprocesses 8 --dist loadfile
 
 .PHONY: help setup quickstart test test-fast test-faults eval bench lint pretrain
 
@@ -31,10 +33,10 @@ quickstart: $(READY)
 	$(BIN)/python evaluate.py run=outputs/quickstart/$(NOW) evaluation=quick logger=none accelerator=cpu devices=2
 
 test: $(READY)
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest $(PARALLEL) $(ARGS)
 
 test-fast: $(READY)
-	$(BIN)/python -m pytest -m "not ($(SLOW) or faults)" $(ARGS)
+	$(BIN)/python -m pytest $(PARALLEL) -m "not ($(SLOW) or faults)" $(ARGS)
 
 test-faults: $(READY)
 	$(BIN)/python -m pytest -m faults -s $(ARGS)

@@ -26,8 +26,10 @@ from lcm_lightning.models.stable_diffusion import StableDiffusion, load_stable_d
 ROOT = Path(__file__).parent.parent
 TINY_TEXT_LENGTH = 16
 
-# Networks this small gain nothing from more threads, and lose much where other programs use the cores.
+# Networks this small gain nothing from more threads, and lose much where other programs use the cores, as other
+# tests do.
 torch.set_num_threads(1)
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
 def build_tiny_pipeline(seed: int = 0, **scheduler_config: object) -> StableDiffusionPipeline:
