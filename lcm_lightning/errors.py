@@ -7,6 +7,7 @@ import os
 import sys
 import traceback
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import NoReturn, ParamSpec, TypeVar
 
@@ -50,7 +51,8 @@ def report_user_errors(entry_point: Callable[P, R]) -> Callable[P, R]:
         try:
             return entry_point(*args, **kwargs)
         except UserError as error:
-            remove_unused_run_folder()
+            with suppress(OSError):  # a disk that refuses to write may refuse that too
+                remove_unused_run_folder()
             fail(str(error))
 
     return run_task

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import warnings
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from hydra.errors import InstantiationException
 from hydra.utils import instantiate
 from lightning.fabric import Fabric
 from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.loggers import Logger
 from omegaconf import DictConfig, OmegaConf
 from torch.optim import Optimizer
 from transformers.utils import logging as transformers_logging
@@ -23,6 +25,7 @@ from lcm_lightning.caching import cache_key
 from lcm_lightning.configuration import SHOW_KEYS
 from lcm_lightning.data.latents import LatentCache
 from lcm_lightning.errors import UserError, first_line, innermost
+from lcm_lightning.files import write_atomic
 from lcm_lightning.resolvers import package_file
 
 log = logging.getLogger(__name__)
@@ -155,6 +158,23 @@ def make_fabric(accelerator: str, devices: int) -> Fabric:
     except (RuntimeError, ValueError, TypeError, MisconfigurationException) as error:
         raise UserError(
             f"accelerator={accelerator} devices={devices}: {first_line(error)}; accelerator=cpu runs anywhere"
+        ) from error
+
+
+def record_settings(cfg: DictConfig, run_dir: Path, loggers: Sequence[Logger]) -> None:
+    """Write the resolved configuration as the run's `config.yaml` and give it to loggers of hyperparameters.
+
+    Raises:
+        UserError: the run folder cannot be written, on a full disk for example.
+    """
+    try:
+        write_atomic(run_dir / "config.yaml", OmegaConf.to_yaml(cfg).encode())
+        for logger in loggers:
+            logger.log_hyperparams(OmegaConf.to_container(cfg))
+    except OSError as error:
+        raise UserError(
+            f"hydra.run.dir={run_dir}: the run folder cannot be written ({error}); make room there, or set "
+            "hydra.run.dir=... to a place with room"
         ) from error
 
 

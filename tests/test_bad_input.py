@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import http.server
 import importlib
 import json
@@ -434,6 +435,19 @@ def test_an_optimizer_whose_package_is_missing_is_named(world, here, capfd, monk
 def test_an_unknown_setting_of_wandb_is_refused_before_the_run(world, here, capfd):
     message = complaint("train", overrides(TRAIN, "logger=wandb +logger.wandb.foo=1", world), capfd)
     assert "logger.wandb.foo=1: no setting of wandb.init" in message
+    assert state(here) == {}
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EROFS])
+def test_a_run_folder_that_takes_no_file_is_one_message(number, world, here, capfd, monkeypatch):
+    """A disk that is full when the run has made its folder."""
+
+    def refuse(_: int) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(os, "fsync", refuse)
+    message = complaint("train", overrides(TRAIN, "hydra.run.dir=there", world), capfd)
+    assert re.match(rf"error: hydra\.run\.dir=.*there: .*{os.strerror(number)}.*set hydra\.run\.dir=", message)
     assert state(here) == {}
 
 
