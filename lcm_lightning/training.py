@@ -22,9 +22,8 @@ from torch.optim import Optimizer
 from transformers.utils import logging as transformers_logging
 
 from lcm_lightning.caching import cache_key
-from lcm_lightning.configuration import SHOW_KEYS
 from lcm_lightning.data.latents import LatentCache
-from lcm_lightning.errors import UserError, first_line, innermost
+from lcm_lightning.errors import SHOW_KEYS, UserError, first_line, innermost
 from lcm_lightning.files import write_atomic
 from lcm_lightning.resolvers import package_file
 

@@ -50,7 +50,11 @@ Case = tuple[str, str]
 # In each case W stands for the folder of `world`. The pattern must be found in the message.
 TRAIN_CASES: list[Case] = [
     # keys
-    ("foo=1", r"foo=1: .*foo.*--cfg job"),
+    ("foo=1", r"foo=1: there is no such key; there are experiment, model"),
+    ("max_step=1", r"max_step=1: there is no such key; did you mean max_steps\? `.*--cfg job` shows all$"),
+    ("experimnt=quickstart", r"experimnt=quickstart: there is no such key; did you mean experiment\?"),
+    ("optimzer.lr=1", r"optimzer\.lr=1: there is no such key; did you mean optimizer\? [^+]*$"),
+    ("trainer.max_step=1", r"trainer\.max_step=1: .* did you mean max_steps\?.*\+trainer\.max_step=1 would add it"),
     ("+foo=1", r"foo=1: nothing reads this key; there are model"),
     ("+seeed=1", r"seeed=1: nothing reads this key; did you mean seed\?"),
     ("data.bacth_size=1", r"data\.bacth_size=1: .*--cfg job"),
@@ -214,7 +218,7 @@ PREPARE_CASES: list[Case] = [
     ("data.source=W/a_file", r"data\.source=.*/a_file: a file; give the folder"),
     ("data.source=W/empty", r"data\.source=.*/empty: no captioned images recognised"),
     ("data.source=[a]", r"data\.source=\['a'\]: expected text or null"),
-    ("data.source=W/photos prepare.foo=1", r"prepare\.foo=1: .*--cfg job"),
+    ("data.source=W/photos prepare.foo=1", r"prepare\.foo=1: there is no such key; there are output, samples"),
     ("data.source=W/photos +prepare.foo=1", r"prepare\.foo=1: nothing reads a key"),
     ("data.source=W/photos +foo=1", r"foo=1: nothing reads a key"),
     ("data.source=W/photos prepare.samples_per_shard=0", r"prepare\.samples_per_shard=0: .*at least 1; try 500"),

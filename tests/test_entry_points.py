@@ -252,10 +252,10 @@ def refused(capfd: pytest.CaptureFixture[str], run: Run, message: str, *override
     ("override", "message"),
     [
         ("+foo=1", "foo=1: nothing reads this key"),
-        ("foo=1", "Could not override 'foo'"),
+        ("foo=1", "foo=1: there is no such key; there are experiment, model"),
         ("+model.foo=1", "model.foo=1: nothing reads this key"),
         ("+method.foo=1", "method.foo=1: nothing reads this key"),
-        ("method.foo=1", "Could not override 'method.foo'"),
+        ("method.foo=1", "method.foo=1: there is no such key; there are teacher_lora"),
         ("+method.lora.foo=1", "method.lora.foo=1: nothing reads this key"),
         ("+method.distillation.foo=1", "method.distillation.foo=1: nothing reads this key"),
         ("+optimizer.foo=1", "optimizer.foo=1: nothing reads this key"),
