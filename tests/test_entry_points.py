@@ -277,7 +277,7 @@ def refused(capfd: pytest.CaptureFixture[str], run: Run, message: str, *override
         ("method.lora.rank=0", "method.lora.rank=0"),
         ("method.lr_scheduler=fast", "method.lr_scheduler=fast: expected one of"),
         ("method.w_min=20", "method.w_min=20"),
-        ("method.teacher_lora=./nowhere", "lora=./nowhere: no such file or folder"),
+        ("method.teacher_lora=./nowhere", "method.teacher_lora=./nowhere: no such file or folder"),
     ],
 )
 def test_a_mistake_is_one_clear_message(
