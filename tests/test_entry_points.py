@@ -214,6 +214,17 @@ def test_every_figure_is_logged_at_the_interval_over_epochs_and_accumulation(run
     assert all(rate > 0 for rate in rates)
 
 
+def test_the_progress_bar_counts_optimizer_steps(run: Run, capfd: pytest.CaptureFixture[str]):
+    options = ("method=lora", "trainer=debug", "logger=none", "callbacks.samples=null")
+    steps = (*options, "trainer.accumulate_grad_batches=5", "trainer.val_check_interval=100")
+    run("steps", *steps, "trainer.max_steps=3")  # 15 batches, 12 of which are an epoch
+    assert re.search(r"Step +\S* 3/3 ", shown := capfd.readouterr().out) and "Epoch" not in shown
+    run("steps", *steps, "trainer.max_steps=5", "resume=auto")
+    assert re.search(r"Step +\S* 5/5 ", shown := capfd.readouterr().out) and "Epoch" not in shown
+    run("epochs", *options, "trainer.max_steps=-1", "trainer.max_epochs=2")
+    assert re.search(r"Epoch 1/1 +\S* 12/12 ", capfd.readouterr().out)
+
+
 def test_resuming_goes_on_where_the_run_stopped(run: Run):
     """5 steps at once are 3 steps, a new process' worth of forgetting, and 2 more; the second stop is in epoch 2."""
     options = ("trainer=debug", "logger=none", "method.lr_scheduler=constant", "method.warmup_steps=0")
