@@ -59,8 +59,7 @@ def main(cfg: DictConfig) -> float | None:
                 requeue_slurm_job()
         sys.exit(128 + stop.number)
     if trainer.is_global_zero:
-        model = cfg.get("model")
-        print(next_commands(run_dir, model.path if model is not None else ""))
+        print(next_commands(cfg, run_dir))
     validation_loss = trainer.callback_metrics.get("val/loss")
     return None if validation_loss is None else validation_loss.item()
 

@@ -25,6 +25,7 @@ from lcm_lightning.caching import cache_key
 from lcm_lightning.data.latents import LatentCache
 from lcm_lightning.errors import SHOW_KEYS, UserError, first_line, innermost
 from lcm_lightning.files import write_atomic
+from lcm_lightning.models.runs import MANIFEST
 from lcm_lightning.resolvers import package_file
 
 log = logging.getLogger(__name__)
@@ -177,16 +178,24 @@ def record_settings(cfg: DictConfig, run_dir: Path, loggers: Sequence[Logger]) -
         ) from error
 
 
-def next_commands(run_dir: Path, model_path: str) -> str:
-    """What to do with a finished run of the model at `model_path`."""
-    protocol = " evaluation=quick" if Path(model_path).is_relative_to(package_file("assets")) else ""
+def next_commands(cfg: DictConfig, run_dir: Path) -> str:
+    """What to do with a finished run, of what it left: pictures, a LoRA."""
     shown = run_dir.relative_to(Path.cwd()) if run_dir.is_relative_to(Path.cwd()) else run_dir
-    return (
-        f"\nrun folder: {shown}\n"
-        f"  look at   {shown}/samples/\n"
-        f"  evaluate  python evaluate.py run={shown}{protocol}\n"
-        f'  generate  python -m lcm_lightning.generate run={shown} prompt="..."'
-    )
+    lines = [f"\nrun folder: {shown}"]
+    if any((run_dir / "samples").glob("*.png")):
+        lines.append(f"  look at   {shown}/samples/")
+    if (run_dir / "lora" / MANIFEST).is_file():
+        protocol = " evaluation=quick" if is_embedded(cfg) else ""
+        lines.append(f"  evaluate  python evaluate.py run={shown}{protocol}")
+        lines.append(f'  generate  python -m lcm_lightning.generate run={shown} prompt="..."')
+    return "\n".join(lines)
+
+
+def is_embedded(cfg: DictConfig) -> bool:
+    """Whether a run is of the embedded pipeline on embedded data, which the protocol `quick` is for."""
+    assets = Path(package_file("assets"))
+    model_path = OmegaConf.select(cfg, "model.path")
+    return Path(model_path or "").is_relative_to(assets) and (assets / "data" / cfg.data.name).is_dir()
 
 
 def quiet_known_warnings() -> None:

@@ -22,8 +22,8 @@ from safetensors.torch import load_file
 
 import train
 from lcm_lightning.callbacks.loggers import wandb_run_id
-from lcm_lightning.models.runs import load_run, read_manifest
-from lcm_lightning.training import TRAIN_KEYS
+from lcm_lightning.models.runs import Adapter, load_run, read_manifest, write_manifest
+from lcm_lightning.training import TRAIN_KEYS, next_commands
 
 ROOT = Path(train.__file__).parent
 SMALL = (
@@ -223,6 +223,32 @@ def test_the_progress_bar_counts_optimizer_steps(run: Run, capfd: pytest.Capture
     assert re.search(r"Step +\S* 5/5 ", shown := capfd.readouterr().out) and "Epoch" not in shown
     run("epochs", *options, "trainer.max_steps=-1", "trainer.max_epochs=2")
     assert re.search(r"Epoch 1/1 +\S* 12/12 ", capfd.readouterr().out)
+
+
+def test_the_end_of_a_run_names_what_it_left(run: Run, capfd: pytest.CaptureFixture[str]):
+    small = ("method=lora", "trainer=debug", "logger=none")
+    run("drawn", *small)
+    said = capfd.readouterr().out
+    assert "look at   drawn/samples/\n" in said and "python evaluate.py run=drawn\n" in said
+    run("blind", *small, "callbacks.samples=null", "callbacks.export=null")
+    assert capfd.readouterr().out.endswith("run folder: blind\n")
+
+
+@pytest.mark.parametrize(
+    ("choices", "protocol"),
+    [
+        (["model=tiny", "data=twemoji"], " evaluation=quick"),
+        (["model=tiny", "data=flickr8k"], ""),
+        (["model=sd15", "data=twemoji"], ""),
+    ],
+)
+def test_the_quick_evaluation_is_proposed_for_the_embedded_pipeline_and_data(
+    tmp_path: Path, choices: list[str], protocol: str
+):
+    write_manifest(tmp_path / "lora", [Adapter("finetuned")])
+    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+        cfg = compose("train", overrides=choices)
+    assert f"python evaluate.py run={tmp_path}{protocol}\n" in next_commands(cfg, tmp_path)
 
 
 def test_resuming_goes_on_where_the_run_stopped(run: Run):
