@@ -688,8 +688,8 @@ def test_from_photos_to_a_run_on_latents(
     source = f"data.source={photos(tmp_path / 'photos')}"
     options = ("data=folder", source, "prepare.workers=1", "data.resolution=32", "cache=latents", "cache.dtype=float32")
     said = command("prepare", *options, *model)
-    ready = "Ready: python train.py data=folder data.source=data/folder-latents data.resolution=32 model=sd15"
-    assert ready in said
+    ready = "experiment=lora_flickr8k data=folder name=lora_folder data.source=data/folder-latents data.resolution=32"
+    assert f"Ready: python train.py {ready} model=sd15 " in said
     again = command("prepare", "data=folder", "data.resolution=32", "cache=latents", "cache.dtype=float32", *model)
     assert "2 shards kept" in again
 
