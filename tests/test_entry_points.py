@@ -214,6 +214,15 @@ def test_every_figure_is_logged_at_the_interval_over_epochs_and_accumulation(run
     assert all(rate > 0 for rate in rates)
 
 
+def test_figures_are_logged_one_below_the_step_that_checkpoints_and_pictures_are_called_by(run: Run):
+    """As docs/scaling.md says."""
+    folder = run("named", "method=lora", "trainer=debug", "logger=none")
+    assert {row["step"] for row in metrics(folder) if "val/loss" in row} == {1}
+    assert max(row["step"] for row in metrics(folder) if "train/loss" in row) == 1
+    assert (folder / "checkpoints" / "step_000002.ckpt").is_file()
+    assert (folder / "samples" / "step_000002.png").is_file()
+
+
 def test_the_progress_bar_counts_optimizer_steps(run: Run, capfd: pytest.CaptureFixture[str]):
     options = ("method=lora", "trainer=debug", "logger=none", "callbacks.samples=null")
     steps = (*options, "trainer.accumulate_grad_batches=5", "trainer.val_check_interval=100")
