@@ -99,6 +99,8 @@ def explain(error: Exception) -> str:
     if isinstance(error, OSError) and not isinstance(error, HydraException):
         return f"hydra.run.dir: the run folder cannot be made ({error}); set hydra.run.dir=... to a place with room"
     message = first_line(error)
+    if message.startswith(of_resolver := "UserError raised while resolving interpolation: "):  # without a cause
+        return message.removeprefix(of_resolver)
     advice = f"{message.removesuffix('.')}; `{SHOW_KEYS}` shows all keys"
     for override in sys.argv[1:]:
         key = override.lstrip("+~").partition("=")[0]

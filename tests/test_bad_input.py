@@ -455,6 +455,17 @@ def test_a_run_folder_that_takes_no_file_is_one_message(number, world, here, cap
     assert state(here) == {}
 
 
+@pytest.mark.parametrize(
+    "environment", [{"TORCHELASTIC_RUN_ID": "none", "WORLD_SIZE": "2"}, {"SLURM_STEP_NUM_TASKS": "8"}], ids=str
+)
+def test_processes_started_apart_are_asked_for_the_folder_they_share(environment, world, here, capfd, monkeypatch):
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    message = complaint("train", overrides(TRAIN, "experiment=lora_flickr8k", world), capfd)
+    assert re.match(r"error: hydra\.run\.dir: .*share a run folder.*hydra\.run\.dir=outputs/lora_flickr8k/", message)
+    assert state(here) == {}
+
+
 # ---- as real processes ---------------------------------------------------------------------------------------------
 
 
