@@ -306,7 +306,7 @@ def refused(capfd: pytest.CaptureFixture[str], run: Run, message: str, *override
         ("+method.distillation.foo=1", "method.distillation.foo=1: nothing reads this key"),
         ("+optimizer.foo=1", "optimizer.foo=1: nothing reads this key"),
         ("+data.foo=1", "data.foo=1: nothing reads this key"),
-        ("data.bacth_size=1", "Could not override 'data.bacth_size'"),
+        ("data.bacth_size=1", "data.bacth_size=1: there is no such key; did you mean batch_size"),
         ("+trainer.foo=1", "trainer.foo=1: nothing reads this key"),
         ("+logger.foo=1", "logger.foo=1: nothing reads this"),
         ("+callbacks.foo=1", "callbacks.foo=1: nothing reads this"),
