@@ -8,13 +8,12 @@ from pathlib import Path
 import hydra
 import lightning as L
 from lightning.pytorch.loggers import Logger
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
 from lcm_lightning.callbacks.loggers import MetricsFile
 from lcm_lightning.checkpoints import find_checkpoint, global_step
 from lcm_lightning.configuration import resolve
 from lcm_lightning.errors import report_configuration_errors, report_user_errors
-from lcm_lightning.files import write_atomic
 from lcm_lightning.preemption import Preempted, requeue_slurm_job
 from lcm_lightning.resolvers import register_resolvers
 from lcm_lightning.training import (
@@ -25,6 +24,7 @@ from lcm_lightning.training import (
     instantiate_group,
     next_commands,
     quiet_known_warnings,
+    record_settings,
 )
 
 register_resolvers()
@@ -49,9 +49,7 @@ def main(cfg: DictConfig) -> float | None:
     data.prepare_data()
     module = build_module(cfg, trainer.precision, data.cache)
     if trainer.is_global_zero:
-        write_atomic(run_dir / "config.yaml", OmegaConf.to_yaml(cfg).encode())
-        for logger in loggers[1:]:
-            logger.log_hyperparams(OmegaConf.to_container(cfg))
+        record_settings(cfg, run_dir, loggers[1:])
     try:
         trainer.fit(module, datamodule=data, ckpt_path=checkpoint, weights_only=True)
     except Preempted as stop:
@@ -61,8 +59,7 @@ def main(cfg: DictConfig) -> float | None:
                 requeue_slurm_job()
         sys.exit(128 + stop.number)
     if trainer.is_global_zero:
-        model = cfg.get("model")
-        print(next_commands(run_dir, model.path if model is not None else ""))
+        print(next_commands(cfg, run_dir))
     validation_loss = trainer.callback_metrics.get("val/loss")
     return None if validation_loss is None else validation_loss.item()
 

@@ -28,7 +28,7 @@ from lcm_lightning.data.downloads import is_url
 from lcm_lightning.data.images import ImageFault, crop_square, decode_image, normalise, resize_shorter_side
 from lcm_lightning.data.latents import MOMENTS, TEXT, TRANSFORM
 from lcm_lightning.data.plan import stable_hash
-from lcm_lightning.data.records import INDEX_NAME, PARTS_NAME
+from lcm_lightning.data.records import INDEX_NAME, PARTS_NAME, STARTED_NAME
 from lcm_lightning.data.shards import (
     Shard,
     ShardIndex,
@@ -57,7 +57,6 @@ from lcm_lightning.models.stable_diffusion import StableDiffusion
 FORMAT = 1
 EMPTY_CAPTION = "empty_caption.safetensors"
 # In `.parts/`: whose cache is being written, so that it is known before the index is there.
-STARTED_NAME = "cache.json"
 
 # Number of samples done since the last call.
 OnSamples = Callable[[int], None]

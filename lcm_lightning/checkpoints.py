@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Iterable
 from datetime import datetime
 from pathlib import Path
@@ -141,13 +142,27 @@ def auto_run_folder(resume: str | None, experiment: str, overrides: list[str]) -
 
     Commands are the same if their overrides are, whatever their order and `resume=`. A run that left no checkpoint has
     nothing to go on with.
+
+    Raises:
+        UserError: several processes, which `torchrun` or `srun` started, would each name a folder by its own clock.
     """
     root = Path("outputs") / experiment
     if resume == AUTO:
         runs = [path for path in root.glob("*") if checkpoint_files(path) and same_command(path, overrides)]
         if runs:
             return str(max(runs, key=lambda path: (max(f.stat().st_mtime for f in checkpoint_files(path)), path.name)))
+    if started_apart():
+        raise UserError(
+            f"hydra.run.dir: torchrun or srun started several processes, which must share a run folder; set it, as in "
+            f"hydra.run.dir={root}/${{SLURM_JOB_ID:-first}}"
+        )
     return str(root / datetime.now().strftime("%Y-%m-%d_%H-%M-%S"))
+
+
+def started_apart() -> bool:
+    """Whether this is one of several processes that `torchrun` or SLURM's `srun` started, not Lightning."""
+    torchrun = "TORCHELASTIC_RUN_ID" in os.environ and int(os.environ.get("WORLD_SIZE", "1")) > 1
+    return torchrun or int(os.environ.get("SLURM_STEP_NUM_TASKS", "1")) > 1
 
 
 def same_command(run_dir: Path, overrides: list[str]) -> bool:

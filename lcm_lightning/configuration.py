@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import inspect
 import math
-import sys
 import types
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from difflib import get_close_matches
 from pathlib import Path
 from tempfile import TemporaryFile
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
@@ -17,11 +15,8 @@ from hydra.utils import get_object
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from lcm_lightning.errors import UserError, first_line
+from lcm_lightning.errors import SHOW_KEYS, UserError, first_line, suggestion
 
-_PROGRAM = Path(sys.argv[0])
-_COMMAND = f"-m lcm_lightning.{_PROGRAM.stem}" if _PROGRAM.parent.name == "lcm_lightning" else _PROGRAM.name
-SHOW_KEYS = f"python {_COMMAND} --cfg job"
 INSTRUCTIONS = ("_target_", "_partial_", "_recursive_", "_convert_", "_args_")
 WORDS = {int: "a whole number", float: "a number", bool: "true or false", str: "text", type(None): "null"}
 PRECISIONS = ("32-true", "bf16-mixed", "16-mixed")
@@ -263,9 +258,3 @@ def check_writable(key: str, folder: Path) -> None:
             pass
     except OSError as error:
         raise UserError(f"{key}={folder}: cannot be written ({error}); set it to a folder with room") from error
-
-
-def suggestion(name: str, known: Collection[str]) -> str:
-    """The known name that a misspelt one looks like, or all of them."""
-    close = get_close_matches(name, known, n=1)
-    return f"did you mean {close[0]}? `{SHOW_KEYS}` shows all" if close else f"there are {', '.join(known)}"

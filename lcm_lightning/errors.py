@@ -6,16 +6,23 @@ import functools
 import os
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Collection
+from contextlib import suppress
+from difflib import get_close_matches
 from pathlib import Path
 from typing import NoReturn, ParamSpec, TypeVar
 
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException, MissingConfigException, OverrideParseException
+from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
 P = ParamSpec("P")
 R = TypeVar("R")
+
+_PROGRAM = Path(sys.argv[0])
+_COMMAND = f"-m lcm_lightning.{_PROGRAM.stem}" if _PROGRAM.parent.name == "lcm_lightning" else _PROGRAM.name
+SHOW_KEYS = f"python {_COMMAND} --cfg job"
 
 
 class UserError(Exception):
@@ -50,7 +57,8 @@ def report_user_errors(entry_point: Callable[P, R]) -> Callable[P, R]:
         try:
             return entry_point(*args, **kwargs)
         except UserError as error:
-            remove_unused_run_folder()
+            with suppress(OSError):  # a disk that refuses to write may refuse that too
+                remove_unused_run_folder()
             fail(str(error))
 
     return run_task
@@ -83,7 +91,6 @@ def report_configuration_errors(entry_point: Callable[P, R]) -> Callable[P, R]:
 
 def explain(error: Exception) -> str:
     """What was wrong with the command line that Hydra could not compose, with its remedy."""
-    show = f"`python {Path(sys.argv[0]).name} --cfg job` shows all keys"
     if isinstance(error, MissingConfigException) and error.missing_cfg_file and error.options:
         group, _, option = error.missing_cfg_file.rpartition("/")
         return f"{group}={option}: there is no such file in conf/{group}; there are {', '.join(error.options)}"
@@ -92,11 +99,32 @@ def explain(error: Exception) -> str:
     if isinstance(error, OSError) and not isinstance(error, HydraException):
         return f"hydra.run.dir: the run folder cannot be made ({error}); set hydra.run.dir=... to a place with room"
     message = first_line(error)
+    if message.startswith(of_resolver := "UserError raised while resolving interpolation: "):  # without a cause
+        return message.removeprefix(of_resolver)
+    advice = f"{message.removesuffix('.')}; `{SHOW_KEYS}` shows all keys"
     for override in sys.argv[1:]:
         key = override.lstrip("+~").partition("=")[0]
         if f"'{key}'" in message or key == getattr(error, "full_key", None):
-            return f"{override}: {message}; {show}"
-    return f"{message}; {show}"
+            return f"{override}: {no_such_key(error, override) or advice}"
+    return advice
+
+
+def no_such_key(error: Exception, override: str) -> str | None:
+    """What the key may have been meant to be, where Hydra was asked to set one that is not there; else None."""
+    name, section = getattr(error.__cause__, "key", None), getattr(error.__cause__, "parent_node", None)
+    known = [str(key) for key in section if not str(key).startswith("_")] if isinstance(section, DictConfig) else []
+    if not known:
+        return None
+    if "hydra" in known:  # the top; a choice of experiment leaves no key
+        known[known.index("hydra")] = "experiment"
+    adding = f"; +{override} would add it" if override.partition("=")[0].endswith(f".{name}") else ""
+    return f"there is no such key; {suggestion(str(name), known)}{adding}"
+
+
+def suggestion(name: str, known: Collection[str]) -> str:
+    """The known name that a misspelt one looks like, or all of them."""
+    close = get_close_matches(name, known, n=1)
+    return f"did you mean {close[0]}? `{SHOW_KEYS}` shows all" if close else f"there are {', '.join(known)}"
 
 
 def remove_unused_run_folder() -> None:

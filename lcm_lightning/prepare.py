@@ -6,6 +6,7 @@ With `cache=latents model=sd15` also to shards of what the model's VAE and text 
 from __future__ import annotations
 
 import csv
+import shlex
 import sys
 import time
 from collections import Counter
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
     from lcm_lightning.data.records import Source
 
 SHOWN_SKIPS = 5
+EXPERIMENTS = ("flickr8k", "flickr30k")  # data sets with experiments of their own
 
 
 def prepare(
@@ -112,8 +114,8 @@ def main(config: DictConfig) -> None:
 
         output = prepare_latents(config, console, partial(prepare_images, config, console))
         place = [f"data.source={output}", *overrides_of("model", "data.resolution", "data.flip_probability")]
-    name = overrides_of("data.name")
-    console.print(f"Ready: python train.py data={choice('data')}", *name, *place, soft_wrap=True)
+    for line in next_lines(config.data.name, place):
+        console.print(line, soft_wrap=True)
 
 
 def prepare_images(config: DictConfig, console: Console) -> Path:
@@ -160,6 +162,24 @@ def check_output(source: Source, location: str, output: Path) -> None:
     folder = Path(location).expanduser()
     if source.layout == "shards" and folder.is_dir() and folder.resolve() == output.resolve():
         raise UserError(f"prepare.output={output}: is data.source too; set it to another folder")
+
+
+def next_lines(name: str, place: list[str]) -> list[str]:
+    """The command that trains on data set `name`, found with the options `place`, and what it takes without a GPU."""
+    import torch  # late, as what imports it
+
+    data = choice("data")
+    experiment = data if data in EXPERIMENTS else EXPERIMENTS[0]
+    options = [f"experiment=lora_{experiment}", *([] if data == experiment else [f"data={data}"])]
+    if name != experiment:
+        options += [f"name=lora_{name}", *overrides_of("data.name")]
+    options += place
+    if torch.cuda.is_available() or torch.backends.mps.is_available():
+        return [f"Ready: python train.py {shlex.join(options)}"]
+    lines = [f"Ready: python train.py {shlex.join([*options, 'trainer=cpu'])}"]
+    if not overrides_of("model="):
+        lines.append("(no GPU here: model=tiny data.resolution=64 tries it on the small embedded pipeline)")
+    return lines
 
 
 def choice(group: str) -> str:

@@ -44,9 +44,9 @@ def prepare_latents(config: DictConfig, console: Console, prepare_images: Callab
     device = make_fabric(options.accelerator, 1).device
     model: StableDiffusion = instantiate_group(config, "model", dtype=parse_dtype(options.dtype))
     model.check_resolution(data.resolution)
-    key = cache_key(model, data.resolution, options.teacher_lora)
     if options.teacher_lora is not None:
-        fuse_lora(model, options.teacher_lora)
+        fuse_lora(model, options.teacher_lora, key="cache.teacher_lora")
+    key = cache_key(model, data.resolution, options.teacher_lora)
     images = image_shards(config, prepare_images)
     index = locate_images(data.name, images)
     output = Path(options.output or Path("data") / f"{data.name}-latents").expanduser()

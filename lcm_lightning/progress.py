@@ -8,10 +8,12 @@ from rich.text import Text
 
 
 class ImagesPerSecond(ProgressColumn):
-    """Throughput of late."""
+    """Throughput of late. Nothing beside a task that was added with `counts_images=False`."""
 
     def render(self, task: Task) -> Text:
         """Images per second, "-" before the first are done."""
+        if not task.fields.get("counts_images", True):
+            return Text()
         speed = task.finished_speed or task.speed
         return Text("- images/s" if not speed else f"{speed:.0f} images/s" if speed >= 10 else f"{speed:.2g} images/s")
 

@@ -157,9 +157,11 @@ def _with_adapters(cfg: DictConfig, files: Mapping[str, Path], dtype: torch.dtyp
 
 def _lora_name(lora: str) -> str:
     path = Path(lora)
-    generic = path.stem in ("pytorch_lora_weights", "kohya_lora_weights") and path.parent.name
-    parts = [part for part in path.parent.parts if part != "lora"]
-    return parts[-1] if generic and parts else path.stem if path.suffix == ".safetensors" else path.name
+    if path.suffix == ".safetensors" and path.stem not in ("pytorch_lora_weights", "kohya_lora_weights"):
+        return path.stem
+    folder = path.parent if path.suffix == ".safetensors" else path
+    parts = [part for part in folder.parts if part != "lora"]  # a run keeps its LoRAs in lora/
+    return parts[-1] if parts else path.stem
 
 
 def _data_of(run: Path) -> DataChoice | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import warnings
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,14 +16,16 @@ from hydra.errors import InstantiationException
 from hydra.utils import instantiate
 from lightning.fabric import Fabric
 from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.loggers import Logger
 from omegaconf import DictConfig, OmegaConf
 from torch.optim import Optimizer
 from transformers.utils import logging as transformers_logging
 
 from lcm_lightning.caching import cache_key
-from lcm_lightning.configuration import SHOW_KEYS
 from lcm_lightning.data.latents import LatentCache
-from lcm_lightning.errors import UserError, first_line, innermost
+from lcm_lightning.errors import SHOW_KEYS, UserError, first_line, innermost
+from lcm_lightning.files import write_atomic
+from lcm_lightning.models.runs import MANIFEST
 from lcm_lightning.resolvers import package_file
 
 log = logging.getLogger(__name__)
@@ -158,16 +161,41 @@ def make_fabric(accelerator: str, devices: int) -> Fabric:
         ) from error
 
 
-def next_commands(run_dir: Path, model_path: str) -> str:
-    """What to do with a finished run of the model at `model_path`."""
-    protocol = " evaluation=quick" if Path(model_path).is_relative_to(package_file("assets")) else ""
+def record_settings(cfg: DictConfig, run_dir: Path, loggers: Sequence[Logger]) -> None:
+    """Write the resolved configuration as the run's `config.yaml` and give it to loggers of hyperparameters.
+
+    Raises:
+        UserError: the run folder cannot be written, on a full disk for example.
+    """
+    try:
+        write_atomic(run_dir / "config.yaml", OmegaConf.to_yaml(cfg).encode())
+        for logger in loggers:
+            logger.log_hyperparams(OmegaConf.to_container(cfg))
+    except OSError as error:
+        raise UserError(
+            f"hydra.run.dir={run_dir}: the run folder cannot be written ({error}); make room there, or set "
+            "hydra.run.dir=... to a place with room"
+        ) from error
+
+
+def next_commands(cfg: DictConfig, run_dir: Path) -> str:
+    """What to do with a finished run, of what it left: pictures, a LoRA."""
     shown = run_dir.relative_to(Path.cwd()) if run_dir.is_relative_to(Path.cwd()) else run_dir
-    return (
-        f"\nrun folder: {shown}\n"
-        f"  look at   {shown}/samples/\n"
-        f"  evaluate  python evaluate.py run={shown}{protocol}\n"
-        f'  generate  python -m lcm_lightning.generate run={shown} prompt="..."'
-    )
+    lines = [f"\nrun folder: {shown}"]
+    if any((run_dir / "samples").glob("*.png")):
+        lines.append(f"  look at   {shown}/samples/")
+    if (run_dir / "lora" / MANIFEST).is_file():
+        protocol = " evaluation=quick" if is_embedded(cfg) else ""
+        lines.append(f"  evaluate  python evaluate.py run={shown}{protocol}")
+        lines.append(f'  generate  python -m lcm_lightning.generate run={shown} prompt="..."')
+    return "\n".join(lines)
+
+
+def is_embedded(cfg: DictConfig) -> bool:
+    """Whether a run is of the embedded pipeline on embedded data, which the protocol `quick` is for."""
+    assets = Path(package_file("assets"))
+    model_path = OmegaConf.select(cfg, "model.path")
+    return Path(model_path or "").is_relative_to(assets) and (assets / "data" / cfg.data.name).is_dir()
 
 
 def quiet_known_warnings() -> None:

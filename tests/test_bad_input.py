@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import http.server
 import importlib
 import json
@@ -49,7 +50,11 @@ Case = tuple[str, str]
 # In each case W stands for the folder of `world`. The pattern must be found in the message.
 TRAIN_CASES: list[Case] = [
     # keys
-    ("foo=1", r"foo=1: .*foo.*--cfg job"),
+    ("foo=1", r"foo=1: there is no such key; there are experiment, model"),
+    ("max_step=1", r"max_step=1: there is no such key; did you mean max_steps\? `.*--cfg job` shows all$"),
+    ("experimnt=quickstart", r"experimnt=quickstart: there is no such key; did you mean experiment\?"),
+    ("optimzer.lr=1", r"optimzer\.lr=1: there is no such key; did you mean optimizer\? [^+]*$"),
+    ("trainer.max_step=1", r"trainer\.max_step=1: .* did you mean max_steps\?.*\+trainer\.max_step=1 would add it"),
     ("+foo=1", r"foo=1: nothing reads this key; there are model"),
     ("+seeed=1", r"seeed=1: nothing reads this key; did you mean seed\?"),
     ("data.bacth_size=1", r"data\.bacth_size=1: .*--cfg job"),
@@ -155,13 +160,13 @@ TRAIN_CASES: list[Case] = [
     ("model.path=W/no_unet", r"model\.path=.*/no_unet: cannot be loaded"),
     ("model.path=W/not_json", r"model\.path=.*/not_json: .*model_index\.json"),
     ("model.path=owner/name", r"model\.path=owner/name: cannot be loaded .*hf download"),
-    ("method.teacher_lora=./nowhere", r"lora=\./nowhere: no such file or folder"),
-    ("method.teacher_lora=W/empty", r"lora=.*/empty: holds neither"),
-    ("method.teacher_lora=W/foreign.safetensors", r"lora=.*foreign\.safetensors: .*made for another base model"),
-    ("method.teacher_lora=W/pickled.pt", r"lora=.*pickled\.pt: only \.safetensors is read"),
-    ("method.teacher_lora=W/cut.safetensors", r"lora=.*cut\.safetensors: cannot be loaded"),
-    ("method.teacher_lora=W/dora.safetensors", r"lora=.*dora\.safetensors: is a DoRA"),
-    ("method.teacher_lora=owner/name", r"lora=owner/name: no such folder here.*hf auth login"),
+    ("method.teacher_lora=./nowhere", r"method\.teacher_lora=\./nowhere: no such file or folder"),
+    ("method.teacher_lora=W/empty", r"method\.teacher_lora=.*/empty: holds neither"),
+    ("method.teacher_lora=W/foreign.safetensors", r"method\.teacher_lora=.*foreign\.safetensors: .*another base model"),
+    ("method.teacher_lora=W/pickled.pt", r"method\.teacher_lora=.*pickled\.pt: only \.safetensors is read"),
+    ("method.teacher_lora=W/cut.safetensors", r"method\.teacher_lora=.*cut\.safetensors: cannot be loaded"),
+    ("method.teacher_lora=W/dora.safetensors", r"method\.teacher_lora=.*dora\.safetensors: is a DoRA"),
+    ("method.teacher_lora=owner/name", r"method\.teacher_lora=owner/name: no such folder here.*hf auth login"),
     ("resume=nowhere", r"resume=nowhere: neither a \.ckpt file nor a run folder"),
     ("resume=W/empty", r"resume=.*/empty: neither a \.ckpt file nor a run folder"),
     ("resume=W/garbage.ckpt", r"resume=.*garbage\.ckpt is no checkpoint"),
@@ -213,7 +218,7 @@ PREPARE_CASES: list[Case] = [
     ("data.source=W/a_file", r"data\.source=.*/a_file: a file; give the folder"),
     ("data.source=W/empty", r"data\.source=.*/empty: no captioned images recognised"),
     ("data.source=[a]", r"data\.source=\['a'\]: expected text or null"),
-    ("data.source=W/photos prepare.foo=1", r"prepare\.foo=1: .*--cfg job"),
+    ("data.source=W/photos prepare.foo=1", r"prepare\.foo=1: there is no such key; there are output, samples"),
     ("data.source=W/photos +prepare.foo=1", r"prepare\.foo=1: nothing reads a key"),
     ("data.source=W/photos +foo=1", r"foo=1: nothing reads a key"),
     ("data.source=W/photos prepare.samples_per_shard=0", r"prepare\.samples_per_shard=0: .*at least 1; try 500"),
@@ -437,6 +442,30 @@ def test_an_unknown_setting_of_wandb_is_refused_before_the_run(world, here, capf
     assert state(here) == {}
 
 
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EROFS])
+def test_a_run_folder_that_takes_no_file_is_one_message(number, world, here, capfd, monkeypatch):
+    """A disk that is full when the run has made its folder."""
+
+    def refuse(_: int) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(os, "fsync", refuse)
+    message = complaint("train", overrides(TRAIN, "hydra.run.dir=there", world), capfd)
+    assert re.match(rf"error: hydra\.run\.dir=.*there: .*{os.strerror(number)}.*set hydra\.run\.dir=", message)
+    assert state(here) == {}
+
+
+@pytest.mark.parametrize(
+    "environment", [{"TORCHELASTIC_RUN_ID": "none", "WORLD_SIZE": "2"}, {"SLURM_STEP_NUM_TASKS": "8"}], ids=str
+)
+def test_processes_started_apart_are_asked_for_the_folder_they_share(environment, world, here, capfd, monkeypatch):
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    message = complaint("train", overrides(TRAIN, "experiment=lora_flickr8k", world), capfd)
+    assert re.match(r"error: hydra\.run\.dir: .*share a run folder.*hydra\.run\.dir=outputs/lora_flickr8k/", message)
+    assert state(here) == {}
+
+
 # ---- as real processes ---------------------------------------------------------------------------------------------
 
 
@@ -493,7 +522,7 @@ def import_seconds() -> float:
         ((ROOT / "train.py", *TRAIN, "data.batch_size=abc"), r"data\.batch_size=abc"),
         ((ROOT / "train.py", *TRAIN, "experiment=nonesuch"), r"experiment=nonesuch: .*there are .*quickstart"),
         ((ROOT / "train.py", *TRAIN, "model.path=owner/name"), r"model\.path=owner/name: .*hf auth login"),
-        ((ROOT / "train.py", *TRAIN, "method.teacher_lora=owner/name"), r"lora=owner/name: .*hf auth login"),
+        ((ROOT / "train.py", *TRAIN, "method.teacher_lora=owner/name"), r"method\.teacher_lora=owner/name: .*hf auth"),
         ((ROOT / "train.py", *TRAIN, "data.source=owner/name"), r"data\.source=owner/name: .*HF_TOKEN"),
         (("-m", "lcm_lightning.prepare", "data.source=/no/such"), r"data\.source=/no/such: no such folder"),
         (("-m", "lcm_lightning.generate", "run=nowhere", "prompt=a"), r"run=nowhere: no config\.yaml"),

@@ -308,14 +308,24 @@ def test_skipped_samples_are_in_the_metrics(tmp_path, monkeypatch, pipeline_fold
     ten_shards(tmp_path / "set")
     bad = pair("bad1", b"") + pair("bad2", caption=None)
     (tmp_path / "set" / "train-10.tar").write_bytes(tar_bytes(GOOD + bad)[:-5000])
-    in_process(
+    options = (
         f"model.path={pipeline_folder}", f"data.source={tmp_path / 'set'}", *SMALL, "trainer=debug", "logger=none",
-        "data.val_limit=0", "data.batch_size=43", "data.max_bad_fraction=0.5", "hydra.run.dir=run",
+        "data.val_limit=0", "data.batch_size=20", "data.max_bad_fraction=0.5", "hydra.run.dir=run",
         "callbacks.samples=null", "method=lora", f"data.cache_dir={tmp_path / 'cache'}",
     )  # fmt: skip
-    with Path("run/metrics.csv").open() as file:
-        counts = [float(row["train/skipped_samples"]) for row in csv.DictReader(file) if row["train/skipped_samples"]]
+    in_process(*options)
+    counts = skipped_samples(Path("run"))
     assert counts == sorted(counts) and counts[0] >= 2
+    in_process(*options, "resume=auto", "trainer.max_steps=6", "trainer.val_check_interval=6")
+    in_process(*options, "hydra.run.dir=whole", "trainer.max_steps=6", "trainer.val_check_interval=6")
+    assert skipped_samples(Path("run")) == skipped_samples(Path("whole"))
+    assert skipped_samples(Path("run"))[:2] == counts and skipped_samples(Path("run"))[-1] > counts[-1]
+
+
+def skipped_samples(run):
+    """The count at each step."""
+    with (run / "metrics.csv").open() as file:
+        return [float(row["train/skipped_samples"]) for row in csv.DictReader(file) if row["train/skipped_samples"]]
 
 
 # ---- servers that misbehave ----------------------------------------------------------------------------------------

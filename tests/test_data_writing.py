@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import shutil
 import tarfile
 
 import numpy as np
@@ -122,6 +123,51 @@ def test_a_shard_whose_bytes_changed_is_written_again(tmp_path):
     write(some_records(), tmp_path)
     before = content(tmp_path)
     (tmp_path / "train-000001.tar").write_bytes(b"\0" * 100)
+    write(some_records(), tmp_path)
+    assert content(tmp_path) == before
+
+
+@pytest.mark.parametrize(
+    ("note", "workers"),
+    [(note, 1) for note in (b'{"file": "tra', b"[]", b"{}", b'{"skipped": [1]}', b"\xff\xfe", b"[" * 9999)]
+    + [(b"", 2)],
+)
+def test_a_shard_whose_note_is_damaged_is_written_again(tmp_path, caplog, note, workers):
+    write(some_records(), tmp_path)
+    before = content(tmp_path)
+    damaged = tmp_path / ".parts" / "train-000001.tar.json"
+    whole = damaged.read_bytes()
+    damaged.write_bytes(note)
+    kept = {}
+    write(
+        some_records(), tmp_path, workers=workers, on_shard=lambda shard, was_kept: kept.update({shard.file: was_kept})
+    )
+    assert [file for file, was_kept in kept.items() if not was_kept] == ["train-000001.tar"]
+    assert content(tmp_path) == before and damaged.read_bytes() == whole
+    assert "train-000001.tar is written again" in caplog.text
+
+
+@pytest.mark.parametrize("name", ["train-000000.tar", "0.tar", "index.json", "skipped.csv"])
+def test_a_folder_with_files_of_others_is_left_as_it_is(tmp_path, name):
+    (tmp_path / name).write_bytes(b"of someone else")
+    with pytest.raises(UserError, match=rf"prepare\.output=.*: holds {name}, .*another folder"):
+        write(some_records(), tmp_path)
+    assert content(tmp_path) == {name: b"of someone else"} and not (tmp_path / ".parts").exists()
+
+
+def test_cached_latents_are_not_written_over(tmp_path):
+    (tmp_path / ".parts").mkdir()
+    (tmp_path / ".parts" / "cache.json").write_text("{}")
+    (tmp_path / "train-000000.tar").write_bytes(b"latents")
+    with pytest.raises(UserError, match=r"prepare\.output=.*: holds train-000000\.tar"):
+        write(some_records(), tmp_path)
+    assert content(tmp_path) == {"train-000000.tar": b"latents"}
+
+
+def test_shards_are_made_anew_without_the_notes_of_the_former_run(tmp_path):
+    write(some_records(), tmp_path)
+    before = content(tmp_path)
+    shutil.rmtree(tmp_path / ".parts")
     write(some_records(), tmp_path)
     assert content(tmp_path) == before
 

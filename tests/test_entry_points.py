@@ -22,8 +22,8 @@ from safetensors.torch import load_file
 
 import train
 from lcm_lightning.callbacks.loggers import wandb_run_id
-from lcm_lightning.models.runs import load_run, read_manifest
-from lcm_lightning.training import TRAIN_KEYS
+from lcm_lightning.models.runs import Adapter, load_run, read_manifest, write_manifest
+from lcm_lightning.training import TRAIN_KEYS, next_commands
 
 ROOT = Path(train.__file__).parent
 SMALL = (
@@ -214,6 +214,52 @@ def test_every_figure_is_logged_at_the_interval_over_epochs_and_accumulation(run
     assert all(rate > 0 for rate in rates)
 
 
+def test_figures_are_logged_one_below_the_step_that_checkpoints_and_pictures_are_called_by(run: Run):
+    """As docs/scaling.md says."""
+    folder = run("named", "method=lora", "trainer=debug", "logger=none")
+    assert {row["step"] for row in metrics(folder) if "val/loss" in row} == {1}
+    assert max(row["step"] for row in metrics(folder) if "train/loss" in row) == 1
+    assert (folder / "checkpoints" / "step_000002.ckpt").is_file()
+    assert (folder / "samples" / "step_000002.png").is_file()
+
+
+def test_the_progress_bar_counts_optimizer_steps(run: Run, capfd: pytest.CaptureFixture[str]):
+    options = ("method=lora", "trainer=debug", "logger=none", "callbacks.samples=null")
+    steps = (*options, "trainer.accumulate_grad_batches=5", "trainer.val_check_interval=100")
+    run("steps", *steps, "trainer.max_steps=3")  # 15 batches, 12 of which are an epoch
+    assert re.search(r"Step +\S* 3/3 ", shown := capfd.readouterr().out) and "Epoch" not in shown
+    run("steps", *steps, "trainer.max_steps=5", "resume=auto")
+    assert re.search(r"Step +\S* 5/5 ", shown := capfd.readouterr().out) and "Epoch" not in shown
+    run("epochs", *options, "trainer.max_steps=-1", "trainer.max_epochs=2")
+    assert re.search(r"Epoch 1/1 +\S* 12/12 ", capfd.readouterr().out)
+
+
+def test_the_end_of_a_run_names_what_it_left(run: Run, capfd: pytest.CaptureFixture[str]):
+    small = ("method=lora", "trainer=debug", "logger=none")
+    run("drawn", *small)
+    said = capfd.readouterr().out
+    assert "look at   drawn/samples/\n" in said and "python evaluate.py run=drawn\n" in said
+    run("blind", *small, "callbacks.samples=null", "callbacks.export=null")
+    assert capfd.readouterr().out.endswith("run folder: blind\n")
+
+
+@pytest.mark.parametrize(
+    ("choices", "protocol"),
+    [
+        (["model=tiny", "data=twemoji"], " evaluation=quick"),
+        (["model=tiny", "data=flickr8k"], ""),
+        (["model=sd15", "data=twemoji"], ""),
+    ],
+)
+def test_the_quick_evaluation_is_proposed_for_the_embedded_pipeline_and_data(
+    tmp_path: Path, choices: list[str], protocol: str
+):
+    write_manifest(tmp_path / "lora", [Adapter("finetuned")])
+    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+        cfg = compose("train", overrides=choices)
+    assert f"python evaluate.py run={tmp_path}{protocol}\n" in next_commands(cfg, tmp_path)
+
+
 def test_resuming_goes_on_where_the_run_stopped(run: Run):
     """5 steps at once are 3 steps, a new process' worth of forgetting, and 2 more; the second stop is in epoch 2."""
     options = ("trainer=debug", "logger=none", "method.lr_scheduler=constant", "method.warmup_steps=0")
@@ -252,15 +298,15 @@ def refused(capfd: pytest.CaptureFixture[str], run: Run, message: str, *override
     ("override", "message"),
     [
         ("+foo=1", "foo=1: nothing reads this key"),
-        ("foo=1", "Could not override 'foo'"),
+        ("foo=1", "foo=1: there is no such key; there are experiment, model"),
         ("+model.foo=1", "model.foo=1: nothing reads this key"),
         ("+method.foo=1", "method.foo=1: nothing reads this key"),
-        ("method.foo=1", "Could not override 'method.foo'"),
+        ("method.foo=1", "method.foo=1: there is no such key; there are teacher_lora"),
         ("+method.lora.foo=1", "method.lora.foo=1: nothing reads this key"),
         ("+method.distillation.foo=1", "method.distillation.foo=1: nothing reads this key"),
         ("+optimizer.foo=1", "optimizer.foo=1: nothing reads this key"),
         ("+data.foo=1", "data.foo=1: nothing reads this key"),
-        ("data.bacth_size=1", "Could not override 'data.bacth_size'"),
+        ("data.bacth_size=1", "data.bacth_size=1: there is no such key; did you mean batch_size"),
         ("+trainer.foo=1", "trainer.foo=1: nothing reads this key"),
         ("+logger.foo=1", "logger.foo=1: nothing reads this"),
         ("+callbacks.foo=1", "callbacks.foo=1: nothing reads this"),
@@ -277,7 +323,7 @@ def refused(capfd: pytest.CaptureFixture[str], run: Run, message: str, *override
         ("method.lora.rank=0", "method.lora.rank=0"),
         ("method.lr_scheduler=fast", "method.lr_scheduler=fast: expected one of"),
         ("method.w_min=20", "method.w_min=20"),
-        ("method.teacher_lora=./nowhere", "lora=./nowhere: no such file or folder"),
+        ("method.teacher_lora=./nowhere", "method.teacher_lora=./nowhere: no such file or folder"),
     ],
 )
 def test_a_mistake_is_one_clear_message(

@@ -1,5 +1,6 @@
 """From files to figures: what is kept of a drawing, who is held against whom, and what metrics.json says of it."""
 
+import io
 from pathlib import Path
 
 import numpy as np
@@ -7,6 +8,7 @@ import pytest
 import torch
 from lightning.fabric import Fabric
 from PIL import Image
+from rich.console import Console
 from safetensors.torch import load_file, save_file
 
 from lcm_lightning.evaluation.contenders import Contender
@@ -51,6 +53,16 @@ def test_a_batch_keeps_its_latents_and_is_drawn_again_without_them(tiny_model: S
     pixels = (tiny_model.decode_latents(read_latents(tmp_path, range(0, 2)))[1] * 255).round()
     image = torch.from_numpy(np.array(Image.open(image_file(tmp_path, 1)))).permute(2, 0, 1)
     assert (pixels - image).abs().max() <= 3
+
+
+def test_only_bars_of_images_tell_images_per_second():
+    console = Console(file=io.StringIO(), width=100)
+    with image_progress(console) as progress:
+        progress.advance(progress.add_task("drawing", total=4), 2)
+        progress.advance(progress.add_task("intervals", total=4, counts_images=False), 2)
+    drawing, intervals = [line for line in console.file.getvalue().splitlines() if "2/4" in line][-2:]
+    assert "drawing" in drawing and "images/s" in drawing
+    assert "intervals" in intervals and "images/s" not in intervals
 
 
 def test_students_and_hurried_teachers_are_held_against_the_teacher_at_full_length():

@@ -72,6 +72,25 @@ def test_any_number_of_models_are_found_without_loading_one(composed, tmp_path: 
     assert [source.data and source.data.name for source in found] == [None, None, "flickr8k", None, "flickr8k"]
 
 
+@pytest.mark.parametrize(
+    ("place", "name"),
+    [
+        ("a/lora", "a"),
+        ("a/lora/pytorch_lora_weights.safetensors", "a"),
+        ("b", "b"),
+        ("b/pytorch_lora_weights.safetensors", "b"),
+        ("b/mine.safetensors", "mine"),
+    ],
+)
+def test_a_lora_is_called_by_its_file_or_the_folder_that_tells_it_from_others(composed, tmp_path, place, name):
+    for folder in (tmp_path / "a" / "lora", tmp_path / "b"):
+        folder.mkdir(parents=True)
+        (folder / "pytorch_lora_weights.safetensors").touch()
+    (tmp_path / "b" / "mine.safetensors").touch()
+    (found,) = find_subjects(composed("model=tiny", f"lora={tmp_path}/{place}", "lora_role=lcm"))
+    assert found.name == name
+
+
 def test_the_shorthands_are_lists_of_one(composed, tmp_path: Path):
     run = make_run(tmp_path / "a")
     (tmp_path / "x.safetensors").touch()

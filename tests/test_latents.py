@@ -688,8 +688,8 @@ def test_from_photos_to_a_run_on_latents(
     source = f"data.source={photos(tmp_path / 'photos')}"
     options = ("data=folder", source, "prepare.workers=1", "data.resolution=32", "cache=latents", "cache.dtype=float32")
     said = command("prepare", *options, *model)
-    ready = "Ready: python train.py data=folder data.source=data/folder-latents data.resolution=32 model=sd15"
-    assert ready in said
+    ready = "experiment=lora_flickr8k data=folder name=lora_folder data.source=data/folder-latents data.resolution=32"
+    assert f"Ready: python train.py {ready} model=sd15 " in said
     again = command("prepare", "data=folder", "data.resolution=32", "cache=latents", "cache.dtype=float32", *model)
     assert "2 shards kept" in again
 
@@ -732,6 +732,7 @@ def test_from_photos_to_a_run_on_latents(
         (("cache.crops=0", "model=sd15"), "error: cache.crops=0: expected a whole number, at least 1"),
         (("cache.flips=3", "model=sd15"), "error: cache.flips=3: expected true or false"),
         (("cache.dtype=int8", "model=sd15"), "error: dtype=int8"),
+        (("cache.teacher_lora=./nowhere", "model=tiny", "data.resolution=64"), "error: cache.teacher_lora=./nowhere"),
     ],
 )
 def test_a_mistake_is_one_message(command: Callable[..., str], tmp_path: Path, options: tuple[str, ...], message: str):

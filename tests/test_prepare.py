@@ -8,6 +8,7 @@ import json
 import os
 import re
 import runpy
+import shlex
 import subprocess
 import sys
 import threading
@@ -15,6 +16,8 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
+from hydra import compose, initialize_config_dir
+from hydra.utils import instantiate
 from PIL import Image
 
 from lcm_lightning.data.datamodule import CaptionedImages, iterate_split
@@ -146,7 +149,18 @@ def test_every_layout_becomes_the_same_shards(run, tmp_path, data, layout):
     status, out, _ = run(f"data={data}", f"data.source='{tmp_path}/my photos'")
     assert status == 0
     assert read_back(tmp_path / "data" / data) == BY_SPLIT
-    assert out.splitlines()[-1].strip() == f"Ready: python train.py data={data}"
+    composed = next_run(out)
+    assert (composed.data.name, composed.data.source, composed.trainer.accelerator) == (data, None, "cpu")
+    assert composed.name == f"lora_{data}"
+
+
+def next_run(out):
+    """The configuration of the command that is proposed, given to Hydra as a shell would."""
+    (line,) = [line for line in out.splitlines() if line.startswith("Ready: ")]
+    program, script, *overrides = shlex.split(line.removeprefix("Ready: "))
+    assert (program, script) == ("python", "train.py")
+    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+        return compose("train", overrides=overrides)
 
 
 def kaggle_flickr8k(folder, numbers=range(0, 250, 10)):
@@ -167,14 +181,18 @@ def test_flickr8k_of_kaggle_gets_splits_of_its_own_and_says_so(run, tmp_path):
     assert len(splits["train"]) > len(every) / 2
 
 
-def test_where_the_next_command_finds_the_shards(run, tmp_path):
+def test_where_the_next_command_finds_the_shards(run, tmp_path, monkeypatch):
     text_beside_images(tmp_path / "in")
     _, out, _ = run("data=folder", "data.name=cats", f"data.source={tmp_path / 'in'}")
-    assert "Ready: python train.py data=folder data.name=cats\n" in out
-    CaptionedImages("cats", resolution=32, num_workers=0).prepare_data()
-    _, out, _ = run("data=folder", f"data.source={tmp_path / 'in'}", "prepare.output=else/where")
-    assert "Ready: python train.py data=folder data.source=else/where\n" in out
-    CaptionedImages("folder", "else/where", resolution=32, num_workers=0).prepare_data()
+    assert "python train.py experiment=lora_flickr8k data=folder name=lora_cats data.name=cats trainer=cpu\n" in out
+    assert "(no GPU here: model=tiny data.resolution=64 " in out
+    instantiate(next_run(out).data, resolution=32, num_workers=0).prepare_data()
+    _, out, _ = run("data=folder", f"data.source={tmp_path / 'in'}", "prepare.output='some where/else'")
+    assert next_run(out).data.source == "some where/else"
+    instantiate(next_run(out).data, resolution=32, num_workers=0).prepare_data()
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    _, out, _ = run("data=folder", f"data.source={tmp_path / 'in'}")
+    assert next_run(out).trainer.accelerator == "gpu" and "no GPU" not in out
 
 
 def test_skipped_images_are_reported_by_name_with_their_reason(run, tmp_path):

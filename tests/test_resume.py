@@ -207,6 +207,21 @@ def test_a_longer_run_goes_on_from_the_end_of_a_shorter_one(tmp_path: Path, flic
     assert_same_end(folder, tmp_path)
 
 
+@pytest.mark.parametrize(("max_steps", "accumulate"), [(6, 1), (12, 1), (18, 1), (3, 2), (6, 2)])
+@pytest.mark.parametrize("val_every", [3, 4])
+def test_a_run_that_ended_with_an_epoch_goes_on_with_the_next(
+    tmp_path: Path, flickr_shards: Path, max_steps: int, accumulate: int, val_every: int
+):
+    options = {"accumulate": accumulate, "val_every": val_every}
+    whole = train(tmp_path / "whole", flickr_shards, max_steps=20, **options)
+    shorter = train(tmp_path / "cut", flickr_shards, max_steps=max_steps, **options)
+    longer = train(tmp_path / "cut", flickr_shards, max_steps=20, **options)
+    assert shorter.seen + longer.seen == whole.seen
+    one, two = ([row for row in rows(tmp_path / name) if row["train/loss"]] for name in ("cut", "whole"))
+    assert one == two
+    assert torch.equal(longer.layer.weight, whole.layer.weight)
+
+
 def test_a_finished_run_has_nothing_to_do_and_changes_nothing(tmp_path: Path, flickr_shards: Path):
     train(tmp_path, flickr_shards)
     before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.ckpt")}

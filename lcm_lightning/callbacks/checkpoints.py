@@ -85,6 +85,7 @@ class Checkpoints(Checkpoint):
         loops = checkpoint["loops"]["fit_loop"]
         for loader in loops["state_dict"].get("combined_loader", []):
             count_batches(loops, loader, trainer.world_size, trainer.datamodule.batch_size)  # type: ignore[attr-defined]
+            reopen_epoch(loops, loader, trainer.val_check_interval)
         count_steps(loops, checkpoint["global_step"], trainer.val_check_interval if trainer.enable_validation else None)
 
     # ---- when to save ----------------------------------------------------------------------------------------------
@@ -254,6 +255,28 @@ def count_batches(loops: dict[str, Any], loader: dict[str, Any], world_size: int
     if 0 < loader["consumed"] < samples:
         for counters in loops["epoch_progress"].values():
             counters |= {name: loader["epoch"] + (name in ("ready", "started")) for name in counters}
+
+
+def reopen_epoch(loops: dict[str, Any], loader: dict[str, Any], val_check_interval: int | float) -> None:
+    """Make the state of a run that ended with an epoch that of one stopped in the epoch's last batch.
+
+    Lightning goes on well from the latter only: after the former it leaves a run's second epoch after one batch, and
+    counts later ones one too high.
+
+    Args:
+        loops: state of Lightning's fit loop, changed in place.
+        loader: state of `lcm_lightning.data.stream.ShardLoader`.
+        val_check_interval: batches between validations.
+    """
+    epochs, batches = loops["epoch_progress"], loops["epoch_loop.batch_progress"]
+    in_epoch = loader["consumed"] < loader["settings"]["samples"]
+    if in_epoch or epochs["current"]["completed"] < epochs["current"]["ready"]:
+        return
+    for counters in epochs.values():
+        counters |= {name: loader["epoch"] + (name in ("ready", "started")) for name in counters}
+    if isinstance(val_check_interval, float) or batches["total"]["ready"] % val_check_interval:
+        for counters in (batches["total"], batches["current"]):
+            counters["completed"] = counters["processed"] - 1
 
 
 def count_steps(loops: dict[str, Any], global_step: int, val_check_interval: int | float | None) -> None:

@@ -6,12 +6,16 @@ from typing import Any
 
 import lightning as L
 from lightning.pytorch.callbacks import RichProgressBar
+from rich.progress import TaskID
 
 FIGURES = ("train/loss", "train/images_per_second")
 
 
 class ProgressBar(RichProgressBar):
-    """Lightning's bar, with the figures `FIGURES` of the last step that was logged.
+    """Lightning's bar, one for the whole run, of optimizer steps out of `max_steps`.
+
+    A run that ends by its epochs has one of batches for each. Behind the bar are the figures `FIGURES` of the last step
+    that was logged.
 
     What a module logs with `prog_bar=True` Lightning reads after each batch, which waits for the device.
     """
@@ -29,3 +33,30 @@ class ProgressBar(RichProgressBar):
             figures = {name: float(logged[name]) for name in FIGURES if name in logged}
             self.shown, self.shown_step = super().get_metrics(trainer, pl_module) | figures, step
         return self.shown
+
+    @property
+    def counts_steps(self) -> bool:
+        """Whether the run ends by its steps."""
+        return self.trainer.max_steps != -1
+
+    @property
+    def total_train_batches(self) -> int | float:
+        """The bar's length: the run's optimizer steps, or else the epoch's batches."""
+        return self.trainer.max_steps if self.counts_steps else super().total_train_batches
+
+    def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Show the bar, or let that of the epoch before go on."""
+        if not self.counts_steps or self.train_progress_bar_id is None:
+            super().on_train_epoch_start(trainer, pl_module)
+            self._update(self.train_progress_bar_id, 0)
+
+    def _get_train_description(self, current_epoch: int) -> str:
+        if not self.counts_steps:
+            return super()._get_train_description(current_epoch)
+        return "Step".ljust(len(self.validation_description))
+
+    def _update(self, progress_bar_id: TaskID | None, current: int, visible: bool = True, hard: bool = False) -> None:
+        """Set a bar to `current`; the run's to the step, which is not the number of the epoch's batch."""
+        if self.counts_steps and progress_bar_id == self.train_progress_bar_id:
+            current = self.trainer.global_step
+        super()._update(progress_bar_id, current, visible, hard)

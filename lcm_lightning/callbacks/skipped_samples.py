@@ -5,14 +5,29 @@ from __future__ import annotations
 from typing import Any
 
 import lightning as L
+import torch
+
+CHECKPOINT_KEY = "skipped_samples"
 
 
 class SkippedSamples(L.Callback):
-    """Log `train/skipped_samples` whenever Lightning logs: all that were left out since this process started.
+    """Log `train/skipped_samples` whenever Lightning logs: all that were left out since the run started.
 
-    Counted over all ranks: samples that cannot be decoded, each time one is met, and those lost with shards that are
-    missing or cut off. The log names every one with its shard and the reason.
+    Counted over all ranks: samples that cannot be decoded, each time one is met, and, once, those lost with shards that
+    are missing or cut off. A resumed run counts on. The log names every one with its shard and the reason.
     """
+
+    def __init__(self) -> None:
+        self.before = 0  # that could not be decoded, over all ranks, up to the checkpoint this process went on from
+
+    def on_save_checkpoint(self, trainer: L.Trainer, module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Keep the count. Every rank must call it; the first one's checkpoint is written."""
+        met = torch.tensor(float(unreadable(trainer)), device=module.device)
+        checkpoint[CHECKPOINT_KEY] = self.before + int(trainer.strategy.reduce(met, reduce_op="sum"))
+
+    def on_load_checkpoint(self, trainer: L.Trainer, module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Count on from a checkpoint; those of earlier versions have no count."""
+        self.before = checkpoint.get(CHECKPOINT_KEY, 0)
 
     def on_train_batch_end(
         self, trainer: L.Trainer, module: L.LightningModule, outputs: Any, batch: dict[str, Any], batch_index: int
@@ -20,11 +35,20 @@ class SkippedSamples(L.Callback):
         """Log the count; shards that are lost are lost to all ranks, unreadable samples to one."""
         if trainer.global_step % trainer.log_every_n_steps:
             return
-        loader = trainer.train_dataloader
-        lost = sum(shard.lost for shard in loader.stream.shards)
+        shared = self.before + lost(trainer) if trainer.is_global_zero else 0
         module.log(
             "train/skipped_samples",
-            float(loader.faults.total() - (lost if trainer.global_rank else 0)),
+            float(unreadable(trainer) + shared),
             reduce_fx="sum",
             sync_dist=trainer.world_size > 1,
         )
+
+
+def lost(trainer: L.Trainer) -> int:
+    """Samples in shards that are missing or cut off; an estimate where nobody knows."""
+    return sum(shard.lost for shard in trainer.train_dataloader.stream.shards)
+
+
+def unreadable(trainer: L.Trainer) -> int:
+    """Samples this process met and could not decode."""
+    return trainer.train_dataloader.faults.total() - lost(trainer)

@@ -22,6 +22,7 @@ SPLIT_NAMES = {
 # In a folder of prepared shards: their index, written last, and the notes that let a preparation be resumed.
 INDEX_NAME = "index.json"
 PARTS_NAME = ".parts"
+STARTED_NAME = "cache.json"  # among the notes of cached latents alone
 INDEX_FORMAT = 1  # of the index; changes when older versions would misread it
 IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "ppm")
 

@@ -11,6 +11,7 @@ import csv
 import hashlib
 import io
 import json
+import logging
 import math
 import multiprocessing
 import os
@@ -25,9 +26,19 @@ from typing import Any
 from PIL import Image
 
 from lcm_lightning.data.images import ImageFault, announced_size, open_image, orientation, to_rgb
-from lcm_lightning.data.records import INDEX_FORMAT, INDEX_NAME, PARTS_NAME, SPLITS, Record, clean_caption
-from lcm_lightning.errors import UserError
+from lcm_lightning.data.records import (
+    INDEX_FORMAT,
+    INDEX_NAME,
+    PARTS_NAME,
+    SPLITS,
+    STARTED_NAME,
+    Record,
+    clean_caption,
+)
+from lcm_lightning.errors import UserError, first_line
 from lcm_lightning.files import sha256_of, write_atomic
+
+log = logging.getLogger(__name__)
 
 Members = list[tuple[str, bytes]]
 """Suffix and content of each tar member of a sample."""
@@ -135,11 +146,13 @@ def write_shards(
         The content of `index.json`.
 
     Raises:
-        UserError: no record made it into a shard, the same key came twice, or `workers` is no number of processes.
+        UserError: `output` holds shards made elsewhere, no record made it into a shard, the same key came twice, or
+            `workers` is no number of processes.
     """
     settings = settings or ShardSettings()
     if workers is not None:
         check_whole_number("prepare.workers", workers, 1, advice="null takes one per core")
+    refuse_foreign(output)
     parts = output / PARTS_NAME
     parts.mkdir(parents=True, exist_ok=True)
     (output / INDEX_NAME).unlink(missing_ok=True)  # no index may speak of shards about to change
@@ -152,6 +165,30 @@ def write_shards(
         with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
             written = list(finish_in_pool(tasks, output, settings, on_shard, pool, 2 * workers))
     return write_index(output, name, split_origin, settings, written, outside)
+
+
+def refuse_foreign(output: Path) -> None:
+    """Raise a `UserError` if a folder that no earlier call filled holds what shards might be written over."""
+    if holds_own_shards(output):
+        return
+    taken = [*sorted(output.glob("*.tar")), *(output / name for name in (INDEX_NAME, SKIPPED_NAME))]
+    for path in taken:
+        if path.exists():
+            raise UserError(
+                f"prepare.output={output}: holds {path.name}, which is none of an earlier `prepare` of images; set it "
+                "to another folder"
+            )
+
+
+def holds_own_shards(output: Path) -> bool:
+    """Whether an earlier call wrote shards of images into a folder, by its notes or, where they are gone, its index."""
+    if (output / PARTS_NAME).is_dir():
+        return not (output / PARTS_NAME / STARTED_NAME).is_file()
+    try:
+        index = json.loads((output / INDEX_NAME).read_text())
+        return "fingerprint" in index and "latents" not in index
+    except (OSError, ValueError, TypeError, RecursionError):
+        return False
 
 
 def shard_tasks(records: Iterable[Record], settings: ShardSettings, outside: list[Skipped]) -> Iterator[Task]:
@@ -238,9 +275,12 @@ def kept_shard(task: Task, output: Path) -> Written | None:
     note, shard = output / PARTS_NAME / f"{task.file}.json", output / task.file
     if not (note.is_file() and shard.is_file()):
         return None
-    content = json.loads(note.read_text())
-    content["skipped"] = tuple(Skipped(**skipped) for skipped in content["skipped"])
-    written = Written(**content)
+    try:
+        content = json.loads(note.read_text())
+        written = Written(**content | {"skipped": tuple(Skipped(**skipped) for skipped in content["skipped"])})
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        log.warning("%s cannot be read (%s): %s is written again", note, first_line(error), shard.name)
+        return None
     return written if written.digest == task.digest and written.sha256 == sha256_of(shard) else None
 
 

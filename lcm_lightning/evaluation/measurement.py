@@ -81,7 +81,7 @@ def measure(
     resampling = Resampling.of(photos, len(reference.captions), protocol.bootstrap_samples, protocol.seed)
     texts = torch.cat([clip.text_features([drawing.prompts[i] for i in batch]) for batch in drawing.batches()]).numpy()
     judge = Judge(resampling, reference, texts, extractor.name, clip.name)
-    bar = progress.add_task("intervals", total=len(contenders) * len(resampling.real))
+    bar = progress.add_task("intervals", total=len(contenders) * len(resampling.real), counts_images=False)
     entries, draws = [], {}
     for contender, folder, sight in zip(contenders, folders, sights, strict=True):
         estimates, draws[contender.slug] = judge.assess(sight.features, lambda: progress.advance(bar))

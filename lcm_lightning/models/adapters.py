@@ -152,29 +152,29 @@ def active_adapters(module: nn.Module, names: Sequence[str]) -> Iterator[None]:
             layer._active_adapter, layer._disable_adapters = active, disabled
 
 
-def locate_lora(source: str | Path) -> Path:
+def locate_lora(source: str | Path, key: str = "lora") -> Path:
     """The safetensors file of `source`: a run folder, a folder with a LoRA file, a file, or a hub id (downloaded).
 
     Raises:
-        UserError: nothing is there, or the file is not safetensors.
+        UserError: nothing is there, or the file is not safetensors; names `key`, the setting that gave `source`.
     """
     path = Path(source).expanduser()
     for candidate in (path, path / "lora" / LORA_FILE, path / LORA_FILE):
         if candidate.is_file():
             if candidate.suffix != ".safetensors":
-                raise UserError(f"lora={source}: only .safetensors is read, other formats can run code; convert it")
+                raise UserError(f"{key}={source}: only .safetensors is read, other formats can run code; convert it")
             return candidate
     if path.is_dir():
         raise UserError(
-            f"lora={source}: holds neither lora/{LORA_FILE} (a run) nor {LORA_FILE}; did the run reach its first "
+            f"{key}={source}: holds neither lora/{LORA_FILE} (a run) nor {LORA_FILE}; did the run reach its first "
             "validation?"
         )
     if str(source).startswith((".", "/", "~")) or str(source).count("/") != 1:
-        raise UserError(f"lora={source}: no such file or folder; give a run folder, a .safetensors file or a hub id")
-    return _download_lora(str(source))
+        raise UserError(f"{key}={source}: no such file or folder; give a run folder, a .safetensors file or a hub id")
+    return _download_lora(str(source), key)
 
 
-def _download_lora(hub_id: str) -> Path:
+def _download_lora(hub_id: str, key: str) -> Path:
     try:
         with suppress(EntryNotFoundError):
             return Path(hf_hub_download(hub_id, LORA_FILE))  # from the cache where the hub cannot be reached
@@ -183,25 +183,25 @@ def _download_lora(hub_id: str) -> Path:
             return Path(hf_hub_download(hub_id, files[0]))
     except (OSError, ValueError, HfHubHTTPError) as error:
         raise UserError(
-            f"lora={hub_id}: no such folder here, and the hub cannot be asked for it ({first_line(error)}). Give a "
+            f"{key}={hub_id}: no such folder here, and the hub cannot be asked for it ({first_line(error)}). Give a "
             "local run folder or .safetensors file, or check the id, the network and `hf auth login`"
         ) from error
     raise UserError(
-        f"lora={hub_id}: expected {LORA_FILE} or one .safetensors file there, found {files or 'none'}; download one "
+        f"{key}={hub_id}: expected {LORA_FILE} or one .safetensors file there, found {files or 'none'}; download one "
         f"with `hf download {hub_id} FILE` and give its path"
     )
 
 
-def load_lora(model: StableDiffusion, source: str | Path, name: str) -> None:
+def load_lora(model: StableDiffusion, source: str | Path, name: str, key: str = "lora") -> None:
     """Add the LoRA at `source` (see `locate_lora`; diffusers or kohya keys) as frozen, active adapter `name`.
 
     Raises:
-        UserError: it cannot be read, or was made for another base model.
+        UserError: it cannot be read, or was made for another base model; names `key`, the setting that gave `source`.
     """
-    path = locate_lora(source)
+    path = locate_lora(source, key)
     try:
         with safe_open(path, "pt") as file:
-            _refuse_more_than_lora(file.keys(), source)
+            _refuse_more_than_lora(file.keys(), source, key)
         state_dict, alphas, metadata = StableDiffusionPipeline.lora_state_dict(
             str(path.parent),
             weight_name=path.name,
@@ -212,7 +212,7 @@ def load_lora(model: StableDiffusion, source: str | Path, name: str) -> None:
         StableDiffusionPipeline.load_lora_into_unet(
             state_dict, alphas, model.unet, adapter_name=name, metadata=metadata
         )
-        if any(key.startswith("text_encoder.") for key in state_dict):
+        if any(tensor.startswith("text_encoder.") for tensor in state_dict):
             StableDiffusionPipeline.load_lora_into_text_encoder(
                 state_dict, alphas, model.text_encoder, adapter_name=name, metadata=metadata
             )
@@ -220,21 +220,21 @@ def load_lora(model: StableDiffusion, source: str | Path, name: str) -> None:
         message = str(error)
         if "size mismatch" in message:
             raise UserError(
-                f"lora={source}: its shapes do not fit {model.name_or_path}; it was made for another base model"
+                f"{key}={source}: its shapes do not fit {model.name_or_path}; it was made for another base model"
             ) from error
-        raise UserError(f"lora={source}: cannot be loaded ({first_line(error)})") from error
+        raise UserError(f"{key}={source}: cannot be loaded ({first_line(error)})") from error
     parameters = lora_parameters(model, name)
     if not parameters:
-        raise UserError(f"lora={source}: no key fits {model.name_or_path}; it was made for another kind of model")
+        raise UserError(f"{key}={source}: no key fits {model.name_or_path}; it was made for another kind of model")
     for parameter in parameters:
         parameter.requires_grad_(False)
 
 
-def _refuse_more_than_lora(keys: Iterable[str], source: str | Path) -> None:
+def _refuse_more_than_lora(names: Iterable[str], source: str | Path, key: str) -> None:
     """Raise a `UserError` for a DoRA, whose magnitudes no sum of weights can hold. diffusers drops some of its keys."""
-    for key in keys:
-        if "lora_magnitude_vector" in key or "dora_scale" in key:
-            raise UserError(f"lora={source}: is a DoRA (it has {key}); only LoRA is supported")
+    for name in names:
+        if "lora_magnitude_vector" in name or "dora_scale" in name:
+            raise UserError(f"{key}={source}: is a DoRA (it has {name}); only LoRA is supported")
 
 
 @contextmanager
@@ -263,13 +263,13 @@ def merged_adapters(module: nn.Module, names: Sequence[str]) -> Iterator[None]:
 
 
 @torch.no_grad()
-def fuse_lora(model: StableDiffusion, source: str | Path, scale: float = 1.0) -> None:
+def fuse_lora(model: StableDiffusion, source: str | Path, scale: float = 1.0, key: str = "lora") -> None:
     """Add the LoRA at `source` to the frozen weights, ``W + scale (alpha / r) B A``, summed in float32.
 
-    `model` must carry no other adapter; it carries none afterwards.
+    `model` must carry no other adapter; it carries none afterwards. `key` is as for `load_lora`.
     """
     name = "fused"
-    load_lora(model, source, name)
+    load_lora(model, source, name, key)
     for layer in lora_layers(model):
         if name in layer.lora_A:
             weight = layer.get_base_layer().weight

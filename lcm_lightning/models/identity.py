@@ -80,7 +80,7 @@ def text_lora_digest(source: str) -> str | None:
             str(path.parent), weight_name=path.name, local_files_only=True
         )
     except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
-        raise UserError(f"lora={source}: cannot be loaded ({first_line(error)})") from error
+        raise UserError(f"teacher_lora={source}: cannot be loaded ({first_line(error)})") from error
     part = sorted((name, tensor) for name, tensor in tensors.items() if name.startswith("text_encoder."))
     scales = sorted((name, torch.tensor(a)) for name, a in (alphas or {}).items() if name.startswith("text_encoder."))
     return tensors_digest([*part, *scales]) if part else None

@@ -47,7 +47,7 @@ class LcmLoraDistillation(AdapterTraining):
         self.check_settings(distillation=distillation, w_min=w_min, w_max=w_max)
         self._check_steps(distillation, model)
         if teacher_lora is not None:
-            fuse_lora(model, teacher_lora)
+            fuse_lora(model, teacher_lora, key="method.teacher_lora")
         super().__init__(model, **training)
         self.distillation = replace(distillation, prediction_type=model.prediction_type)
         self.w_min, self.w_max = w_min, w_max
@@ -76,7 +76,7 @@ class LcmLoraDistillation(AdapterTraining):
                 f"method.distillation.huber_c={distillation.huber_c}: expected a positive number; try 0.001"
             )
         if teacher_lora is not None:
-            locate_lora(teacher_lora)
+            locate_lora(teacher_lora, "method.teacher_lora")
         super().check_settings(**training)
 
     @staticmethod
