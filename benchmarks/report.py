@@ -1,10 +1,11 @@
-"""Tables and a plot of results.json; ``python -m benchmarks.report RESULTS.json PAGE.md`` puts them into a page."""
+"""Tables and a plot of results.json; ``python -m benchmarks.report RESULTS.json ... PAGE.md`` puts them into a page."""
 
 from __future__ import annotations
 
 import json
 import statistics
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +24,13 @@ TITLES = {
 }
 
 
-def training_table(rows: list[dict[str, Any]], peak: float) -> list[str]:
-    """Markdown lines: what each case took. Utilisation is model FLOPs over time over `peak` (FLOP/s)."""
+def training_table(rows: list[dict[str, Any]], results: dict[str, Any]) -> list[str]:
+    """Markdown lines: what each case took.
+
+    Utilisation is model FLOPs over time over the matrix peak. Without a GPU the time is the processor's over the number
+    of threads, which other programs on the same cores change little.
+    """
+    peak, machine = results["matrix_peak"]["bfloat16"], results["machine"]
     lines = [
         "| | step, s | processor, s | images/s | data wait | peak memory, MB | model TFLOP | utilisation |",
         "| --- | --- | --- | --- | --- | --- | --- | --- |",
@@ -35,14 +41,16 @@ def training_table(rows: list[dict[str, Any]], peak: float) -> list[str]:
         seconds = statistics.median(row["seconds"])
         share = f"{statistics.median(row['data_wait']) / seconds:.1%}" if row["data_wait"] else ""
         spread = f"{seconds:.3g} [{min(row['seconds']):.3g}, {max(row['seconds']):.3g}]"
+        processor = statistics.median(row["cpu_seconds"])
+        busy = seconds if machine["gpu"] else processor / machine["threads"]
         flops = row["flops"]["step"]
         cached = "cached" in row["name"]
         if cached:
             flops -= row["flops"]["encoding"]
         lines.append(
-            f"| {row['name']} | {spread} | {statistics.median(row['cpu_seconds']):.3g} "
+            f"| {row['name']} | {spread} | {processor:.3g} "
             f"| {row['batch_size'] / seconds:.3g} | {share} | {row['peak_memory_mb']:,.0f} | {flops / 1e12:.3g} "
-            f"| {flops / seconds / peak:.0%} |"
+            f"| {flops / busy / peak:.0%} |"
         )
     return lines
 
@@ -92,12 +100,12 @@ def markdown(results: dict[str, Any]) -> str:
             row = results[part][0]
             shape = f"{row['resolution']} px, batch {row['batch_size']}, rank {row['rank']}"
             lines += ["", f"### One step: {title}, {shape}", ""]
-            lines += training_table(results[part], peak["bfloat16"]) + ratio_table(results[part])
+            lines += training_table(results[part], results) + ratio_table(results[part])
     if "drawing" in results:
         lines += ["", "### Drawing", "", *drawing_table(results["drawing"])]
     for part in growth_parts(results):
         lines += ["", f"### {TITLES[part.removeprefix('growth/')]} (growth, {results['settings']['growth_model']})", ""]
-        lines += training_table(results[part], peak["bfloat16"])
+        lines += training_table(results[part], results)
     return "\n".join(lines) + "\n"
 
 
@@ -130,8 +138,8 @@ def write(results: dict[str, Any], folder: Path) -> str:
     return text
 
 
-def insert(results: dict[str, Any], page: Path) -> None:
-    """Put the tables between the page's lines `BEGIN` and `END`, and the plot beside the page.
+def insert(runs: Sequence[dict[str, Any]], page: Path) -> None:
+    """Put the tables of `runs` between the page's lines `BEGIN` and `END`, and the plot of growth beside the page.
 
     Raises:
         ValueError: the page has no such lines.
@@ -139,10 +147,14 @@ def insert(results: dict[str, Any], page: Path) -> None:
     before, rest = page.read_text().split(BEGIN)
     _, after = rest.split(END)
     plot = page.with_suffix(".png")
-    plot_growth(results, plot)
-    picture = f"\n![Seconds a step as one thing grows]({plot.name})\n" if growth_parts(results) else ""
-    page.write_text(f"{before}{BEGIN}\n{markdown(results)}{picture}{END}{after}")
+    found = []
+    for results in runs:
+        plot_growth(results, plot)
+        picture = f"\n![Seconds a step as one thing grows]({plot.name})\n" if growth_parts(results) else ""
+        found.append(markdown(results) + picture)
+    page.write_text(f"{before}{BEGIN}\n" + "\n".join(found) + f"{END}{after}")
 
 
 if __name__ == "__main__":
-    insert(json.loads(Path(sys.argv[1]).read_text()), Path(sys.argv[2]))
+    *files, page = sys.argv[1:]
+    insert([json.loads(Path(file).read_text()) for file in files], Path(page))

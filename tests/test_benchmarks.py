@@ -112,7 +112,7 @@ def row(name: str, seconds: list[float], memory: float) -> dict[str, object]:
         "rank": 64,
         "flops": {"step": 8e12, "encoding": 2e12},
         "seconds": seconds,
-        "cpu_seconds": seconds,
+        "cpu_seconds": [2 * second for second in seconds],
         "data_wait": [0.1] * len(seconds) if name != "peer" else [],
         "peak_memory_mb": memory,
     }
@@ -121,7 +121,7 @@ def row(name: str, seconds: list[float], memory: float) -> dict[str, object]:
 def test_the_tables_say_ratio_spread_and_utilisation(tmp_path: Path):
     results = {
         "date": "2026-01-01",
-        "machine": {"cpu": "a processor", "gpu": None, "threads": 1},
+        "machine": {"cpu": "a processor", "gpu": None, "threads": 2},
         "versions": {"torch": "2"},
         "settings": {"growth_model": "tiny"},
         "matrix_peak": {"bfloat16": 2e12, "float32": 1e12},
@@ -134,14 +134,14 @@ def test_the_tables_say_ratio_spread_and_utilisation(tmp_path: Path):
         "growth/samples": [row("1000", [], 1.0)],
     }
     text = markdown(results)
-    assert "| ours, from images | 10 [8, 12] | 10 | 0.2 | 1.0% | 500 | 8 | 40% |" in text
-    assert "| ours, from cached latents | 6 [6, 6] | 6 | 0.333 | 1.7% | 400 | 6 | 50% |" in text
+    assert "| ours, from images | 10 [8, 12] | 20 | 0.2 | 1.0% | 500 | 8 | 40% |" in text
+    assert "| ours, from cached latents | 6 [6, 6] | 12 | 0.333 | 1.7% | 400 | 6 | 50% |" in text
     assert "| ours, from images | 0.50 [0.40, 0.60] | 0.50 [0.40, 0.60] | 0.50 |" in text
     assert "samples in the data set" not in text
     page = tmp_path / "page.md"
     page.write_text(f"before\n{BEGIN}\nold\n{END}\nafter\n")
     for _ in range(2):
-        insert(results, page)
+        insert([results], page)
     written = page.read_text()
     assert written.startswith("before\n") and written.endswith("\nafter\n") and "old" not in written
     assert written.count(text) == 1 and "(page.png)" in written
