@@ -200,6 +200,19 @@ def test_fused_weights_are_the_adapter_s_effect(pipeline_folder: Path, tmp_path:
     assert {name for name, _ in model.named_parameters()} == before
 
 
+def test_a_lora_that_half_precision_would_round_away_is_announced(
+    pipeline_folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+):
+    finetuned(pipeline_folder, tmp_path)
+    small = 1e-3
+    for dtype in (torch.float32, torch.bfloat16):
+        caplog.clear()
+        fuse_lora(load_stable_diffusion(str(pipeline_folder), dtype=dtype), tmp_path, small, "method.teacher_lora")
+        said = [record.getMessage() for record in caplog.records if "rounding" in record.getMessage()]
+        assert len(said) == (dtype == torch.bfloat16)
+    assert said[0].startswith(f"method.teacher_lora={tmp_path}: rounding to bfloat16 loses ")
+
+
 def test_a_lora_of_another_base_model_is_refused(pipeline_folder: Path, tiny_model: StableDiffusion, tmp_path: Path):
     module = finetuned(pipeline_folder, tmp_path)
     other = copy.deepcopy(module.model.unet.config)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -24,7 +25,10 @@ from lcm_lightning.models.lora_layers import FUSED_LAYERS
 from lcm_lightning.models.sampling import make_scheduler
 from lcm_lightning.models.stable_diffusion import StableDiffusion
 
+log = logging.getLogger(__name__)
+
 LORA_FILE = "pytorch_lora_weights.safetensors"
+ROUNDING = 0.1
 
 ATTENTION_LAYERS = ("to_q", "to_k", "to_v", "to_out.0")
 TARGET_PRESETS: dict[str, tuple[str, ...]] = {
@@ -266,15 +270,30 @@ def merged_adapters(module: nn.Module, names: Sequence[str]) -> Iterator[None]:
 def fuse_lora(model: StableDiffusion, source: str | Path, scale: float = 1.0, key: str = "lora") -> None:
     """Add the LoRA at `source` to the frozen weights, ``W + scale (alpha / r) B A``, summed in float32.
 
-    `model` must carry no other adapter; it carries none afterwards. `key` is as for `load_lora`.
+    `model` must carry no other adapter; it carries none afterwards. `key` is as for `load_lora`. Half-precision weights
+    round the sum: a warning says so where that loses more than `ROUNDING` of the change, in root mean square.
     """
     name = "fused"
     load_lora(model, source, name, key)
+    change, lost = 0.0, 0.0
     for layer in lora_layers(model):
         if name in layer.lora_A:
             weight = layer.get_base_layer().weight
-            weight.copy_(weight.float() + scale * layer.get_delta_weight(name).float())
+            delta = scale * layer.get_delta_weight(name).float()
+            exact = weight.float() + delta
+            weight.copy_(exact)
+            change += float(delta.square().sum())
+            lost += float((weight.float() - exact).square().sum())
     as_pipeline(model).unload_lora_weights()
+    if lost > ROUNDING**2 * change:
+        log.warning(
+            "%s=%s: rounding to %s loses %.0f %% of what this LoRA changes, which is little beside the weights; "
+            "float32 (trainer.precision=32-true) would keep it",
+            key,
+            source,
+            str(model.unet.dtype).removeprefix("torch."),
+            100 * (lost / change) ** 0.5,
+        )
 
 
 def lora_state_dict(unet: UNet2DConditionModel, name: str) -> dict[str, Tensor]:
