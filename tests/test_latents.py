@@ -447,6 +447,22 @@ def test_what_cannot_be_used_is_left_out_and_named(pipeline_folder: Path, tmp_pa
     assert "b,train-0.tar" in (tmp_path / "latents" / "skipped.csv").read_text()
 
 
+def test_a_cache_outlives_a_call_in_which_no_image_can_be_used(
+    square_shards: Path, pipeline_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    def unreadable(data: bytes) -> Image.Image:
+        raise ImageFault("undecodable")
+
+    cache(square_shards, tmp_path, pipeline_folder)
+    before = contents(tmp_path)
+    monkeypatch.setattr(caching, "decode_image", unreadable)
+    with pytest.raises(UserError, match="none of the 14 images"):
+        cache(square_shards, tmp_path, pipeline_folder, dtype="bfloat16")
+    of_the_call = ("skipped.csv", ".parts/cache.json")
+    assert all(contents(tmp_path)[name] == data for name, data in before.items() if name not in of_the_call)
+    data(tmp_path, flip_probability=0).prepare_data()
+
+
 def test_an_evaluation_finds_the_images_of_cached_latents(square_shards: Path, square_latents: Path):
     keys = [sample.key for sample in iterate_split(str(square_latents), "val")]
     assert keys == [sample.key for sample in iterate_split(str(square_shards), "val")] and len(keys) == 3
