@@ -516,6 +516,22 @@ def test_a_shard_that_cannot_be_had_is_left_out_or_stops_the_run(server, tmp_pat
         data_set(source, tmp_path, max_bad_fraction=0.05).prepare_data()
 
 
+def publish(server: Server, folder: Path, caption: str) -> None:
+    """Prepare one sample with a caption and serve its shard and index at the root."""
+    write_shards([Record("only", png(size=(40, 40)), (caption,), "train")], folder, name="set", workers=1)
+    for name in ("index.json", "train-000000.tar"):
+        server.add(f"/{name}", (folder / name).read_bytes())
+
+
+@pytest.mark.parametrize("caption", ["a cat", "a longer caption " * 1000], ids=["same size", "another size"])
+def test_shards_published_anew_at_the_same_address_are_fetched_anew(server, tmp_path, caption):
+    for version in ("a dog", caption, caption):
+        publish(server, tmp_path / "set", version)
+        batches = list(data_set(f"{server.address}/", tmp_path, caption_dropout=0.0).train_dataloader())
+        assert batches[0]["captions"][0] == version.strip()
+    assert [path for path, _ in server.requests].count("/train-000000.tar") == 2
+
+
 def test_a_full_disk_is_no_fault_of_the_server(server, tmp_path):
     address = server.add("/0.tar", CONTENT)
     (tmp_path / "shards").write_text("a file where a folder is wanted")

@@ -13,6 +13,7 @@ import tarfile
 import threading
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -34,7 +35,7 @@ from lcm_lightning.caching import CacheSettings, cache_key, cache_latents
 from lcm_lightning.data import stream
 from lcm_lightning.data.datamodule import CaptionedImages, iterate_split
 from lcm_lightning.data.images import ImageFault, decode_image
-from lcm_lightning.data.latents import read_rows
+from lcm_lightning.data.latents import latent_cache, read_rows
 from lcm_lightning.data.records import Record
 from lcm_lightning.data.shards import find_shards
 from lcm_lightning.data.writing import ShardSettings, write_shards
@@ -478,6 +479,24 @@ def test_latents_are_read_from_a_web_server(square_latents: Path, tmp_path: Path
     for here, there in zip(batches(data(square_latents)), served, strict=True):
         assert here["keys"] == there["keys"] and here["captions"] == there["captions"]
         assert torch.equal(here["moments"], there["moments"]) and torch.equal(here["text"], there["text"])
+
+
+def test_the_empty_caption_of_another_text_encoder_is_not_read_from_the_download_cache(
+    square_latents: Path, tmp_path: Path
+):
+    folder = shutil.copytree(square_latents, tmp_path / "copy")
+    handler = partial(http.server.SimpleHTTPRequestHandler, directory=str(folder))
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        address = f"http://127.0.0.1:{server.server_port}/"
+        index = find_shards(address)
+        first = latent_cache(index, address)
+        text = first.empty_text(str(tmp_path))
+        save_file({"text": torch.from_numpy(text + 1)}, folder / Path(first.empty_caption).name)
+        assert np.array_equal(first.empty_text(str(tmp_path)), text)
+        second = replace(first, key={**first.key, "text_encoder": "another"})
+        assert np.array_equal(second.empty_text(str(tmp_path)), text + 1)
+        server.shutdown()
 
 
 def test_images_that_are_gone_are_asked_for(square_latents: Path, tmp_path: Path):

@@ -55,8 +55,13 @@ def list_hub_shards(repo: str) -> list[str]:
     return [f"hf://datasets/{repo}/{file}" for file in files if file.endswith(".tar")]
 
 
-def download(location: str, cache: Path, sha256: str | None = None) -> Path:
+def download(location: str, cache: Path, sha256: str | None = None, *, version: str | None = None) -> Path:
     """Local file of a shard, downloaded on first use.
+
+    Args:
+        sha256: that it must have, as its index says.
+        version: what tells the content from another published at the same address later; `sha256` if None. Without
+            either, what is in the cache is taken for the file.
 
     Raises:
         DownloadError: the server does not give it, or gives another file than its index speaks of.
@@ -64,7 +69,8 @@ def download(location: str, cache: Path, sha256: str | None = None) -> Path:
     """
     if location.startswith("hf://"):
         return download_from_hub(location)
-    digest = hashlib.sha256(location.encode()).hexdigest()[:16]
+    version = sha256 if version is None else version
+    digest = hashlib.sha256((location if version is None else f"{location} {version}").encode()).hexdigest()[:16]
     name = re.sub(r"[^\w.-]+", "_", Path(urllib.parse.urlsplit(location).path).name)[-100:]
     path = cache / "shards" / f"{digest}-{name}"
     if path.is_file():
