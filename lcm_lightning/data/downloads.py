@@ -69,10 +69,12 @@ def download(location: str, cache: Path, sha256: str | None = None, *, version: 
     """
     if location.startswith("hf://"):
         return download_from_hub(location)
-    version = sha256 if version is None else version
-    digest = hashlib.sha256((location if version is None else f"{location} {version}").encode()).hexdigest()[:16]
+    digest = hashlib.sha256(location.encode()).hexdigest()[:16]
     name = re.sub(r"[^\w.-]+", "_", Path(urllib.parse.urlsplit(location).path).name)[-100:]
-    path = cache / "shards" / f"{digest}-{name}"
+    folder = cache / "shards"
+    if (version := sha256 if version is None else version) is not None:
+        folder /= hashlib.sha256(str(version).encode()).hexdigest()[:16]  # a file's name decides its samples' seeds
+    path = folder / f"{digest}-{name}"
     if path.is_file():
         return path
     temporary = path.with_name(f"{path.name}.{uuid4().hex}.tmp")  # process ids repeat from machine to machine
