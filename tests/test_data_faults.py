@@ -12,6 +12,7 @@ import tarfile
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -386,6 +387,27 @@ def trickling(request: http.server.BaseHTTPRequestHandler, content: bytes) -> No
         pass
 
 
+def babbling(request: http.server.BaseHTTPRequestHandler, content: bytes) -> None:
+    """A byte of a header now and then, each before a time-out."""
+    request.send_response(200)
+    request.flush_headers()
+    with suppress(OSError):
+        for byte in b"X-Padding: " + b"a" * 500:
+            request.wfile.write(bytes([byte]))
+            time.sleep(0.02)
+
+
+def redirecting_without_end(request: http.server.BaseHTTPRequestHandler, content: bytes) -> None:
+    """Says where to go, and then goes on."""
+    request.send_response(302)
+    request.send_header("Location", "/there.tar")
+    request.end_headers()
+    with suppress(OSError):
+        for _ in range(500):
+            request.wfile.write(bytes(1000))
+            time.sleep(0.02)
+
+
 def send(
     request: http.server.BaseHTTPRequestHandler,
     content: bytes,
@@ -443,6 +465,7 @@ def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
     """The server, and a client in a hurry."""
     monkeypatch.setattr(downloads, "FIRST_PAUSE", 0.01)
     monkeypatch.setattr(downloads, "TIMEOUT", 0.5)
+    monkeypatch.setattr(downloads, "ANSWER", 1.0)
     server = Server()
     thread = threading.Thread(target=server.server.serve_forever, kwargs={"poll_interval": 0.05})
     thread.start()
@@ -476,6 +499,15 @@ def test_a_download_that_fails_is_tried_again_from_where_it_broke(server, tmp_pa
     assert [file.name for file in (tmp_path / "shards").iterdir()] == [path.name]
 
 
+def test_a_redirection_is_followed_whatever_comes_with_it(server, tmp_path):
+    address = server.add("/0.tar", b"", redirecting_without_end)
+    server.add("/there.tar", CONTENT)
+    started = time.monotonic()
+    assert download(address, tmp_path).read_bytes() == CONTENT
+    assert time.monotonic() - started < 5  # the server says something for ten seconds
+    assert [path for path, _ in server.requests] == ["/0.tar", "/there.tar"]
+
+
 @pytest.mark.parametrize("second", ['"new"', '"old"'])
 def test_a_download_never_joins_parts_of_two_versions(server, tmp_path, second):
     address = server.add("/0.tar", CONTENT, etagged('"old"', after=30_000), etagged(second))
@@ -492,8 +524,9 @@ def test_a_download_never_joins_parts_of_two_versions(server, tmp_path, second):
         (dropping(10), 5, r"download failed after 5 attempts \(the connection closed after 10 of 100000 bytes"),
         (trickling, 5, r"download failed after 5 attempts \(slower than 1024 bytes/s"),
         (silent, 5, r"download failed after 5 attempts \(.*timed out"),
+        (babbling, 5, r"download failed after 5 attempts \(no complete answer in 1 s"),
     ],
-    ids=["not found", "no access", "5xx", "drops", "slow", "silence"],
+    ids=["not found", "no access", "5xx", "drops", "slow", "silence", "headers without end"],
 )
 def test_a_server_that_does_not_recover_is_given_up(server, tmp_path, answer, requests, message):
     address = server.add("/0.tar", CONTENT, answer)

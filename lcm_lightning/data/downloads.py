@@ -9,11 +9,13 @@ import logging
 import re
 import socket
 import tempfile
+import threading
 import time
 import urllib.error
 import urllib.parse
 import urllib.request
 from collections.abc import Callable, Mapping
+from concurrent.futures import Future, wait
 from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any
@@ -30,6 +32,7 @@ CHUNK = 1 << 20
 ATTEMPTS = 5
 FIRST_PAUSE, LONGEST_PAUSE = 0.5, 30.0  # seconds; doubled from attempt to attempt
 TIMEOUT = 60.0  # seconds without a byte, or in which SLOWEST is judged
+ANSWER = 120.0  # seconds in which a connection, redirections and all headers have to be there
 SLOWEST = 1024  # bytes a second
 NETWORK_ERRORS = (urllib.error.URLError, http.client.HTTPException, ConnectionError, TimeoutError)
 
@@ -123,12 +126,12 @@ def fetch_file(address: str, path: Path) -> str:
                 )
                 break
             except NETWORK_ERRORS as error:
-                wait = pause(error, attempt)
-                if attempt == ATTEMPTS or wait is None:
+                seconds = pause(error, attempt)
+                if attempt == ATTEMPTS or seconds is None:
                     tries = f" after {attempt} attempts" if attempt > 1 else ""
                     raise DownloadError(f"data.source={address}: download failed{tries} ({error})") from error
-                log.warning("%s: %s; trying again in %.1f s (%d of %d)", address, error, wait, attempt, ATTEMPTS)
-                time.sleep(wait)
+                log.warning("%s: %s; trying again in %.1f s (%d of %d)", address, error, seconds, attempt, ATTEMPTS)
+                time.sleep(seconds)
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while chunk := file.read(CHUNK):
@@ -147,7 +150,7 @@ def fetch_rest(
     """
     had = file.tell()
     request = urllib.request.Request(address, headers={"Range": f"bytes={had}-", **version} if had else {})
-    with urllib.request.urlopen(request, timeout=TIMEOUT) as response:
+    with answer_to(request) as response:
         if had and not response.headers.get("Content-Range", "").startswith(f"bytes {had}-"):  # it sends all again
             file.seek(0)
             file.truncate()
@@ -167,6 +170,41 @@ def fetch_rest(
                 raise TimeoutError(f"slower than {SLOWEST} bytes/s")
     if total is not None and file.tell() != total:
         raise ConnectionError(f"the connection closed after {file.tell()} of {total} bytes")
+
+
+class Redirections(urllib.request.HTTPRedirectHandler):
+    """Follows without reading what comes with a redirection, of which a server can send without end."""
+
+    def redirect_request(self, request: Any, response: Any, *others: Any) -> urllib.request.Request | None:
+        """The next request."""
+        following = super().redirect_request(request, response, *others)
+        response.close()
+        return following
+
+
+def answer_to(request: urllib.request.Request) -> http.client.HTTPResponse:
+    """The answer to a request once its headers are there.
+
+    A socket's time-out is that of each byte, so the headers are waited for in a thread that can be left behind; it ends
+    with its connection.
+
+    Raises:
+        TimeoutError: they are not there in `ANSWER` seconds.
+        OSError, http.client.HTTPException: there is no connection, or no answer of 2xx.
+    """
+    answer: Future[http.client.HTTPResponse] = Future()
+
+    def ask() -> None:
+        try:
+            answer.set_result(urllib.request.build_opener(Redirections).open(request, timeout=TIMEOUT))
+        except BaseException as error:
+            answer.set_exception(error)
+
+    threading.Thread(target=ask, daemon=True).start()
+    if not wait([answer], ANSWER).done:
+        answer.add_done_callback(lambda late: late.exception() or late.result().close())
+        raise TimeoutError(f"no complete answer in {ANSWER:g} s")
+    return answer.result()
 
 
 def strong_validator(headers: Mapping[str, str]) -> str | None:
