@@ -19,11 +19,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from lcm_lightning.data import downloads
+from lcm_lightning.data import downloads, tar
 from lcm_lightning.data.datamodule import CaptionedImages
 from lcm_lightning.data.downloads import download
 from lcm_lightning.data.images import ImageFault, decode_image, resize_shorter_side
 from lcm_lightning.data.records import Record
+from lcm_lightning.data.shards import count_samples
 from lcm_lightning.data.writing import ShardSettings, write_shards
 from lcm_lightning.errors import UserError
 
@@ -259,6 +260,19 @@ def test_a_shard_of_nothing_but_magic_does_not_keep_the_reader_busy(tmp_path):
     started = time.process_time()
     assert delivered(data_set(path, tmp_path)) == ["first", "second"]
     assert time.process_time() - started < 10
+
+
+def test_stretches_of_magic_between_samples_share_one_budget(tmp_path, monkeypatch):
+    looked_at = []
+    monkeypatch.setattr(tar, "MAX_CANDIDATES", 1000)
+    monkeypatch.setattr(tar, "parse", lambda header, parse=tar.parse: looked_at.append(header) or parse(header))
+    members = [tar_bytes(pair(str(n)))[: -tarfile.RECORDSIZE + 2048] for n in range(50)]
+    stretch = b"\1" * 512 + b"ustar" * 512
+    (tmp_path / "0.tar").write_bytes(stretch.join(members))
+    count = count_samples(tmp_path / "0.tar")
+    # Two samples and two stretches.
+    assert count.samples == 4 and count.cut_off.startswith("damaged from byte")
+    assert len(looked_at) < 1100
 
 
 # ---- shards as a whole ---------------------------------------------------------------------------------------------
