@@ -127,7 +127,8 @@ def cache_latents(
 ) -> dict[str, Any]:
     """Write the latents and text embeddings of `index`'s images and captions as shards into `output`.
 
-    Shards that an earlier run finished are kept if images, key and settings are the same.
+    Shards that an earlier run finished are kept if images, key and settings are the same, and all of them where not one
+    image can be used now.
 
     Args:
         images: path or address `index` was found at, for those who need the images themselves.
@@ -148,9 +149,6 @@ def cache_latents(
     replaceable = check_output(index, output, key)
     started = {"key": dict(key), "shards": sorted(replaceable)}
     write_atomic(output / PARTS_NAME / STARTED_NAME, json.dumps(started).encode())
-    (output / INDEX_NAME).unlink(missing_ok=True)
-    empty_text = to_half(model.encode_text([""]))[0]
-    write_atomic(output / EMPTY_CAPTION, save({TEXT: empty_text.numpy()}))
     written = []
     for split in cached_splits(index):
         for number, shard in enumerate(open_split(index, split, cache_dir)):
@@ -165,6 +163,9 @@ def cache_latents(
                 written.append(kept)
             if on_shard is not None:
                 on_shard(written[-1], kept is not None)
+    if any(shard.samples for shard in written):
+        empty_text = to_half(model.encode_text([""]))[0]
+        write_atomic(output / EMPTY_CAPTION, save({TEXT: empty_text.numpy()}))
     latents = {
         "key": dict(key),
         "crops": settings.crops,

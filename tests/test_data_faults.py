@@ -12,17 +12,19 @@ import tarfile
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from lcm_lightning.data import downloads
+from lcm_lightning.data import downloads, tar
 from lcm_lightning.data.datamodule import CaptionedImages
 from lcm_lightning.data.downloads import download
 from lcm_lightning.data.images import ImageFault, decode_image, resize_shorter_side
 from lcm_lightning.data.records import Record
+from lcm_lightning.data.shards import count_samples
 from lcm_lightning.data.writing import ShardSettings, write_shards
 from lcm_lightning.errors import UserError
 
@@ -260,6 +262,19 @@ def test_a_shard_of_nothing_but_magic_does_not_keep_the_reader_busy(tmp_path):
     assert time.process_time() - started < 10
 
 
+def test_stretches_of_magic_between_samples_share_one_budget(tmp_path, monkeypatch):
+    looked_at = []
+    monkeypatch.setattr(tar, "MAX_CANDIDATES", 1000)
+    monkeypatch.setattr(tar, "parse", lambda header, parse=tar.parse: looked_at.append(header) or parse(header))
+    members = [tar_bytes(pair(str(n)))[: -tarfile.RECORDSIZE + 2048] for n in range(50)]
+    stretch = b"\1" * 512 + b"ustar" * 512
+    (tmp_path / "0.tar").write_bytes(stretch.join(members))
+    count = count_samples(tmp_path / "0.tar")
+    # Two samples and two stretches.
+    assert count.samples == 4 and count.cut_off.startswith("damaged from byte")
+    assert len(looked_at) < 1100
+
+
 # ---- shards as a whole ---------------------------------------------------------------------------------------------
 
 
@@ -386,6 +401,27 @@ def trickling(request: http.server.BaseHTTPRequestHandler, content: bytes) -> No
         pass
 
 
+def babbling(request: http.server.BaseHTTPRequestHandler, content: bytes) -> None:
+    """A byte of a header now and then, each before a time-out."""
+    request.send_response(200)
+    request.flush_headers()
+    with suppress(OSError):
+        for byte in b"X-Padding: " + b"a" * 500:
+            request.wfile.write(bytes([byte]))
+            time.sleep(0.02)
+
+
+def redirecting_without_end(request: http.server.BaseHTTPRequestHandler, content: bytes) -> None:
+    """Says where to go, and then goes on."""
+    request.send_response(302)
+    request.send_header("Location", "/there.tar")
+    request.end_headers()
+    with suppress(OSError):
+        for _ in range(500):
+            request.wfile.write(bytes(1000))
+            time.sleep(0.02)
+
+
 def send(
     request: http.server.BaseHTTPRequestHandler,
     content: bytes,
@@ -443,6 +479,7 @@ def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
     """The server, and a client in a hurry."""
     monkeypatch.setattr(downloads, "FIRST_PAUSE", 0.01)
     monkeypatch.setattr(downloads, "TIMEOUT", 0.5)
+    monkeypatch.setattr(downloads, "ANSWER", 1.0)
     server = Server()
     thread = threading.Thread(target=server.server.serve_forever, kwargs={"poll_interval": 0.05})
     thread.start()
@@ -476,6 +513,15 @@ def test_a_download_that_fails_is_tried_again_from_where_it_broke(server, tmp_pa
     assert [file.name for file in (tmp_path / "shards").iterdir()] == [path.name]
 
 
+def test_a_redirection_is_followed_whatever_comes_with_it(server, tmp_path):
+    address = server.add("/0.tar", b"", redirecting_without_end)
+    server.add("/there.tar", CONTENT)
+    started = time.monotonic()
+    assert download(address, tmp_path).read_bytes() == CONTENT
+    assert time.monotonic() - started < 5  # the server says something for ten seconds
+    assert [path for path, _ in server.requests] == ["/0.tar", "/there.tar"]
+
+
 @pytest.mark.parametrize("second", ['"new"', '"old"'])
 def test_a_download_never_joins_parts_of_two_versions(server, tmp_path, second):
     address = server.add("/0.tar", CONTENT, etagged('"old"', after=30_000), etagged(second))
@@ -492,8 +538,9 @@ def test_a_download_never_joins_parts_of_two_versions(server, tmp_path, second):
         (dropping(10), 5, r"download failed after 5 attempts \(the connection closed after 10 of 100000 bytes"),
         (trickling, 5, r"download failed after 5 attempts \(slower than 1024 bytes/s"),
         (silent, 5, r"download failed after 5 attempts \(.*timed out"),
+        (babbling, 5, r"download failed after 5 attempts \(no complete answer in 1 s"),
     ],
-    ids=["not found", "no access", "5xx", "drops", "slow", "silence"],
+    ids=["not found", "no access", "5xx", "drops", "slow", "silence", "headers without end"],
 )
 def test_a_server_that_does_not_recover_is_given_up(server, tmp_path, answer, requests, message):
     address = server.add("/0.tar", CONTENT, answer)
@@ -514,6 +561,22 @@ def test_a_shard_that_cannot_be_had_is_left_out_or_stops_the_run(server, tmp_pat
     assert re.search(r"left out: about 4 samples of shard http:/.*/train-7\.tar: .*HTTP Error 500", caplog.text)
     with pytest.raises(UserError, match=r"data\.max_bad_fraction=0\.05: shard .*train-7\.tar.*about 4 of 40 samples"):
         data_set(source, tmp_path, max_bad_fraction=0.05).prepare_data()
+
+
+def publish(server: Server, folder: Path, caption: str) -> None:
+    """Prepare one sample with a caption and serve its shard and index at the root."""
+    write_shards([Record("only", png(size=(40, 40)), (caption,), "train")], folder, name="set", workers=1)
+    for name in ("index.json", "train-000000.tar"):
+        server.add(f"/{name}", (folder / name).read_bytes())
+
+
+@pytest.mark.parametrize("caption", ["a cat", "a longer caption " * 1000], ids=["same size", "another size"])
+def test_shards_published_anew_at_the_same_address_are_fetched_anew(server, tmp_path, caption):
+    for version in ("a dog", caption, caption):
+        publish(server, tmp_path / "set", version)
+        batches = list(data_set(f"{server.address}/", tmp_path, caption_dropout=0.0).train_dataloader())
+        assert batches[0]["captions"][0] == version.strip()
+    assert [path for path, _ in server.requests].count("/train-000000.tar") == 2
 
 
 def test_a_full_disk_is_no_fault_of_the_server(server, tmp_path):

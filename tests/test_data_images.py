@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import io
 import struct
+import tracemalloc
 import zlib
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from lcm_lightning.data.images import ImageFault, crop_square, decode_image, normalise, resize_shorter_side
+from lcm_lightning.data.images import ImageFault, crop_square, decode_image, normalise, resize_shorter_side, to_rgb
 
 
 def encoded(image, format="PNG", **options):
@@ -39,6 +40,23 @@ def test_every_mode_becomes_rgb_of_the_same_brightness(mode):
     data = encoded(image, "TIFF" if mode in ("CMYK", "I;16") else "PNG")
     pixel = decode_image(data).getpixel((20, 20))
     assert pixel == pytest.approx((255,) * 3 if mode == "1" else (128,) * 3, abs=1)
+
+
+@pytest.mark.parametrize(("mode", "dtype"), [("I;16", "<u2"), ("I;16B", ">u2"), ("I", "<i4")])
+def test_high_bit_depths_keep_their_upper_bits_without_a_wide_copy(mode, dtype):
+    values = np.linspace(0, 65535, 1_000_000).astype(dtype).reshape(1000, 1000)
+    image = Image.frombytes(mode, (1000, 1000), values.tobytes())
+    tracemalloc.start()
+    rgb = to_rgb(image)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert np.array_equal(np.asarray(rgb)[..., 0], values // 256)
+    assert peak < 2.5 * values.nbytes  # the pixels and what is made of them
+
+
+def test_sixteen_bits_out_of_range_are_clipped():
+    values = np.array([[-70_000, -1, 256, 65_535, 65_536, 2**31 - 1]] * 8, dtype=np.int32)
+    assert np.asarray(to_rgb(Image.fromarray(values)))[0, :, 0].tolist() == [0, 0, 1, 255, 255, 255]
 
 
 def test_transparent_pixels_are_white():

@@ -7,6 +7,7 @@ import io
 import json
 import shutil
 import tarfile
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -210,6 +211,41 @@ def test_nothing_but_unusable_images_is_a_user_error(tmp_path):
     with pytest.raises(UserError, match=r"skipped\.csv"):
         write([Record("broken", b"no image", ("c",), "train")], tmp_path)
     assert not list(tmp_path.glob("*.tar"))
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+@pytest.mark.parametrize("notes", [True, False], ids=["notes", "no notes"])
+def test_shards_outlive_photos_that_are_out_of_reach(tmp_path, workers, notes):
+    photos = tmp_path / "photos"
+    photos.mkdir()
+    for record in some_records():
+        (photos / record.key).write_bytes(record.image)
+    records = [replace(record, image=photos / record.key) for record in some_records()]
+    write(records, tmp_path / "out")
+    if not notes:
+        shutil.rmtree(tmp_path / "out" / ".parts")
+    before = content(tmp_path / "out")
+    photos.rename(tmp_path / "unmounted")
+    with pytest.raises(UserError, match=r"none of the 11 images listed can be used \(missing: 11\)"):
+        write(records, tmp_path / "out", workers=workers)
+    after = content(tmp_path / "out")
+    assert after.pop("skipped.csv") != before["skipped.csv"]
+    assert after == {name: data for name, data in before.items() if name != "skipped.csv"}
+    (tmp_path / "unmounted").rename(photos)
+    kept = []
+    write(records, tmp_path / "out", on_shard=lambda shard, was_kept: kept.append(was_kept))
+    assert content(tmp_path / "out") == before and kept == [notes] * 5
+
+
+@pytest.mark.parametrize("notes", [True, False], ids=["notes", "no notes"])
+def test_a_shard_whose_photos_are_all_gone_goes_with_them_where_others_are_left(tmp_path, notes):
+    write(some_records(), tmp_path)
+    if not notes:
+        shutil.rmtree(tmp_path / ".parts")
+    index = write(some_records(**dict.fromkeys(("key3", "key4", "key5"), b"")), tmp_path)
+    assert [shard["file"] for shard in index["splits"]["train"]["shards"]] == ["train-000000.tar", "train-000002.tar"]
+    assert {path.name for path in tmp_path.glob("train-*.tar")} == {"train-000000.tar", "train-000002.tar"}
+    assert not (tmp_path / ".parts" / "train-000001.tar.json").exists()
 
 
 def test_a_key_that_comes_twice_is_a_user_error(tmp_path):

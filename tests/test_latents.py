@@ -13,6 +13,7 @@ import tarfile
 import threading
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -34,7 +35,7 @@ from lcm_lightning.caching import CacheSettings, cache_key, cache_latents
 from lcm_lightning.data import stream
 from lcm_lightning.data.datamodule import CaptionedImages, iterate_split
 from lcm_lightning.data.images import ImageFault, decode_image
-from lcm_lightning.data.latents import read_rows
+from lcm_lightning.data.latents import latent_cache, read_rows
 from lcm_lightning.data.records import Record
 from lcm_lightning.data.shards import find_shards
 from lcm_lightning.data.writing import ShardSettings, write_shards
@@ -447,6 +448,22 @@ def test_what_cannot_be_used_is_left_out_and_named(pipeline_folder: Path, tmp_pa
     assert "b,train-0.tar" in (tmp_path / "latents" / "skipped.csv").read_text()
 
 
+def test_a_cache_outlives_a_call_in_which_no_image_can_be_used(
+    square_shards: Path, pipeline_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    def unreadable(data: bytes) -> Image.Image:
+        raise ImageFault("undecodable")
+
+    cache(square_shards, tmp_path, pipeline_folder)
+    before = contents(tmp_path)
+    monkeypatch.setattr(caching, "decode_image", unreadable)
+    with pytest.raises(UserError, match="none of the 14 images"):
+        cache(square_shards, tmp_path, pipeline_folder, dtype="bfloat16")
+    of_the_call = ("skipped.csv", ".parts/cache.json")
+    assert all(contents(tmp_path)[name] == data for name, data in before.items() if name not in of_the_call)
+    data(tmp_path, flip_probability=0).prepare_data()
+
+
 def test_an_evaluation_finds_the_images_of_cached_latents(square_shards: Path, square_latents: Path):
     keys = [sample.key for sample in iterate_split(str(square_latents), "val")]
     assert keys == [sample.key for sample in iterate_split(str(square_shards), "val")] and len(keys) == 3
@@ -462,6 +479,24 @@ def test_latents_are_read_from_a_web_server(square_latents: Path, tmp_path: Path
     for here, there in zip(batches(data(square_latents)), served, strict=True):
         assert here["keys"] == there["keys"] and here["captions"] == there["captions"]
         assert torch.equal(here["moments"], there["moments"]) and torch.equal(here["text"], there["text"])
+
+
+def test_the_empty_caption_of_another_text_encoder_is_not_read_from_the_download_cache(
+    square_latents: Path, tmp_path: Path
+):
+    folder = shutil.copytree(square_latents, tmp_path / "copy")
+    handler = partial(http.server.SimpleHTTPRequestHandler, directory=str(folder))
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        address = f"http://127.0.0.1:{server.server_port}/"
+        index = find_shards(address)
+        first = latent_cache(index, address)
+        text = first.empty_text(str(tmp_path))
+        save_file({"text": torch.from_numpy(text + 1)}, folder / Path(first.empty_caption).name)
+        assert np.array_equal(first.empty_text(str(tmp_path)), text)
+        second = replace(first, key={**first.key, "text_encoder": "another"})
+        assert np.array_equal(second.empty_text(str(tmp_path)), text + 1)
+        server.shutdown()
 
 
 def test_images_that_are_gone_are_asked_for(square_latents: Path, tmp_path: Path):

@@ -9,11 +9,13 @@ import logging
 import re
 import socket
 import tempfile
+import threading
 import time
 import urllib.error
 import urllib.parse
 import urllib.request
 from collections.abc import Callable, Mapping
+from concurrent.futures import Future, wait
 from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any
@@ -30,6 +32,7 @@ CHUNK = 1 << 20
 ATTEMPTS = 5
 FIRST_PAUSE, LONGEST_PAUSE = 0.5, 30.0  # seconds; doubled from attempt to attempt
 TIMEOUT = 60.0  # seconds without a byte, or in which SLOWEST is judged
+ANSWER = 120.0  # seconds in which a connection, redirections and all headers have to be there
 SLOWEST = 1024  # bytes a second
 NETWORK_ERRORS = (urllib.error.URLError, http.client.HTTPException, ConnectionError, TimeoutError)
 
@@ -55,8 +58,13 @@ def list_hub_shards(repo: str) -> list[str]:
     return [f"hf://datasets/{repo}/{file}" for file in files if file.endswith(".tar")]
 
 
-def download(location: str, cache: Path, sha256: str | None = None) -> Path:
+def download(location: str, cache: Path, sha256: str | None = None, *, version: str | None = None) -> Path:
     """Local file of a shard, downloaded on first use.
+
+    Args:
+        sha256: that it must have, as its index says.
+        version: what tells the content from another published at the same address later; `sha256` if None. Without
+            either, what is in the cache is taken for the file.
 
     Raises:
         DownloadError: the server does not give it, or gives another file than its index speaks of.
@@ -66,7 +74,10 @@ def download(location: str, cache: Path, sha256: str | None = None) -> Path:
         return download_from_hub(location)
     digest = hashlib.sha256(location.encode()).hexdigest()[:16]
     name = re.sub(r"[^\w.-]+", "_", Path(urllib.parse.urlsplit(location).path).name)[-100:]
-    path = cache / "shards" / f"{digest}-{name}"
+    folder = cache / "shards"
+    if (version := sha256 if version is None else version) is not None:
+        folder /= hashlib.sha256(str(version).encode()).hexdigest()[:16]  # a file's name decides its samples' seeds
+    path = folder / f"{digest}-{name}"
     if path.is_file():
         return path
     temporary = path.with_name(f"{path.name}.{uuid4().hex}.tmp")  # process ids repeat from machine to machine
@@ -115,12 +126,12 @@ def fetch_file(address: str, path: Path) -> str:
                 )
                 break
             except NETWORK_ERRORS as error:
-                wait = pause(error, attempt)
-                if attempt == ATTEMPTS or wait is None:
+                seconds = pause(error, attempt)
+                if attempt == ATTEMPTS or seconds is None:
                     tries = f" after {attempt} attempts" if attempt > 1 else ""
                     raise DownloadError(f"data.source={address}: download failed{tries} ({error})") from error
-                log.warning("%s: %s; trying again in %.1f s (%d of %d)", address, error, wait, attempt, ATTEMPTS)
-                time.sleep(wait)
+                log.warning("%s: %s; trying again in %.1f s (%d of %d)", address, error, seconds, attempt, ATTEMPTS)
+                time.sleep(seconds)
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while chunk := file.read(CHUNK):
@@ -139,7 +150,7 @@ def fetch_rest(
     """
     had = file.tell()
     request = urllib.request.Request(address, headers={"Range": f"bytes={had}-", **version} if had else {})
-    with urllib.request.urlopen(request, timeout=TIMEOUT) as response:
+    with answer_to(request) as response:
         if had and not response.headers.get("Content-Range", "").startswith(f"bytes {had}-"):  # it sends all again
             file.seek(0)
             file.truncate()
@@ -159,6 +170,41 @@ def fetch_rest(
                 raise TimeoutError(f"slower than {SLOWEST} bytes/s")
     if total is not None and file.tell() != total:
         raise ConnectionError(f"the connection closed after {file.tell()} of {total} bytes")
+
+
+class Redirections(urllib.request.HTTPRedirectHandler):
+    """Follows without reading what comes with a redirection, of which a server can send without end."""
+
+    def redirect_request(self, request: Any, response: Any, *others: Any) -> urllib.request.Request | None:
+        """The next request."""
+        following = super().redirect_request(request, response, *others)
+        response.close()
+        return following
+
+
+def answer_to(request: urllib.request.Request) -> http.client.HTTPResponse:
+    """The answer to a request once its headers are there.
+
+    A socket's time-out is that of each byte, so the headers are waited for in a thread that can be left behind; it ends
+    with its connection.
+
+    Raises:
+        TimeoutError: they are not there in `ANSWER` seconds.
+        OSError, http.client.HTTPException: there is no connection, or no answer of 2xx.
+    """
+    answer: Future[http.client.HTTPResponse] = Future()
+
+    def ask() -> None:
+        try:
+            answer.set_result(urllib.request.build_opener(Redirections).open(request, timeout=TIMEOUT))
+        except BaseException as error:
+            answer.set_exception(error)
+
+    threading.Thread(target=ask, daemon=True).start()
+    if not wait([answer], ANSWER).done:
+        answer.add_done_callback(lambda late: late.exception() or late.result().close())
+        raise TimeoutError(f"no complete answer in {ANSWER:g} s")
+    return answer.result()
 
 
 def strong_validator(headers: Mapping[str, str]) -> str | None:

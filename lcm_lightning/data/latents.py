@@ -83,9 +83,11 @@ class LatentCache:
 
     def empty_text(self, cache_dir: str | None) -> np.ndarray:
         """Embedding of the empty caption, float16 [L, D]. Raises `UserError` where it is missing or damaged."""
-        place = self.empty_caption
+        file = place = self.empty_caption
         try:
-            text = load_file(download(place, cache_folder(cache_dir)) if is_url(place) else place)[TEXT]
+            if is_url(place):  # the index has no sha256 of it, but it depends on the key alone
+                file = download(place, cache_folder(cache_dir), version=json.dumps(dict(self.key), sort_keys=True))
+            text = load_file(file)[TEXT]
         except (OSError, KeyError, SafetensorError) as error:
             raise UserError(
                 f"data.source={self.source}: {place} is missing or damaged ({first_line(error)}); make the cache "

@@ -424,7 +424,8 @@ def open_shard(index: ShardIndex, location: str, cache: Path) -> Shard:
         return counted_shard(path, cache)
     if path.stat().st_size != known["bytes"]:
         found = counted_shard(path, cache)
-        fault = "differs from the index in size; run prepare again"
+        remedy = "delete it, it is then downloaded again" if is_url(location) else "run prepare again"
+        fault = f"differs from the index in size; {remedy}"
         return replace(found, lost=max(1, expected - found.samples), fault=fault)
     return Shard(path, expected, known["sha256"])
 

@@ -18,7 +18,7 @@ WINDOW = 1 << 20
 # A caption or an image of half a gigabyte is none; its bytes are never asked for.
 MAX_MEMBER_BYTES = 1 << 29
 MAX_NAME_BYTES = 1 << 16
-# A file made of nothing but the magic of headers would otherwise keep a reader busy for hours.
+# In a whole archive: one made of the magic of headers and little else would otherwise keep a reader busy for hours.
 MAX_CANDIDATES = 100_000
 MAGIC, MAGIC_OFFSET = b"ustar", 257
 REGULAR = (tarfile.REGTYPE, tarfile.AREGTYPE, tarfile.CONTTYPE)
@@ -51,6 +51,7 @@ def members(archive: IO[bytes]) -> Iterator[Member]:
     """
     length = os.fstat(archive.fileno()).st_size
     offset, ended, behind = 0, False, 1
+    budget = iter(range(MAX_CANDIDATES))
     name, size = None, None  # as an extension header gave them for the next file
     while offset < length:
         header = read_at(archive, offset, BLOCK)
@@ -61,7 +62,7 @@ def members(archive: IO[bytes]) -> Iterator[Member]:
         info = parse(header)
         if info is None:
             # From the last header on: bytes that are missing from a file's content move the next header into it.
-            found = next_header(archive, behind)
+            found = next_header(archive, behind, budget)
             place = "its end" if found is None else str(found)
             yield Member("", offset, 0, f"damaged from byte {offset} to {place}", found is None)
             if found is None:
@@ -79,7 +80,7 @@ def members(archive: IO[bytes]) -> Iterator[Member]:
                 yield regular(name or info.name, content, content_size, length)
             name, size = None, None
         if content + content_size > length:  # a header that announces more than there is may stand before good ones
-            offset = next_header(archive, behind) or length
+            offset = next_header(archive, behind, budget) or length
     if not ended:
         yield Member("", offset, 0, "cut off before the end-of-archive block", True)
 
@@ -125,15 +126,17 @@ def longer_name(kind: bytes, extension: bytes, name: str | None, size: int | Non
     return name, size
 
 
-def next_header(archive: IO[bytes], offset: int) -> int | None:
-    """Where the first header from `offset` on starts, found by its magic and proven by its checksum; None if none."""
-    start, candidates = offset + MAGIC_OFFSET, 0
+def next_header(archive: IO[bytes], offset: int, budget: Iterator[int]) -> int | None:
+    """Where the first header from `offset` on starts, found by its magic and proven by its checksum; None if none.
+
+    Each place that has the magic takes one from `budget`; without any left there is no header.
+    """
+    start = offset + MAGIC_OFFSET
     while window := read_at(archive, start, WINDOW):
         place = window.find(MAGIC)
         while place >= 0:
             candidate = start + place - MAGIC_OFFSET
-            candidates += 1
-            if candidates > MAX_CANDIDATES:
+            if next(budget, None) is None:
                 return None
             if parse(read_at(archive, candidate, BLOCK)) is not None:
                 return candidate

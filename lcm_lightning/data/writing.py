@@ -133,7 +133,8 @@ def write_shards(
 
     The same records and settings give the same bytes, whatever `workers` is. Shards of an earlier run that were made of
     the same records with the same settings are kept, so an interrupted run goes on where it stopped. Image bytes in a
-    kept format (JPEG, PNG, WebP; RGB or grey, upright, one frame, not above `max_side`) are stored as they are.
+    kept format (JPEG, PNG, WebP; RGB or grey, upright, one frame, not above `max_side`) are stored as they are. Where
+    no record can be used, shards and index of an earlier run stay as they were.
 
     Args:
         records: in the order they are to be stored; keys must be unique.
@@ -155,7 +156,6 @@ def write_shards(
     refuse_foreign(output)
     parts = output / PARTS_NAME
     parts.mkdir(parents=True, exist_ok=True)
-    (output / INDEX_NAME).unlink(missing_ok=True)  # no index may speak of shards about to change
     outside: list[Skipped] = []
     tasks = shard_tasks(records, settings, outside)
     workers = workers or os.cpu_count() or 1
@@ -300,7 +300,11 @@ def encoded_records(task: Task, settings: ShardSettings) -> Iterator[tuple[str, 
 
 
 def write_samples(task: Task, output: Path, samples: Iterable[tuple[str, Members] | Skipped], format: int) -> Written:
-    """Write one shard in a tar `format` under a temporary name, rename it, then leave its note."""
+    """Write one shard in a tar `format` under a temporary name, rename it, then leave its note.
+
+    Without a sample there is no shard, and one of an earlier run stays until `write_index` knows of better ones: the
+    images may only be out of reach.
+    """
     skipped: list[Skipped] = []
     temporary = output / f"{task.file}.{os.getpid()}.tmp"
     number = 0
@@ -315,11 +319,14 @@ def write_samples(task: Task, output: Path, samples: Iterable[tuple[str, Members
                     add_member(archive, f"{key}.{suffix}", content)
                 number += 1
         digest, size = sha256_of(temporary), temporary.stat().st_size
-        temporary.replace(output / task.file)
+        if number:
+            (output / INDEX_NAME).unlink(missing_ok=True)  # no index may speak of a shard about to change
+            temporary.replace(output / task.file)
     finally:
         temporary.unlink(missing_ok=True)
     written = Written(task.file, task.split, number, size, digest, task.digest, tuple(skipped))
-    write_atomic(output / PARTS_NAME / f"{task.file}.json", json.dumps(asdict(written)).encode())
+    if number:
+        write_atomic(output / PARTS_NAME / f"{task.file}.json", json.dumps(asdict(written)).encode())
     return written
 
 
@@ -398,18 +405,21 @@ def write_index(
     """Write `skipped.csv`, remove what earlier runs left over, then write `index.json` and return its content.
 
     `settings` is a dataclass; `more` goes into the index as it is.
+
+    Raises:
+        UserError: no shard has a sample; those of earlier runs, and their index, are left alone.
     """
     written = sorted(written, key=lambda shard: shard.file)
     skipped = [*outside, *(skipped for shard in written for skipped in shard.skipped)]
     write_atomic(output / SKIPPED_NAME, skipped_table(skipped).encode())
     filled = [shard for shard in written if shard.samples]
-    remove_leftovers(output, {shard.file for shard in filled})
     if not filled:
         reasons = ", ".join(f"{reason}: {n}" for reason, n in Counter(skip.reason for skip in skipped).most_common())
         raise UserError(
             f"{name}: none of the {len(skipped)} images listed can be used ({reasons}); {output / SKIPPED_NAME} names "
             "each. Check that data.source holds the images as well as their captions"
         )
+    remove_leftovers(output, {shard.file for shard in filled}, {shard.file for shard in written if not shard.samples})
     index = {
         "format": INDEX_FORMAT,
         "name": name,
@@ -443,12 +453,17 @@ def skipped_table(skipped: Iterable[Skipped]) -> str:
     return buffer.getvalue()
 
 
-def remove_leftovers(output: Path, files: set[str]) -> None:
-    """Remove shards of earlier runs that are no longer part of the set (those with a note), and their notes."""
-    for note in (output / PARTS_NAME).glob("*.tar.json"):
-        file = note.name.removesuffix(".json")
-        if file not in files:
-            (output / file).unlink(missing_ok=True)
-            note.unlink()
+def remove_leftovers(output: Path, files: set[str], empty: set[str]) -> None:
+    """Remove shards of earlier runs that are no longer part of the set, their notes and their index.
+
+    These are all that have a note, but `files`, and those that `empty` names.
+    """
+    noted = {note.name.removesuffix(".json") for note in (output / PARTS_NAME).glob("*.tar.json")}
+    leftovers = (noted | empty) - files
+    if any((output / file).is_file() for file in leftovers):
+        (output / INDEX_NAME).unlink(missing_ok=True)
+    for file in leftovers:
+        (output / file).unlink(missing_ok=True)
+        (output / PARTS_NAME / f"{file}.json").unlink(missing_ok=True)
     for temporary in (*output.glob("*.tar.*.tmp"), *(output / PARTS_NAME).glob("*.tmp")):
         temporary.unlink(missing_ok=True)
