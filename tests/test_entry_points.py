@@ -273,6 +273,16 @@ def test_resuming_goes_on_where_the_run_stopped(run: Run):
         torch.testing.assert_close(second[key], first[key], rtol=0, atol=1e-6)
 
 
+def test_a_sweep_without_an_experiment_is_named_by_its_method(
+    in_folder: Path, pipeline_folder: Path, flickr_shards: Path
+):
+    places = (f"model.path={pipeline_folder}", f"data.source={flickr_shards}")
+    in_process("-m", *places, *SMALL, "trainer=debug", "trainer.max_steps=1", "logger=none", "seed=1,2")
+    configs = sorted(in_folder.glob("outputs/lcm_lora/*/*/config.yaml"))
+    assert [OmegaConf.load(path).seed for path in configs] == [1, 2]
+    assert len({path.parents[1] for path in configs}) == 1
+
+
 def test_resuming_another_adapter_is_refused(run: Run, capfd: pytest.CaptureFixture[str]):
     run("part", "trainer=debug", "logger=none", "trainer.max_steps=1")
     refused(capfd, run, "resume: the checkpoint's adapter differs", "resume=part", "method.lora.rank=8")
