@@ -20,6 +20,7 @@ log = logging.getLogger(__name__)
 
 FOLDER = "checkpoints"
 AUTO = "auto"
+OVERRIDES = "overrides.yaml"  # of the command that trained; Hydra's own in .hydra/ is of the last one, also if refused
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
@@ -187,7 +188,7 @@ def started_apart() -> bool:
 
 def same_command(run_dir: Path, overrides: list[str]) -> bool:
     """Whether a run was started with `overrides`, `resume=` aside."""
-    path = run_dir / ".hydra" / "overrides.yaml"
+    path = run_dir / OVERRIDES
     return path.is_file() and _without_resume(OmegaConf.load(path)) == _without_resume(overrides)
 
 
