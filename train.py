@@ -7,6 +7,7 @@ from pathlib import Path
 
 import hydra
 import lightning as L
+from hydra.core.hydra_config import HydraConfig
 from lightning.pytorch.loggers import Logger
 from omegaconf import DictConfig
 
@@ -18,13 +19,13 @@ from lcm_lightning.preemption import Preempted, requeue_slurm_job
 from lcm_lightning.resolvers import register_resolvers
 from lcm_lightning.training import (
     TRAIN_KEYS,
+    SettingsRecord,
     build_module,
     check_settings,
     instantiate_each,
     instantiate_group,
     next_commands,
     quiet_known_warnings,
-    record_settings,
 )
 
 register_resolvers()
@@ -44,14 +45,15 @@ def main(cfg: DictConfig) -> float | None:
     goes_on = checkpoint is not None and checkpoint.resolve().is_relative_to(run_dir.resolve())
     metrics = MetricsFile(run_dir, global_step(checkpoint) if goes_on else 0)
     loggers: list[Logger] = [metrics, *instantiate_each(cfg, "logger")]
-    trainer = instantiate_group(cfg, "trainer", logger=loggers, callbacks=instantiate_each(cfg, "callbacks"))
+    settings = SettingsRecord(cfg, HydraConfig.get().overrides.task, run_dir, loggers[1:])
+    callbacks = [settings, *instantiate_each(cfg, "callbacks")]
+    trainer = instantiate_group(cfg, "trainer", logger=loggers, callbacks=callbacks)
     check_settings(cfg)
     data.prepare_data()
     module = build_module(cfg, trainer.precision, data.cache)
-    if trainer.is_global_zero:
-        record_settings(cfg, run_dir, loggers[1:])
+    trainer.ckpt_path = checkpoint  # not an argument of fit, which tells callbacks when it is being loaded
     try:
-        trainer.fit(module, datamodule=data, ckpt_path=checkpoint, weights_only=True)
+        trainer.fit(module, datamodule=data, weights_only=True)
     except Preempted as stop:
         if trainer.is_global_zero:
             print(f"\n{stop} after step {trainer.global_step}; resume=auto goes on: {run_dir}", file=sys.stderr)

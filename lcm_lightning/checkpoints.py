@@ -20,6 +20,7 @@ log = logging.getLogger(__name__)
 
 FOLDER = "checkpoints"
 AUTO = "auto"
+OVERRIDES = "overrides.yaml"  # of the command that trained; Hydra's own in .hydra/ is of the last one, also if refused
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
@@ -151,12 +152,32 @@ def auto_run_folder(resume: str | None, experiment: str, overrides: list[str]) -
         runs = [path for path in root.glob("*") if checkpoint_files(path) and same_command(path, overrides)]
         if runs:
             return str(max(runs, key=lambda path: (max(f.stat().st_mtime for f in checkpoint_files(path)), path.name)))
+    refuse_own_clocks("hydra.run.dir", root)
+    return str(root / date_and_time())
+
+
+def sweep_time() -> str:
+    """The last part of the default folder of a sweep.
+
+    Raises:
+        UserError: as `auto_run_folder`.
+    """
+    refuse_own_clocks("hydra.sweep.dir", Path("outputs/sweep"))
+    return date_and_time()
+
+
+def date_and_time() -> str:
+    """Now, as a folder's name."""
+    return datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
+
+
+def refuse_own_clocks(key: str, root: Path) -> None:
+    """Raise a `UserError` with an example in `root` where each of several processes would name the folder `key`."""
     if started_apart():
         raise UserError(
-            f"hydra.run.dir: torchrun or srun started several processes, which must share a run folder; set it, as in "
-            f"hydra.run.dir={root}/${{SLURM_JOB_ID:-first}}"
+            f"{key}: torchrun or srun started several processes, which must share a run folder; set it, as in "
+            f"{key}={root}/${{SLURM_JOB_ID:-first}}"
         )
-    return str(root / datetime.now().strftime("%Y-%m-%d_%H-%M-%S"))
 
 
 def started_apart() -> bool:
@@ -167,7 +188,7 @@ def started_apart() -> bool:
 
 def same_command(run_dir: Path, overrides: list[str]) -> bool:
     """Whether a run was started with `overrides`, `resume=` aside."""
-    path = run_dir / ".hydra" / "overrides.yaml"
+    path = run_dir / OVERRIDES
     return path.is_file() and _without_resume(OmegaConf.load(path)) == _without_resume(overrides)
 
 

@@ -118,6 +118,11 @@ def check_values(cfg: DictConfig) -> None:
         check_section(key, section)
     for key, (low, high, example) in RANGES.items():
         check_range(key, OmegaConf.select(cfg, key), low, high, example)
+    if (batches := OmegaConf.select(cfg, "trainer.limit_train_batches")) is not None:
+        raise UserError(
+            f"trainer.limit_train_batches={batches}: a run of epochs cut short cannot go on exactly; leave it out, "
+            "max_steps=... makes a short run"
+        )
     if OmegaConf.select(cfg, "trainer.max_steps") == -1 and OmegaConf.select(cfg, "trainer.max_epochs") in (-1, None):
         raise UserError("trainer.max_steps=-1: the run would never end; set it, or trainer.max_epochs")
 

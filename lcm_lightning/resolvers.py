@@ -5,9 +5,19 @@ from __future__ import annotations
 import hashlib
 from pathlib import Path
 
-from omegaconf import OmegaConf
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import DictConfig, OmegaConf
 
-from lcm_lightning.checkpoints import auto_run_folder
+from lcm_lightning.checkpoints import auto_run_folder, sweep_time
+
+
+def chosen(group: str, *, _root_: DictConfig) -> str:
+    """The option that was chosen of a config group.
+
+    Hydra's own `${hydra:runtime.choices...}` has no value where a sweep's folder is named, before the first job.
+    """
+    settings = _root_.hydra if "hydra" in _root_ else HydraConfig.get()
+    return settings.runtime.choices[group]
 
 
 def fused_adamw(precision: str) -> bool:
@@ -42,10 +52,12 @@ def package_file(name: str) -> str:
 
 def register_resolvers() -> None:
     """Make the resolvers known to OmegaConf; may be called again."""
-    # Found once: the folder must not change while the run fills it.
+    # Found once: the folder must not change while the run fills it, nor between the jobs of a sweep.
     OmegaConf.register_new_resolver("auto_run_folder", auto_run_folder, replace=True, use_cache=True)
+    OmegaConf.register_new_resolver("chosen", chosen, replace=True)
     OmegaConf.register_new_resolver("evaluation_folder", evaluation_folder, replace=True)
     OmegaConf.register_new_resolver("fused_adamw", fused_adamw, replace=True)
     OmegaConf.register_new_resolver("generated_folder", generated_folder, replace=True)
     OmegaConf.register_new_resolver("mul", mul, replace=True)
     OmegaConf.register_new_resolver("package_file", package_file, replace=True)
+    OmegaConf.register_new_resolver("sweep_time", sweep_time, replace=True, use_cache=True)

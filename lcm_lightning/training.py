@@ -22,6 +22,7 @@ from torch.optim import Optimizer
 from transformers.utils import logging as transformers_logging
 
 from lcm_lightning.caching import cache_key
+from lcm_lightning.checkpoints import OVERRIDES
 from lcm_lightning.data.latents import LatentCache
 from lcm_lightning.errors import SHOW_KEYS, UserError, first_line, innermost
 from lcm_lightning.files import write_atomic
@@ -161,13 +162,29 @@ def make_fabric(accelerator: str, devices: int) -> Fabric:
         ) from error
 
 
-def record_settings(cfg: DictConfig, run_dir: Path, loggers: Sequence[Logger]) -> None:
+class SettingsRecord(L.Callback):
+    """Records a run's settings when training starts: a checkpoint to go on from has been accepted then.
+
+    What a refused command says must not take the place of what the run was made with.
+    """
+
+    def __init__(self, cfg: DictConfig, overrides: Sequence[str], run_dir: Path, loggers: Sequence[Logger]) -> None:
+        self.settings = (cfg, overrides, run_dir, loggers)
+
+    def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        """Record them, on the first rank."""
+        if trainer.is_global_zero:
+            record_settings(*self.settings)
+
+
+def record_settings(cfg: DictConfig, overrides: Sequence[str], run_dir: Path, loggers: Sequence[Logger]) -> None:
     """Write the resolved configuration as the run's `config.yaml` and give it to loggers of hyperparameters.
 
     Raises:
         UserError: the run folder cannot be written, on a full disk for example.
     """
     try:
+        write_atomic(run_dir / OVERRIDES, OmegaConf.to_yaml(list(overrides)).encode())
         write_atomic(run_dir / "config.yaml", OmegaConf.to_yaml(cfg).encode())
         for logger in loggers:
             logger.log_hyperparams(OmegaConf.to_container(cfg))

@@ -458,11 +458,14 @@ def test_a_run_folder_that_takes_no_file_is_one_message(number, world, here, cap
 @pytest.mark.parametrize(
     "environment", [{"TORCHELASTIC_RUN_ID": "none", "WORLD_SIZE": "2"}, {"SLURM_STEP_NUM_TASKS": "8"}], ids=str
 )
-def test_processes_started_apart_are_asked_for_the_folder_they_share(environment, world, here, capfd, monkeypatch):
+@pytest.mark.parametrize(("option", "key"), [("", "hydra.run.dir"), ("-m", "hydra.sweep.dir")])
+def test_processes_started_apart_are_asked_for_the_folder_they_share(
+    environment, option, key, world, here, capfd, monkeypatch
+):
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
-    message = complaint("train", overrides(TRAIN, "experiment=lora_flickr8k", world), capfd)
-    assert re.match(r"error: hydra\.run\.dir: .*share a run folder.*hydra\.run\.dir=outputs/lora_flickr8k/", message)
+    message = complaint("train", overrides(TRAIN, f"experiment=lora_flickr8k {option}", world), capfd)
+    assert message.startswith(f"error: {key}: ") and f"share a run folder; set it, as in {key}=outputs/" in message
     assert state(here) == {}
 
 

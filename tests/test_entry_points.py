@@ -273,9 +273,31 @@ def test_resuming_goes_on_where_the_run_stopped(run: Run):
         torch.testing.assert_close(second[key], first[key], rtol=0, atol=1e-6)
 
 
+def test_a_sweep_without_an_experiment_is_named_by_its_method(
+    in_folder: Path, pipeline_folder: Path, flickr_shards: Path
+):
+    places = (f"model.path={pipeline_folder}", f"data.source={flickr_shards}")
+    in_process("-m", *places, *SMALL, "trainer=debug", "trainer.max_steps=1", "logger=none", "seed=1,2")
+    configs = sorted(in_folder.glob("outputs/lcm_lora/*/*/config.yaml"))
+    assert [OmegaConf.load(path).seed for path in configs] == [1, 2]
+    assert len({path.parents[1] for path in configs}) == 1
+
+
 def test_resuming_another_adapter_is_refused(run: Run, capfd: pytest.CaptureFixture[str]):
     run("part", "trainer=debug", "logger=none", "trainer.max_steps=1")
     refused(capfd, run, "resume: the checkpoint's adapter differs", "resume=part", "method.lora.rank=8")
+
+
+def test_a_refused_command_leaves_the_record_of_the_run_it_would_go_on_with(run: Run):
+    options = ("trainer=debug", "logger=none", "resume=auto")
+    part = run("part", *options, "trainer.max_steps=1")
+    record = [(part / name).read_bytes() for name in ("config.yaml", "overrides.yaml")]
+    with pytest.raises(SystemExit):
+        run("part", *options, "method.lora.rank=8")
+    assert [(part / name).read_bytes() for name in ("config.yaml", "overrides.yaml")] == record
+    run("part", *options, "trainer.max_steps=2")
+    assert OmegaConf.load(part / "config.yaml").trainer.max_steps == 2
+    assert "trainer.max_steps=2" in OmegaConf.load(part / "overrides.yaml")
 
 
 # ---- mistakes ------------------------------------------------------------------------------------------------------
@@ -308,6 +330,7 @@ def refused(capfd: pytest.CaptureFixture[str], run: Run, message: str, *override
         ("+data.foo=1", "data.foo=1: nothing reads this key"),
         ("data.bacth_size=1", "data.bacth_size=1: there is no such key; did you mean batch_size"),
         ("+trainer.foo=1", "trainer.foo=1: nothing reads this key"),
+        ("+trainer.limit_train_batches=3", "trainer.limit_train_batches=3: a run of epochs cut short"),
         ("+logger.foo=1", "logger.foo=1: nothing reads this"),
         ("+callbacks.foo=1", "callbacks.foo=1: nothing reads this"),
         ("+callbacks.samples.foo=1", "callbacks.samples.foo=1: nothing reads this key"),

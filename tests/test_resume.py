@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import csv
 import resource
+import signal
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import lightning as L
@@ -18,6 +20,7 @@ from lcm_lightning.callbacks.loggers import MetricsFile
 from lcm_lightning.checkpoints import AtomicCheckpointIO, auto_run_folder, find_checkpoint, global_step
 from lcm_lightning.data.datamodule import CaptionedImages
 from lcm_lightning.errors import UserError
+from lcm_lightning.preemption import Preempted
 
 
 class Killed(Exception):
@@ -230,6 +233,59 @@ def test_a_finished_run_has_nothing_to_do_and_changes_nothing(tmp_path: Path, fl
     assert len(rows(tmp_path)) > 11
 
 
+@pytest.mark.parametrize("options", [{"val_every": 4}, {"val_every": 6}, {"val_every": 3, "accumulate": 2}], ids=str)
+def test_a_signal_where_a_validation_is_due_stops_before_it(
+    tmp_path: Path, flickr_shards: Path, monkeypatch: pytest.MonkeyPatch, options: dict[str, int]
+):
+    """Within an epoch of 6 batches, at its end, and at its end with two batches a step."""
+    options = {**options, "every_n_steps": None}
+    whole = train(tmp_path / "whole", flickr_shards, **options)
+
+    def ask_to_stop(module: Small, batch: dict[str, Any], batch_index: int) -> None:
+        if module.trainer.global_step == options["val_every"] - 1:
+            module.trainer.checkpoint_callback.signals.received = signal.SIGTERM
+
+    monkeypatch.setattr(Small, "on_train_batch_start", ask_to_stop)
+    with pytest.raises(Preempted):
+        train(tmp_path / "cut", flickr_shards, **options)
+    monkeypatch.undo()
+    assert global_step(find_checkpoint("auto", tmp_path / "cut")) == options["val_every"]
+    assert not any(row.get("val/loss") for row in rows(tmp_path / "cut"))
+    resumed = train(tmp_path / "cut", flickr_shards, **options)
+    assert torch.equal(resumed.layer.weight, whole.layer.weight)
+    left_out = next(row for row in rows(tmp_path / "whole") if row["val/loss"])
+    assert rows(tmp_path / "cut") == [row for row in rows(tmp_path / "whole") if row != left_out]
+
+
+@pytest.mark.multiprocess
+@pytest.mark.parametrize("shared", [True, False])
+def test_ranks_that_find_different_checkpoints_are_refused(tmp_path: Path, shared: bool):
+    """As where each machine has a run folder of its own."""
+    torch.save({"global_step": 3}, tmp_path / "step_000003.ckpt")
+    context = torch.multiprocessing.get_context("fork")
+    processes = [context.Process(target=start_fit, args=(rank, rank == 0 or shared, tmp_path)) for rank in range(2)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(60)
+    said = [(tmp_path / str(rank)).read_text() for rank in range(2)]
+    refusal = f"hydra.run.dir={tmp_path}: the ranks find checkpoints of different steps to go on from (3, 0;"
+    assert said == ["", ""] if shared else all(message.startswith(refusal) for message in said)
+
+
+def start_fit(rank: int, has_checkpoint: bool, folder: Path) -> None:
+    """Write what one of two ranks says when it is about to go on from a checkpoint or none."""
+    torch.distributed.init_process_group("gloo", init_method=f"file://{folder / 'store'}", rank=rank, world_size=2)
+    checkpoint = folder / "step_000003.ckpt" if has_checkpoint else None
+    message = ""
+    try:
+        Checkpoints(str(folder / "checkpoints")).on_fit_start(SimpleNamespace(world_size=2, ckpt_path=checkpoint), None)
+    except UserError as error:
+        message = str(error)
+    (folder / str(rank)).write_text(message)
+    torch.distributed.destroy_process_group()
+
+
 # ---- files ---------------------------------------------------------------------------------------------------------
 
 
@@ -241,6 +297,22 @@ def test_the_newest_and_the_best_are_kept(tmp_path: Path, flickr_shards: Path):
     assert global_step(folder / "last.ckpt") == 11
     values = {int(row["step"]) + 1: float(row["val/loss"]) for row in rows(tmp_path) if row["val/loss"]}
     assert global_step(folder / "best.ckpt") == min(values, key=values.__getitem__)
+
+
+def test_a_validation_between_two_batches_of_a_step_makes_no_checkpoint_the_best(
+    tmp_path: Path, flickr_shards: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Of 5 batches an epoch, 2 a step: validations after 4 are of steps 2, 7, 12, 14, and within the 5th and 10th."""
+
+    def validation_step(module: Small, batch: dict[str, Any], batch_index: int) -> None:
+        module.log("val/loss", float(abs(module.trainer.global_step - 10)), batch_size=1)
+
+    monkeypatch.setattr(Small, "validation_step", validation_step)
+    train(tmp_path, flickr_shards, batch_size=5, accumulate=2, val_every=2, max_steps=14, best_by="val/loss")
+    values = {int(row["step"]) + 1: float(row["val/loss"]) for row in rows(tmp_path) if row["val/loss"]}
+    assert min(values.values()) == 1  # within the 10th step
+    assert global_step(tmp_path / "checkpoints" / "best.ckpt") == 12
+    assert [part["best_value"] for part in state(tmp_path)["callbacks"].values() if "best_value" in part] == [2]
 
 
 def test_a_checkpoint_holds_tensors_and_plain_containers_of_what_is_trained_only(tmp_path: Path, flickr_shards: Path):
@@ -383,9 +455,8 @@ def test_auto_finds_the_newest_run_of_the_same_command(tmp_path: Path, monkeypat
 
     def run(name: str, overrides: list[str], checkpoint: bool = True) -> str:
         folder = Path("outputs/lcm") / name
-        for part in (".hydra", "checkpoints"):
-            (folder / part).mkdir(parents=True)
-        (folder / ".hydra" / "overrides.yaml").write_text("".join(f"- {override}\n" for override in overrides))
+        (folder / "checkpoints").mkdir(parents=True)
+        (folder / "overrides.yaml").write_text("".join(f"- {override}\n" for override in overrides))
         if checkpoint:
             (folder / "checkpoints" / "last.ckpt").write_text("")
         return str(folder)

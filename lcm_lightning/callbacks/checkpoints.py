@@ -11,6 +11,7 @@ from typing import Any
 import lightning as L
 import torch
 from lightning.pytorch.callbacks import Checkpoint
+from torch import Tensor
 
 from lcm_lightning.callbacks.loggers import MetricsFile
 from lcm_lightning.checkpoints import global_step, publish_link
@@ -88,14 +89,26 @@ class Checkpoints(Checkpoint):
             reopen_epoch(loops, loader, trainer.val_check_interval)
         count_steps(loops, checkpoint["global_step"], trainer.val_check_interval if trainer.enable_validation else None)
 
+    def on_fit_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        """Raise a `UserError` where the ranks go on from different steps: some would wait for the others for ever."""
+        if trainer.world_size == 1:
+            return
+        self.hosts = torch.distributed.new_group(backend="gloo")
+        step = global_step(Path(trainer.ckpt_path)) if trainer.ckpt_path else 0
+        steps = [numbers.item() for numbers in self._of_ranks(trainer, [step])]
+        if len(set(steps)) > 1:
+            raise UserError(
+                f"hydra.run.dir={self.folder.parent}: the ranks find checkpoints of different steps to go on from "
+                f"({', '.join(map(str, steps))}; 0 is none); put the run folder on a disk that all machines see, and "
+                "start again"
+            )
+
     # ---- when to save ----------------------------------------------------------------------------------------------
 
     def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         """Listen to signals; put checkpoints of steps this run has yet to make out of the way."""
         self.step, self.saved_at = trainer.global_step, time.monotonic()
         self.signals.listen(trainer)
-        if trainer.world_size > 1:
-            self.hosts = torch.distributed.new_group(backend="gloo")
         if trainer.is_global_zero:
             (self.folder / PENDING).unlink(missing_ok=True)
             discard_later(self.folder, trainer.global_step)
@@ -114,20 +127,26 @@ class Checkpoints(Checkpoint):
             self._save(trainer)
 
     def on_train_batch_start(self, trainer: L.Trainer, module: L.LightningModule, batch: Any, batch_index: int) -> None:
-        """The figures of the step before are logged: let its checkpoint appear."""
+        """The figures of the step before are logged: let its checkpoint appear, and stop if a signal asked for it."""
         self._publish(trainer)
         if self.stopping:
+            raise self.signals.exception(self.stopping)
+
+    def on_validation_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        """Stop before a validation too, which may take longer than a preempted run is given."""
+        if self.stopping:
+            self._publish(trainer)
             raise self.signals.exception(self.stopping)
 
     def on_validation_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         """Save, unless the validation fell in the middle of an accumulated step: then after it."""
         if trainer.sanity_checking:
             return
+        if trainer.fit_loop._should_accumulate() and not self._is_last_step(trainer):
+            self.owed = True  # of other weights than were validated, which the best value is not to speak of
+            return
         self.best = self._is_best(trainer)
         if self._is_last_step(trainer):
-            return
-        if trainer.fit_loop._should_accumulate():
-            self.owed, self.best = True, False
             return
         self._save(trainer)
         self._publish(trainer)
@@ -147,13 +166,19 @@ class Checkpoints(Checkpoint):
         One exchange of a few numbers between hosts; no device is waited for.
         """
         mine = [self.signals.received or 0, self._is_due(trainer), getattr(trainer.train_dataloader, "bad_samples", 0)]
-        ranks = [torch.tensor(mine, dtype=torch.int64)]
-        if self.hosts is not None:
-            ranks = [torch.empty(len(mine), dtype=torch.int64) for _ in range(trainer.world_size)]
-            torch.distributed.all_gather(ranks, torch.tensor(mine, dtype=torch.int64), group=self.hosts)
+        ranks = self._of_ranks(trainer, mine)
         signals, due, bad_samples = zip(*(numbers.tolist() for numbers in ranks), strict=True)
         # SIGTERM is above the signal after which a job is queued again: a cancelled job is not.
         return max(signals), bool(due[0]), sum(bad_samples)  # by the clock of the first rank
+
+    def _of_ranks(self, trainer: L.Trainer, mine: list[int]) -> list[Tensor]:
+        """The whole numbers of each rank."""
+        numbers = torch.tensor(mine, dtype=torch.int64)
+        if self.hosts is None:
+            return [numbers]
+        ranks = [torch.empty_like(numbers) for _ in range(trainer.world_size)]
+        torch.distributed.all_gather(ranks, numbers, group=self.hosts)
+        return ranks
 
     def _is_due(self, trainer: L.Trainer) -> bool:
         if self.owed or (self.every_n_steps and trainer.global_step % self.every_n_steps == 0):
