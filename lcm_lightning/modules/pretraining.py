@@ -203,10 +203,15 @@ class UnetPretraining(Pretraining):
         vae: folder written by `VaePretraining`.
         clip: folder written by `ClipPretraining`; its text tower becomes the text encoder.
         unet: folder of a UNet of the same architecture to go on from; None starts from random weights.
+        timestep_exponent: timesteps are ``T u^exponent`` with uniform u; below 1 favours noisy ones, which decide the
+            layout.
     """
 
-    def __init__(self, *, vae: str, clip: str, unet: str | None = None, **training: Any) -> None:
+    def __init__(
+        self, *, vae: str, clip: str, unet: str | None = None, timestep_exponent: float = 1.0, **training: Any
+    ) -> None:
         super().__init__(**training)
+        self.timestep_exponent = timestep_exponent
         self.model = StableDiffusion(
             tokenizer=CLIPTokenizer.from_pretrained(clip),
             text_encoder=CLIPTextModel.from_pretrained(clip),
@@ -233,11 +238,11 @@ class UnetPretraining(Pretraining):
         self.log("val/loss", self.losses(batch)[held_out].mean(), prog_bar=True, batch_size=int(held_out.sum()))
 
     def losses(self, batch: dict[str, Any]) -> Tensor:
-        """Squared error of the predicted velocity per sample, float32 [B], at a uniform timestep."""
+        """Squared error of the predicted velocity per sample, float32 [B], at a random timestep."""
         randomness = SampleRandomness(batch["seed"], self.device)
         mean, std = self.posterior(batch["keys"], batch["pixel_values"]).unbind(dim=1)
         latents = mean + std * randomness.normal(mean.shape[1:])
-        timesteps = randomness.integer(len(self.alphas_cumprod))
+        timesteps = (len(self.alphas_cumprod) * randomness.uniform() ** self.timestep_exponent).long()
         noise = randomness.normal(mean.shape[1:])
         alpha_cumprod = self.alphas_cumprod[timesteps]
         x_t = add_noise(latents, noise, alpha_cumprod)
