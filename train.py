@@ -46,7 +46,7 @@ def main(cfg: DictConfig) -> float | None:
     metrics = MetricsFile(run_dir, global_step(checkpoint) if goes_on else 0)
     loggers: list[Logger] = [metrics, *instantiate_each(cfg, "logger")]
     settings = SettingsRecord(cfg, HydraConfig.get().overrides.task, run_dir, loggers[1:])
-    callbacks = [settings, *instantiate_each(cfg, "callbacks")]
+    callbacks = [*instantiate_each(cfg, "callbacks"), settings]  # last: others may refuse to start
     trainer = instantiate_group(cfg, "trainer", logger=loggers, callbacks=callbacks)
     check_settings(cfg)
     data.prepare_data()
