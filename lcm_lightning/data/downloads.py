@@ -74,18 +74,20 @@ def download(location: str, cache: Path, sha256: str | None = None, *, version: 
         return download_from_hub(location)
     digest = hashlib.sha256(location.encode()).hexdigest()[:16]
     name = re.sub(r"[^\w.-]+", "_", Path(urllib.parse.urlsplit(location).path).name)[-100:]
-    folder = cache / "shards"
+    shards = folder = cache / "shards"
     if (version := sha256 if version is None else version) is not None:
-        folder /= hashlib.sha256(str(version).encode()).hexdigest()[:16]  # a file's name decides its samples' seeds
+        # In a folder, since a file's name decides its samples' seeds.
+        folder = shards / hashlib.sha256(str(version).encode()).hexdigest()[:16]
     path = folder / f"{digest}-{name}"
     if path.is_file():
         return path
-    temporary = path.with_name(f"{path.name}.{uuid4().hex}.tmp")  # process ids repeat from machine to machine
+    temporary = shards / f"{path.name}.{uuid4().hex}.tmp"  # process ids repeat from machine to machine
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        shards.mkdir(parents=True, exist_ok=True)
         found = fetch_file(location, temporary)
         if sha256 not in (None, found):
             raise DownloadError(f"{location}: the file does not have the sha256 of its index; publish both together")
+        folder.mkdir(exist_ok=True)
         temporary.replace(path)
     except OSError as error:
         raise UserError(f"data.cache_dir={cache}: cannot be written ({error}); set it to a folder with room") from error
