@@ -28,11 +28,12 @@ WORD_END = "</w>"
 # How CLIP cuts text before byte-pair encoding (Radford et al. 2021): words, single digits, runs of signs.
 CLIP_WORDS = r"""<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"""
 
-# Stable Diffusion's form of schedule (Rombach et al. 2022) with more noise at its end, and the velocity as target. An error
-# of an epsilon prediction is multiplied by sqrt(1/a_t - 1), up to 64 here, on its way to x_0; that of a velocity by at most 1.
-# With Stable Diffusion's own beta_end of 0.012 a 16 x 16 map shows its layout through the noise of the last timestep: 7 %
-# of a shape's amplitude, averaged over 256 places, is as strong as the noise. A network then reads layouts there, where a
-# drawing starts from noise that holds none, instead of from the text (Lin et al. 2024, arXiv 2305.08891).
+# Stable Diffusion's form of schedule (Rombach et al. 2022) with more noise at its end, and the velocity as target. An
+# error of an epsilon prediction is multiplied by sqrt(1/a_t - 1), up to 64 here, on its way to x_0; that of a
+# velocity by at most 1. With Stable Diffusion's own beta_end of 0.012 a 16 x 16 map shows its layout through the
+# noise of the last timestep: 7 % of a shape's amplitude, averaged over 256 places, is as strong as the noise. A
+# network then reads layouts there, where a drawing starts from noise that holds none, instead of from the text (Lin
+# et al. 2024, arXiv 2305.08891).
 SCHEDULER = {
     "num_train_timesteps": 1000,
     "beta_schedule": "scaled_linear",
@@ -64,9 +65,9 @@ def tiny_vae() -> AutoencoderKL:
 def tiny_unet() -> UNet2DConditionModel:
     """UNet of 15 million weights on 16 x 16 x 4 latents, attending to the text at 8 x 8 and 2 x 2.
 
-    The text also enters every block beside the timestep, as a scale and shift of its channels. On the 2 x 2 map a padded
-    3 x 3 convolution has weights of its own for each place: that is where a vector of text becomes a layout, which
-    attention, adding nearly the same at all places of a noisy map, cannot learn in few steps.
+    The text also enters every block beside the timestep, as a scale and shift of its channels. On the 2 x 2 map a
+    padded 3 x 3 convolution has weights of its own for each place: that is where a vector of text becomes a layout,
+    which attention, adding nearly the same at all places of a noisy map, cannot learn in few steps.
     """
     return UNet2DConditionModel(
         sample_size=RESOLUTION // 4,
