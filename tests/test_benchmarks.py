@@ -17,7 +17,7 @@ from benchmarks.report import BEGIN, END, insert, markdown
 ROOT = Path(__file__).parent.parent
 # As diffusers' script looks from outside: it takes --max_train_steps and steps an optimizer of torch.
 PEER = """
-import argparse, time, torch
+import argparse, os, time, torch
 parser = argparse.ArgumentParser()
 parser.add_argument("--max_train_steps", type=int)
 parser.add_argument("--pretrained_teacher_model")
