@@ -15,9 +15,9 @@ from diffusers import DPMSolverMultistepScheduler, StableDiffusionPipeline
 from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
-from transformers import CLIPModel, CLIPTokenizer
 
 from lcm_lightning.data.datamodule import iterate_split
+from lcm_lightning.evaluation.features import Clip
 from lcm_lightning.resolvers import package_file
 
 COUNT, BATCH = 90, 30
@@ -28,17 +28,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--pipeline", default=package_file("assets/tiny"), help="diffusers folder")
     folder = parser.parse_args().pipeline
+    clip = Clip(package_file("assets/tiny_clip"))
     for split in ("train", "test"):
         samples = list(iterate_split(package_file("assets/data/noto_emoji"), split))
         samples = samples[:: len(samples) // COUNT][:COUNT]
         captions = [sample.captions[0] for sample in samples]
         real, drawn = pixels([sample.image for sample in samples]), pixels(draw(Path(folder), captions))
-        by_pixels = -torch.cdist(drawn.flatten(1), real.flatten(1))
+        by_pixels = -torch.cdist(drawn.flatten(1).float(), real.flatten(1).float())
         print(f"{split}: nearest real picture by pixels is its own: {hits(by_pixels)}")
         for name, images in (("real", real), ("drawn", drawn)):
-            print(
-                f"{split}: own caption is nearest to the {name} picture by CLIP: {hits(similarities(images, captions))}"
-            )
+            by_clip = hits(clip(images) @ F.normalize(clip.text_features(captions), dim=1).T)
+            print(f"{split}: own caption is nearest to the {name} picture by CLIP: {by_clip}")
 
 
 def draw(folder: Path, captions: Sequence[str]) -> list[Image.Image]:
@@ -55,20 +55,8 @@ def draw(folder: Path, captions: Sequence[str]) -> list[Image.Image]:
 
 
 def pixels(images: Sequence[Image.Image]) -> Tensor:
-    """Float32 [N, 3, 64, 64] in [-1, 1]."""
-    arrays = np.stack([np.asarray(image.convert("RGB"), dtype=np.float32) for image in images])
-    return torch.from_numpy(arrays).permute(0, 3, 1, 2) / 127.5 - 1
-
-
-@torch.no_grad()
-def similarities(images: Tensor, captions: Sequence[str]) -> Tensor:
-    """Cosines [images, captions] by the embedded CLIP."""
-    folder = package_file("assets/tiny_clip")
-    tokens = CLIPTokenizer.from_pretrained(folder)(
-        list(captions), padding="max_length", truncation=True, return_tensors="pt"
-    )
-    found = CLIPModel.from_pretrained(folder).eval()(input_ids=tokens.input_ids, pixel_values=images)
-    return F.normalize(found.image_embeds, dim=-1) @ F.normalize(found.text_embeds, dim=-1).T
+    """uint8 [N, 3, 64, 64]."""
+    return torch.from_numpy(np.stack([np.asarray(image.convert("RGB")) for image in images])).permute(0, 3, 1, 2)
 
 
 def hits(similarity: Tensor) -> str:

@@ -13,6 +13,7 @@ from torch_fidelity.metric_prc import prc_features_to_metric
 from torchmetrics.image.fid import _compute_fid
 from torchmetrics.image.kid import poly_mmd
 
+from benchmarks.coverage import draws_of
 from lcm_lightning.errors import UserError
 from lcm_lightning.evaluation.frechet import FrechetDistance, frechet_distance, frechet_infinity, trace_root
 from lcm_lightning.evaluation.kernel_distances import Cmmd, kid
@@ -298,26 +299,13 @@ def test_the_excess_of_a_figure_of_pairs_alone_is_taken_off():
 CORRECTED = ("fid", "fid_infinity")
 
 
-def all_draws(x, y, resampling):
-    """Of every metric by its name."""
-    found = {
-        "fid": FrechetDistance(x, y).draws(resampling.generated, resampling.real),
-        "kid": kid(y, resampling).draws(x),
-        "cmmd": Cmmd(y, resampling).draws(x),
-        "mean": mean_draws(x[:, 0], resampling.generated),
-        **Manifold(y, resampling).draws(x),
-    }
-    infinity = frechet_infinity(found["fid"], resampling, y.shape[1])
-    return found if infinity is None else found | {"fid_infinity": infinity}
-
-
 def trial(seed, d, n, shift, samples, decay=0.0):
     """Draws of two models, moved by `shift` and half as much, whose images have half of their variance in common."""
     rng, scale = np.random.default_rng(seed), np.arange(1, d + 1) ** -decay
     y, common = rng.normal(size=(n, d)), rng.normal(size=(n, d))
     resampling = paired(n, samples, seed)
     models = (((common + rng.normal(size=(n, d))) / math.sqrt(2) + moved) * scale for moved in (shift, shift / 2))
-    return tuple(all_draws(x, y * scale, resampling) for x in models)
+    return tuple(draws_of(x, y * scale, resampling) for x in models)
 
 
 @pytest.mark.slow

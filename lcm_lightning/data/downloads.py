@@ -25,6 +25,7 @@ from huggingface_hub import HfApi, hf_hub_download
 from rich.progress import Progress
 
 from lcm_lightning.errors import UserError
+from lcm_lightning.files import sha256_of
 
 log = logging.getLogger(__name__)
 
@@ -134,11 +135,7 @@ def fetch_file(address: str, path: Path) -> str:
                     raise DownloadError(f"data.source={address}: download failed{tries} ({error})") from error
                 log.warning("%s: %s; trying again in %.1f s (%d of %d)", address, error, seconds, attempt, ATTEMPTS)
                 time.sleep(seconds)
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while chunk := file.read(CHUNK):
-            digest.update(chunk)
-    return digest.hexdigest()
+    return sha256_of(path)
 
 
 def fetch_rest(
