@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections import Counter
 from functools import partial, partialmethod
 from pathlib import Path
 
@@ -10,15 +11,18 @@ import lightning as L
 import pytest
 import torch
 from diffusers import UNet2DConditionModel
+from diffusers.models.activations import GEGLU
 from peft import LoraConfig, inject_adapter_in_model
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from lcm_lightning.diffusion.consistency import ConsistencyDistillation
 from lcm_lightning.models import adapters
+from lcm_lightning.models.activations import SparingGEGLU, keep_fewer_activations
 from lcm_lightning.models.adapters import LoraSettings, active_adapters, lora_layers
 from lcm_lightning.models.lora_layers import FUSED_LAYERS
 from lcm_lightning.models.stable_diffusion import load_stable_diffusion
+from lcm_lightning.modules import adapter_training
 from lcm_lightning.modules.consistency_distillation import LcmLoraDistillation
 
 STEPS = 10
@@ -87,6 +91,61 @@ def test_fused_adapters_keep_the_curve_of_peft_s_own(
     found = loss_curve(pipeline_folder, dtype, channels_last=channels_last)
     monkeypatch.setattr(adapters, "FUSED_LAYERS", {})
     assert_same_curve(found, loss_curve(pipeline_folder, dtype, channels_last=channels_last), tolerance)
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, FLOAT32), (torch.bfloat16, BFLOAT16)])
+def test_activations_computed_anew_keep_the_curve(
+    pipeline_folder: Path, monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, tolerance: float
+):
+    found = loss_curve(pipeline_folder, dtype)
+    monkeypatch.setattr(adapter_training, "keep_fewer_activations", lambda unet: None)
+    assert_same_curve(found, loss_curve(pipeline_folder, dtype), tolerance)
+
+
+def kept_for_backward(folder: Path) -> dict[tuple[int, ...], int]:
+    """How many tensors of each shape, other than parameters, a bf16 step keeps for its backward pass."""
+    module = distillation(folder, torch.bfloat16)
+    module.log = lambda *_, **__: None
+    parameters = {p.untyped_storage().data_ptr() for p in module.parameters()}
+    kept: dict[int, Tensor] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        return kept.setdefault(tensor.untyped_storage().data_ptr(), tensor)
+
+    with (
+        torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor),
+        torch.autocast("cpu", dtype=torch.bfloat16),
+    ):
+        module.training_step(batch(0), 0)
+    return Counter(tuple(tensor.shape) for pointer, tensor in kept.items() if pointer not in parameters)
+
+
+def test_neither_gelu_nor_casts_of_the_adapter_are_kept(pipeline_folder: Path, monkeypatch: pytest.MonkeyPatch):
+    lean = kept_for_backward(pipeline_folder)
+    monkeypatch.setattr(adapter_training, "keep_fewer_activations", lambda unet: None)
+    monkeypatch.setattr(adapters, "FUSED_LAYERS", {})
+    plain = kept_for_backward(pipeline_folder)
+    unet = distillation(pipeline_folder).model.unet
+    adapter_shapes = {tuple(p.shape) for name, p in unet.named_parameters() if "lora_" in name and p.dim() == 4}
+    assert adapter_shapes & plain.keys()
+    assert not adapter_shapes & lean.keys()
+    assert lean.total() < plain.total()
+
+
+def test_a_sparing_geglu_is_diffusers_own():
+    torch.manual_seed(0)
+    plain = nn.Sequential(GEGLU(6, 10))
+    lean = copy.deepcopy(plain)
+    keep_fewer_activations(lean)
+    assert type(lean[0]) is SparingGEGLU
+    assert lean.state_dict().keys() == plain.state_dict().keys()
+    results = []
+    for model in (plain, lean):
+        x = torch.linspace(-3, 3, 24).reshape(2, 2, 6).requires_grad_(True)
+        output = model(x)
+        results.append((output, *torch.autograd.grad(output.square().sum(), (x, *model.parameters()))))
+    for expected, found in zip(*results, strict=True):
+        assert torch.equal(found, expected)
 
 
 def layer_and_input(kind: str) -> tuple[nn.Module, Tensor]:

@@ -16,6 +16,7 @@ from torchmetrics import MeanMetric
 
 from lcm_lightning.diffusion.schedule import alphas_cumprod_from_config
 from lcm_lightning.errors import UserError
+from lcm_lightning.models.activations import keep_fewer_activations
 from lcm_lightning.models.adapters import LoraSettings, add_lora, lora_parameters
 from lcm_lightning.models.sampling import SamplingSetup
 from lcm_lightning.models.stable_diffusion import StableDiffusion
@@ -69,6 +70,7 @@ class AdapterTraining(FusedClipping, ABC):
         self.warmup_steps = warmup_steps
         # Lightning's own mean over ranks rounds the mean count of samples down to a whole number.
         self.val_loss = MeanMetric()
+        keep_fewer_activations(model.unet)
         add_lora(model.unet, self.adapter_name, lora)
         model.unet.train()
         self.register_buffer("alphas_cumprod", alphas_cumprod_from_config(model.scheduler_config), persistent=False)
