@@ -102,7 +102,7 @@ def test_activations_computed_anew_keep_the_curve(
     assert_same_curve(found, loss_curve(pipeline_folder, dtype), tolerance)
 
 
-def kept_for_backward(folder: Path) -> dict[tuple[int, ...], int]:
+def kept_for_backward(folder: Path) -> Counter[tuple[int, ...]]:
     """How many tensors of each shape, other than parameters, a bf16 step keeps for its backward pass."""
     module = distillation(folder, torch.bfloat16)
     module.log = lambda *_, **__: None

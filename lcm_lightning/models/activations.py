@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from diffusers.models.activations import GEGLU
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -24,10 +23,7 @@ class SparingGEGLU(GEGLU):
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """[..., in] to [..., out]."""
-        projected = self.proj(hidden_states)
-        if not (torch.is_grad_enabled() and projected.requires_grad):
-            return self._gate(projected)
-        return checkpoint(self._gate, projected, use_reentrant=False, preserve_rng_state=False)
+        return checkpoint(self._gate, self.proj(hidden_states), use_reentrant=False, preserve_rng_state=False)
 
     def _gate(self, projected: Tensor) -> Tensor:
         value, gate = projected.chunk(2, dim=-1)
@@ -36,7 +32,6 @@ class SparingGEGLU(GEGLU):
 
 def keep_fewer_activations(module: nn.Module) -> None:
     """Put a `SparingGEGLU` in the place of every GEGLU within `module`, with the same weights under the same names."""
-    for parent in list(module.modules()):
-        for name, child in list(parent.named_children()):
-            if type(child) is GEGLU:
-                setattr(parent, name, SparingGEGLU(child))
+    for name, child in list(module.named_modules()):
+        if type(child) is GEGLU:
+            module.set_submodule(name, SparingGEGLU(child))
