@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections import Counter
+from collections.abc import Callable, Iterator
 from functools import partial, partialmethod
 from pathlib import Path
 
@@ -176,23 +177,96 @@ def test_a_fused_layer_is_peft_s_layer(kind: str):
         results.append((output, *torch.autograd.grad(output.square().sum(), (inputs, *weights))))
         assert (type(model[0]) in FUSED_LAYERS.values()) == bool(custom)
     for found, expected in zip(*reversed(results), strict=True):
-        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5 * float(expected.abs().max()))
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5 * float(expected.detach().abs().max()))
 
 
-@pytest.mark.parametrize("settings", [{"lora_dropout": 0.5}, {}], ids=["dropout", "two adapters"])
-def test_what_is_not_one_plain_adapter_is_left_to_peft(settings: dict[str, float]):
+def negated_output(*_: object) -> Tensor:
+    return -_[-1]
+
+
+def wrapped(layer: nn.Module) -> None:
+    plain = layer.forward
+    layer.forward = lambda x: plain(x) + 1  # as accelerate's offloading does
+
+
+LEFT_TO_PEFT = {
+    "dropout": ({"lora_dropout": 0.5}, lambda _: None),
+    "bias": ({"lora_bias": True}, lambda layer: nn.init.ones_(layer.lora_B["a"].bias)),
+    "hook on the layer": ({}, lambda layer: layer.base_layer.register_forward_hook(negated_output)),
+    "hook on A": ({}, lambda layer: layer.lora_A["a"].register_forward_hook(negated_output)),
+    "hook before B": ({}, lambda layer: layer.lora_B["a"].register_forward_pre_hook(lambda _, x: (2 * x[0],))),
+    "wrapped layer": ({}, lambda layer: wrapped(layer.base_layer)),
+}
+
+
+@pytest.mark.parametrize("base", [nn.Linear(12, 20), nn.Conv2d(12, 20, 1)], ids=["linear", "convolution"])
+@pytest.mark.parametrize(("settings", "change"), LEFT_TO_PEFT.values(), ids=LEFT_TO_PEFT)
+def test_what_is_not_a_plain_adapter_on_a_plain_layer_is_left_to_peft(
+    base: nn.Module, settings: dict[str, float], change: Callable[[nn.Module], object]
+):
+    results = []
+    for custom in ({}, FUSED_LAYERS):
+        config = LoraConfig(r=3, target_modules=["0"], init_lora_weights=False, **settings)
+        config._register_custom_module(custom)
+        torch.manual_seed(2)
+        model = inject_adapter_in_model(config, nn.Sequential(copy.deepcopy(base)), "a")
+        change(model[0])
+        torch.manual_seed(3)
+        results.append(model(torch.ones(2, 12, *(() if isinstance(base, nn.Linear) else (4, 4)))))
+    assert torch.equal(*results)
+
+
+def test_two_adapters_at_once_are_left_to_peft():
     results = []
     for custom in ({}, FUSED_LAYERS):
         torch.manual_seed(2)
         model = nn.Sequential(nn.Linear(12, 20))
-        for name in ("a",) if settings else ("a", "b"):
-            config = LoraConfig(r=3, target_modules=["0"], init_lora_weights=False, **settings)
+        for name in ("a", "b"):
+            config = LoraConfig(r=3, target_modules=["0"], init_lora_weights=False)
             config._register_custom_module(custom)
             inject_adapter_in_model(config, model, name)
-        model[0].set_adapter(["a"] if settings else ["a", "b"])
-        torch.manual_seed(3)
+        model[0].set_adapter(["a", "b"])
         results.append(model(torch.ones(2, 12)))
     assert torch.equal(*results)
+
+
+@pytest.mark.parametrize(
+    ("base", "shape"), [(nn.Linear(12, 20), (12,)), (nn.Conv2d(12, 20, 1), (12, 4, 4))], ids=["vector", "image"]
+)
+def test_an_input_without_a_batch_is_taken(base: nn.Module, shape: tuple[int, ...]):
+    model = with_fused_adapter(base)
+    x = torch.ones(shape, requires_grad=True)
+    (without,) = torch.autograd.grad(model(x).sum(), x)
+    (within,) = torch.autograd.grad(model(x[None]).sum(), x)
+    torch.testing.assert_close(without, within)
+
+
+@pytest.mark.parametrize("kind", ["linear", "conv3x3"])
+@pytest.mark.parametrize("backward_too", [False, True], ids=["forward in autocast", "backward in autocast"])
+def test_autocast_may_differ_between_forward_and_backward(kind: str, backward_too: bool):
+    base, x = layer_and_input(kind)
+    model = with_fused_adapter(base)
+    autocast = partial(torch.autocast, "cpu", torch.bfloat16)
+    with autocast(enabled=not backward_too):
+        output = model(x)
+    with autocast(enabled=not backward_too):
+        expected = torch.autograd.grad(output.float().sum(), list(trained(model)), retain_graph=True)
+    with autocast(enabled=backward_too):
+        found = torch.autograd.grad(output.float().sum(), list(trained(model)))
+    for got, wanted in zip(found, expected, strict=True):
+        assert got.dtype == torch.float32
+        assert torch.equal(got, wanted)
+
+
+def with_fused_adapter(base: nn.Module) -> nn.Module:
+    config = LoraConfig(r=3, target_modules=["0"], init_lora_weights=False)
+    config._register_custom_module(FUSED_LAYERS)
+    torch.manual_seed(2)
+    return inject_adapter_in_model(config, nn.Sequential(copy.deepcopy(base)), "a")
+
+
+def trained(model: nn.Module) -> Iterator[nn.Parameter]:
+    return (parameter for parameter in model.parameters() if parameter.requires_grad)
 
 
 def test_switching_adapters_changes_nothing_that_trains(pipeline_folder: Path):

@@ -9,6 +9,7 @@ the backward pass instead of being kept for it: at rank 64 the casts of Stable D
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -22,12 +23,22 @@ def _single_adapter(layer: lora.LoraLayer, base_type: type[nn.Module]) -> str | 
     """The adapter that acts alone and plainly on a frozen `base_type`, or None: peft's own forward knows what to do."""
     if layer.disable_adapters or layer.merged or layer.lora_variant:
         return None
-    if type(layer.base_layer) is not base_type or any(p.requires_grad for p in layer.base_layer.parameters()):
+    base = layer.base_layer
+    if type(base) is not base_type or any(p.requires_grad for p in base.parameters()):
         return None
     present = [name for name in layer.active_adapters if name in layer.lora_A]
     if len(present) != 1 or not isinstance(layer.lora_dropout[present[0]], nn.Identity):
         return None
+    down, up = layer.lora_A[present[0]], layer.lora_B[present[0]]
+    if down.bias is not None or up.bias is not None or not all(map(_is_its_weight, (base, down, up))):
+        return None
     return present[0]
+
+
+def _is_its_weight(module: nn.Module) -> bool:
+    """Whether its plain weight says all of what calling `module` does: not if hooks or a wrapper move or cast it."""
+    hooks = module._forward_pre_hooks or module._forward_hooks or module._backward_pre_hooks or module._backward_hooks
+    return not hooks and "forward" not in module.__dict__ and type(module.weight) in (nn.Parameter, Tensor)
 
 
 def _computing_dtype(weight: Tensor) -> torch.dtype:
@@ -35,6 +46,12 @@ def _computing_dtype(weight: Tensor) -> torch.dtype:
     kind = weight.device.type
     autocast = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
     return torch.get_autocast_dtype(kind) if autocast else weight.dtype
+
+
+def _without_autocast(device: torch.device) -> AbstractContextManager[object]:
+    """Products of the types given: a backward pass may run where autocast is not as it was in the forward pass."""
+    known = torch.amp.is_autocast_available(device.type)
+    return torch.autocast(device.type, enabled=False) if known else nullcontext()
 
 
 def _cast(dtype: torch.dtype, *tensors: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -58,11 +75,12 @@ class _LinearWithUpdate(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, down, up, hidden = ctx.saved_tensors
-        cast_weight, cast_down, cast_up = _cast(x.dtype, weight, down, up)
-        grad_hidden = (grad @ cast_up).mul_(ctx.scaling)
-        grad_up = (grad.t() @ hidden).to(up.dtype).mul_(ctx.scaling)
-        grad_down = (grad_hidden.t() @ x).to(down.dtype)
-        grad_x = (grad @ cast_weight).addmm_(grad_hidden, cast_down) if ctx.needs_input_grad[0] else None
+        with _without_autocast(grad.device):
+            cast_weight, cast_down, cast_up = _cast(x.dtype, weight, down, up)
+            grad_hidden = (grad @ cast_up).mul_(ctx.scaling)
+            grad_up = (grad.t() @ hidden).to(up.dtype).mul_(ctx.scaling)
+            grad_down = (grad_hidden.t() @ x).to(down.dtype)
+            grad_x = (grad @ cast_weight).addmm_(grad_hidden, cast_down) if ctx.needs_input_grad[0] else None
         return grad_x, None, None, grad_down, grad_up, None
 
 
@@ -72,7 +90,7 @@ class LoraLinear(lora.Linear):
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """``W x + b + s B A x``, shape [..., out], in autocast's type or the base layer's."""
         name = _single_adapter(self, nn.Linear)
-        if name is None or args or kwargs:
+        if name is None or args or kwargs or x.dim() < 2:
             return super().forward(x, *args, **kwargs)
         weight, bias = self.base_layer.weight, self.base_layer.bias
         rows = x.flatten(0, -2).to(_computing_dtype(weight))
@@ -124,20 +142,21 @@ class _Conv2dWithUpdate(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, down, up, hidden = ctx.saved_tensors
-        cast_weight, cast_down, cast_up = _cast(x.dtype, weight, down, up)
-        pixels = _pixels(grad)
-        grad_hidden = _images((pixels @ cast_up.flatten(1)).mul_(ctx.scaling), grad)
-        grad_up = (pixels.t() @ _pixels(hidden)).to(up.dtype).mul_(ctx.scaling).reshape(up.shape)
+        with _without_autocast(grad.device):
+            cast_weight, cast_down, cast_up = _cast(x.dtype, weight, down, up)
+            pixels = _pixels(grad)
+            grad_hidden = _images((pixels @ cast_up.flatten(1)).mul_(ctx.scaling), grad)
+            grad_up = (pixels.t() @ _pixels(hidden)).to(up.dtype).mul_(ctx.scaling).reshape(up.shape)
 
-        def convolution_backward(of_output: Tensor, kernel: Tensor, wanted: list[bool]) -> list[Tensor | None]:
-            return torch.ops.aten.convolution_backward(
-                of_output, x, kernel, None, ctx.stride, ctx.padding, [1, 1], False, [0, 0], 1, [*wanted, False]
-            )
+            def convolution_backward(of_output: Tensor, kernel: Tensor, wanted: list[bool]) -> list[Tensor | None]:
+                return torch.ops.aten.convolution_backward(
+                    of_output, x, kernel, None, ctx.stride, ctx.padding, [1, 1], False, [0, 0], 1, [*wanted, False]
+                )
 
-        of_x = ctx.needs_input_grad[0]
-        grad_x, grad_down, _ = convolution_backward(grad_hidden, cast_down, [of_x, True])
-        if of_x:
-            grad_x = grad_x.add_(convolution_backward(grad, cast_weight, [True, False])[0])
+            of_x = ctx.needs_input_grad[0]
+            grad_x, grad_down, _ = convolution_backward(grad_hidden, cast_down, [of_x, True])
+            if of_x:
+                grad_x = grad_x.add_(convolution_backward(grad, cast_weight, [True, False])[0])
         return grad_x, None, None, grad_down.to(down.dtype), grad_up, None, None, None
 
 
@@ -147,7 +166,7 @@ class LoraConv2d(lora.Conv2d):
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """``W * x + b + s B * A * x`` (convolutions, B of 1 x 1), shape [B, out, h, w], in `LoraLinear`'s type."""
         name, base = _single_adapter(self, nn.Conv2d), self.base_layer
-        plain = base.padding_mode == "zeros" and base.groups == 1 and base.dilation == (1, 1)
+        plain = base.padding_mode == "zeros" and base.groups == 1 and base.dilation == (1, 1) and x.dim() == 4
         if name is None or args or kwargs or not plain or isinstance(base.padding, str):
             return super().forward(x, *args, **kwargs)
         x = x.to(_computing_dtype(base.weight))
