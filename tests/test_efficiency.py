@@ -13,13 +13,14 @@ import pytest
 import torch
 from diffusers import UNet2DConditionModel
 from diffusers.models.activations import GEGLU
+from diffusers.models.resnet import ResnetBlock2D
 from peft import LoraConfig, inject_adapter_in_model
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from lcm_lightning.diffusion.consistency import ConsistencyDistillation
 from lcm_lightning.models import adapters
-from lcm_lightning.models.activations import SparingGEGLU, keep_fewer_activations
+from lcm_lightning.models.activations import SPARING, keep_fewer_activations
 from lcm_lightning.models.adapters import LoraSettings, active_adapters, lora_layers
 from lcm_lightning.models.lora_layers import FUSED_LAYERS
 from lcm_lightning.models.stable_diffusion import load_stable_diffusion
@@ -121,7 +122,7 @@ def kept_for_backward(folder: Path) -> Counter[tuple[int, ...]]:
     return Counter(tuple(tensor.shape) for pointer, tensor in kept.items() if pointer not in parameters)
 
 
-def test_neither_gelu_nor_casts_of_the_adapter_are_kept(pipeline_folder: Path, monkeypatch: pytest.MonkeyPatch):
+def test_neither_activations_nor_casts_of_the_adapter_are_kept(pipeline_folder: Path, monkeypatch: pytest.MonkeyPatch):
     lean = kept_for_backward(pipeline_folder)
     monkeypatch.setattr(adapter_training, "keep_fewer_activations", lambda unet: None)
     monkeypatch.setattr(adapters, "FUSED_LAYERS", {})
@@ -133,18 +134,34 @@ def test_neither_gelu_nor_casts_of_the_adapter_are_kept(pipeline_folder: Path, m
     assert lean.total() < plain.total()
 
 
-def test_a_sparing_geglu_is_diffusers_own():
-    torch.manual_seed(0)
-    plain = nn.Sequential(GEGLU(6, 10))
-    lean = copy.deepcopy(plain)
+@pytest.mark.parametrize(
+    ("block", "shapes"),
+    [
+        (GEGLU(6, 10), [(2, 2, 6)]),
+        (ResnetBlock2D(in_channels=8, out_channels=8, temb_channels=6, groups=4), [(2, 8, 4, 4), (2, 6)]),
+        (ResnetBlock2D(in_channels=8, out_channels=12, temb_channels=6, groups=4), [(2, 8, 4, 4), (2, 6)]),
+        (
+            ResnetBlock2D(in_channels=8, temb_channels=6, groups=4, output_scale_factor=2.0, skip_time_act=True),
+            [(2, 8, 4, 4), (2, 6)],
+        ),
+        (
+            ResnetBlock2D(in_channels=8, temb_channels=6, groups=4, time_embedding_norm="scale_shift"),
+            [(2, 8, 4, 4), (2, 6)],
+        ),
+        (ResnetBlock2D(in_channels=8, temb_channels=6, groups=4, down=True), [(2, 8, 4, 4), (2, 6)]),
+    ],
+    ids=["geglu", "resnet", "shortcut", "scaled", "scale and shift", "down"],
+)
+def test_a_sparing_block_is_diffusers_own(block: nn.Module, shapes: list[tuple[int, ...]]):
+    lean = copy.deepcopy(block)
     keep_fewer_activations(lean)
-    assert type(lean[0]) is SparingGEGLU
-    assert lean.state_dict().keys() == plain.state_dict().keys()
+    assert type(lean) is SPARING[type(block)]
     results = []
-    for model in (plain, lean):
-        x = torch.linspace(-3, 3, 24).reshape(2, 2, 6).requires_grad_(True)
-        output = model(x)
-        results.append((output, *torch.autograd.grad(output.square().sum(), (x, *model.parameters()))))
+    for model in (block, lean):
+        generator = torch.Generator().manual_seed(0)
+        inputs = [torch.randn(shape, generator=generator, requires_grad=True) for shape in shapes]
+        output = model(*inputs)
+        results.append((output, *torch.autograd.grad(output.square().sum(), (*inputs, *model.parameters()))))
     for expected, found in zip(*results, strict=True):
         assert torch.equal(found, expected)
 
