@@ -19,10 +19,10 @@ from omegaconf import DictConfig, OmegaConf
 
 from benchmarks import report
 from benchmarks.inputs import random_pipeline, random_shards
-from benchmarks.limits import matrix_peak, step_flops
+from benchmarks.limits import step_flops
 from lcm_lightning.configuration import resolve
 from lcm_lightning.errors import UserError, report_user_errors
-from lcm_lightning.evaluation.latency import machine_info, package_versions
+from lcm_lightning.evaluation.latency import machine_info, matrix_peak, package_versions
 from lcm_lightning.resolvers import package_file, register_resolvers
 
 register_resolvers()
@@ -268,7 +268,9 @@ def main(cfg: DictConfig) -> None:
         "machine": machine_info(device),
         "versions": package_versions(),
         "settings": OmegaConf.to_container(cfg),
-        "matrix_peak": {"bfloat16": matrix_peak(torch.bfloat16), "float32": matrix_peak(torch.float32)},
+        "matrix_peak": {
+            str(dtype).removeprefix("torch."): matrix_peak(device, dtype) for dtype in (torch.bfloat16, torch.float32)
+        },
     }
     for part in cfg.parts:
         if not bench.late():

@@ -1,8 +1,7 @@
-"""What the machine can do and what a step needs: measured matrix peak and counted model FLOPs."""
+"""What a step needs: counted model FLOPs."""
 
 from __future__ import annotations
 
-import time
 from contextlib import nullcontext
 from functools import cache, partial
 from pathlib import Path
@@ -24,19 +23,6 @@ def _in_place_product(total: torch.Size, a: torch.Size, b: torch.Size, **_: obje
 
 # torch's counter knows the sum of a matrix and a matrix product, but not in place.
 IN_PLACE = {torch.ops.aten.addmm_: _in_place_product}
-
-
-def matrix_peak(dtype: torch.dtype, *, side: int = 2048, repeats: int = 5) -> float:
-    """FLOP/s of a square matrix product in `dtype` with torch's present number of threads: the fastest of `repeats`."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    a, b = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
-    seconds = []
-    for _ in range(repeats + 1):
-        started = time.perf_counter()
-        product = a @ b
-        product.flatten()[0].item()  # waits for the device
-        seconds.append(time.perf_counter() - started)
-    return 2 * side**3 / min(seconds[1:])
 
 
 def without_memory(pipeline: Path) -> StableDiffusion:
