@@ -11,8 +11,9 @@ from pathlib import Path
 import lightning as L
 import pytest
 import torch
+import torch.nn.functional as F
 from diffusers import UNet2DConditionModel
-from diffusers.models.activations import GEGLU
+from diffusers.models.attention import FeedForward
 from diffusers.models.resnet import ResnetBlock2D
 from peft import LoraConfig, inject_adapter_in_model
 from torch import Tensor, nn
@@ -20,7 +21,7 @@ from torch.utils.data import DataLoader
 
 from lcm_lightning.diffusion.consistency import ConsistencyDistillation
 from lcm_lightning.models import adapters
-from lcm_lightning.models.activations import SPARING, keep_fewer_activations
+from lcm_lightning.models.activations import SPARING, SiluOfNorm, keep_fewer_activations
 from lcm_lightning.models.adapters import LoraSettings, active_adapters, lora_layers
 from lcm_lightning.models.lora_layers import FUSED_LAYERS
 from lcm_lightning.models.stable_diffusion import load_stable_diffusion
@@ -131,39 +132,99 @@ def test_neither_activations_nor_casts_of_the_adapter_are_kept(pipeline_folder: 
     adapter_shapes = {tuple(p.shape) for name, p in unet.named_parameters() if "lora_" in name and p.dim() == 4}
     assert adapter_shapes & plain.keys()
     assert not adapter_shapes & lean.keys()
+    feed_forwards = [module for module in unet.modules() if isinstance(module, FeedForward)]
+    widths = {module.net[2].in_features for module in feed_forwards}
+    plain_wide, lean_wide = (sum(kept[s] for s in kept if s and s[-1] in widths) for kept in (plain, lean))
+    assert lean_wide <= plain_wide - 2 * len(feed_forwards)  # neither gelu(g) nor a gelu(g)
+    maps = [module for module in unet.modules() if isinstance(module, ResnetBlock2D)]
+    plain_maps, lean_maps = (sum(kept[s] for s in kept if len(s) == 4) for kept in (plain, lean))
+    assert lean_maps <= plain_maps - 4 * len(maps)  # of each of two norms neither norm(x) nor silu(norm(x))
     assert lean.total() < plain.total()
 
 
-@pytest.mark.parametrize(
-    ("block", "shapes"),
-    [
-        (GEGLU(6, 10), [(2, 2, 6)]),
-        (ResnetBlock2D(in_channels=8, out_channels=8, temb_channels=6, groups=4), [(2, 8, 4, 4), (2, 6)]),
-        (ResnetBlock2D(in_channels=8, out_channels=12, temb_channels=6, groups=4), [(2, 8, 4, 4), (2, 6)]),
-        (
-            ResnetBlock2D(in_channels=8, temb_channels=6, groups=4, output_scale_factor=2.0, skip_time_act=True),
-            [(2, 8, 4, 4), (2, 6)],
-        ),
-        (
-            ResnetBlock2D(in_channels=8, temb_channels=6, groups=4, time_embedding_norm="scale_shift"),
-            [(2, 8, 4, 4), (2, 6)],
-        ),
-        (ResnetBlock2D(in_channels=8, temb_channels=6, groups=4, down=True), [(2, 8, 4, 4), (2, 6)]),
-    ],
-    ids=["geglu", "resnet", "shortcut", "scaled", "scale and shift", "down"],
-)
-def test_a_sparing_block_is_diffusers_own(block: nn.Module, shapes: list[tuple[int, ...]]):
-    lean = copy.deepcopy(block)
-    keep_fewer_activations(lean)
-    assert type(lean) is SPARING[type(block)]
+def resnet(out_channels: int = 8, **settings: object) -> ResnetBlock2D:
+    return ResnetBlock2D(in_channels=8, out_channels=out_channels, temb_channels=6, groups=4, **settings)
+
+
+SPARING_BLOCKS = {
+    "feed forward": FeedForward(6),
+    "feed forward with dropout": FeedForward(6, dropout=0.5),
+    "feed forward without a gate": FeedForward(6, activation_fn="gelu"),
+    "resnet": resnet(),
+    "shortcut": resnet(12),
+    "scaled": resnet(output_scale_factor=2.0, skip_time_act=True),
+    "scale and shift": resnet(time_embedding_norm="scale_shift"),
+    "down": resnet(down=True),
+}
+
+
+def block_inputs(block: nn.Module) -> list[Tensor]:
+    shapes = [(2, 3, 6)] if isinstance(block, FeedForward) else [(2, 8, 4, 4), (2, 6)]
+    generator = torch.Generator().manual_seed(0)
+    return [torch.randn(shape, generator=generator, requires_grad=True) for shape in shapes]
+
+
+@pytest.mark.parametrize("adapter", ["fused", "dropout", "hooked", "trained norms", None])
+@pytest.mark.parametrize("block", SPARING_BLOCKS.values(), ids=SPARING_BLOCKS)
+def test_a_sparing_block_is_diffusers_own(block: nn.Module, adapter: str | None):
     results = []
-    for model in (block, lean):
-        generator = torch.Generator().manual_seed(0)
-        inputs = [torch.randn(shape, generator=generator, requires_grad=True) for shape in shapes]
+    for sparing in (False, True):
+        model = copy.deepcopy(block)
+        if sparing:
+            keep_fewer_activations(model)
+            assert type(model) is SPARING[type(block)]
+        if adapter is not None:
+            dropout = 0.5 if adapter == "dropout" else 0.0
+            targets = ["conv1", "conv2", "conv_shortcut", "time_emb_proj", "proj", "net.2"]
+            config = LoraConfig(r=3, target_modules=targets, init_lora_weights=False, lora_dropout=dropout)
+            config._register_custom_module(FUSED_LAYERS)
+            torch.manual_seed(2)
+            model = inject_adapter_in_model(config, model, "a")
+        for name, parameter in model.named_parameters():
+            trains = adapter is None or "lora_" in name or (adapter == "trained norms" and "norm" in name)
+            parameter.requires_grad_(trains)
+        if adapter == "hooked":
+            for layer in lora_layers(model):
+                layer.register_forward_pre_hook(lambda _, inputs: (inputs[0] + 1,))
+        inputs = block_inputs(block)
+        torch.manual_seed(3)
         output = model(*inputs)
-        results.append((output, *torch.autograd.grad(output.square().sum(), (*inputs, *model.parameters()))))
+        weights = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        results.append((output, *torch.autograd.grad(output.square().sum(), (*inputs, *weights))))
     for expected, found in zip(*results, strict=True):
         assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=["nchw", "nhwc"])
+@pytest.mark.parametrize("kind", ["feed forward", "shortcut"])
+def test_what_is_computed_anew_is_computed_in_autocast_as_before(kind: str, layout: torch.memory_format):
+    results = []
+    for sparing in (False, True):
+        model = copy.deepcopy(SPARING_BLOCKS[kind]).requires_grad_(False).to(memory_format=layout)
+        if sparing:
+            keep_fewer_activations(model)
+        config = LoraConfig(r=3, target_modules=["conv1", "conv2", "net.2"], init_lora_weights=False)
+        config._register_custom_module(FUSED_LAYERS)
+        torch.manual_seed(2)
+        model = inject_adapter_in_model(config, model, "a")
+        inputs = block_inputs(model)
+        images = [x.to(memory_format=layout) if x.dim() == 4 else x for x in inputs]
+        with torch.autocast("cpu", torch.bfloat16):
+            output = model(*images)
+        results.append((output, *torch.autograd.grad(output.float().square().sum(), (*inputs, *trained(model)))))
+    for expected, found in zip(*results, strict=True):
+        assert found.dtype == expected.dtype
+        assert torch.equal(found, expected)
+
+
+def test_a_norm_that_autocast_widens_is_widened_in_the_backward_pass():
+    norm = nn.GroupNorm(4, 8).requires_grad_(False).to(torch.bfloat16)
+    nn.init.normal_(norm.weight), nn.init.normal_(norm.bias)
+    z, grad = torch.randn(2, 2, 8, 4, 4).requires_grad_(True).unbind()
+    expected = F.silu(F.group_norm(z, 4, norm.weight.float(), norm.bias.float(), norm.eps))
+    found, pullback = SiluOfNorm(norm).with_pullback(z.detach())
+    assert torch.equal(found, expected)
+    torch.testing.assert_close(pullback(grad), torch.autograd.grad(expected, z, grad)[0])
 
 
 def layer_and_input(kind: str) -> tuple[nn.Module, Tensor]:

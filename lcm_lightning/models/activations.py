@@ -2,61 +2,123 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
+import torch
+import torch.nn.functional as F
 from diffusers.models.activations import GEGLU
+from diffusers.models.attention import FeedForward
 from diffusers.models.resnet import ResnetBlock2D
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
+
+from lcm_lightning.models.lora_layers import Pullback, applied_to, is_called_plainly
 
 
-class SparingGEGLU(GEGLU):
-    """diffusers' GEGLU, ``a gelu(g)`` with ``[a, g] = W x + b`` (Shazeer 2020, arXiv 2002.05202), without
-    keeping ``gelu(g)``.
+class Gate:
+    """``a gelu(g)`` of [..., 2 D], the halves of which are a and g."""
 
-    Elementwise, it costs next to nothing to compute anew, and is as large as the block's widest layer: for Stable
-    Diffusion v1-5 at 512 px it is 92 MB an image of what the backward pass would hold.
+    def __call__(self, z: Tensor) -> Tensor:
+        """[..., D]."""
+        value, gate = z.chunk(2, dim=-1)
+        return value * F.gelu(gate)
+
+    def with_pullback(self, z: Tensor) -> tuple[Tensor, Pullback]:
+        """See `Inner`."""
+        value, gate = z.chunk(2, dim=-1)
+        activated = F.gelu(gate)
+
+        def pullback(grad: Tensor) -> Tensor:
+            return torch.cat([grad * activated, torch.ops.aten.gelu_backward(grad * value, gate)], dim=-1)
+
+        return value * activated, pullback
+
+
+class SiluOfNorm:
+    """``silu(norm(z))`` of [B, C, h, w], for a frozen group norm."""
+
+    def __init__(self, norm: nn.GroupNorm) -> None:
+        self.norm = norm
+
+    def __call__(self, z: Tensor) -> Tensor:
+        """[B, C, h, w]."""
+        return F.silu(self.norm(z))
+
+    def with_pullback(self, z: Tensor) -> tuple[Tensor, Pullback]:
+        """See `Inner`; by the kernels that autograd uses, which are given what it gives them."""
+        nhwc = z.device.type == "cpu" and z.is_contiguous(memory_format=torch.channels_last)
+        layout = torch.channels_last if nhwc else torch.contiguous_format
+        z = z.contiguous(memory_format=layout)
+        (batch, channels, *sides), groups = z.shape, self.norm.num_groups
+        sizes = (batch, channels, math.prod(sides), groups)
+        # Autocast to float32 widens the weights with the input.
+        wide = z.dtype == torch.float32
+        weight, bias = (p.float() if p is not None and wide else p for p in (self.norm.weight, self.norm.bias))
+        normed, mean, rstd = torch.native_group_norm(z, weight, bias, *sizes, self.norm.eps)
+
+        def pullback(grad: Tensor) -> Tensor:
+            grad = torch.ops.aten.silu_backward(grad, normed).contiguous(memory_format=layout)
+            wanted = [True, False, False]
+            return torch.ops.aten.native_group_norm_backward(grad, z, mean, rstd, weight, *sizes, wanted)[0]
+
+        return F.silu(normed), pullback
+
+
+class SparingFeedForward(FeedForward):
+    """diffusers' FeedForward, ``W2 (a gelu(g)) + b2`` with ``[a, g] = W1 x + b1`` (Shazeer 2020, arXiv 2002.05202),
+    which keeps only ``[a, g]``.
+
+    What is elementwise costs next to nothing to compute anew, and both ``gelu(g)`` and its product with ``a`` are as
+    large as the block's widest layer: for Stable Diffusion v1-5 at 512 px they are 92 MB an image each.
     """
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """[..., in] to [..., out]."""
-        return checkpoint(self._gate, self.proj(hidden_states), use_reentrant=False, preserve_rng_state=False)
-
-    def _gate(self, projected: Tensor) -> Tensor:
-        value, gate = projected.chunk(2, dim=-1)
-        return value * self.gelu(gate)
+        gated, dropout, *rest = self.net
+        if type(gated) is not GEGLU or not is_called_plainly(gated) or len(rest) != 1 or _drops(dropout):
+            return super().forward(hidden_states, *args, **kwargs)
+        return applied_to(rest[0], Gate(), gated.proj(hidden_states))
 
 
 class SparingResnetBlock2D(ResnetBlock2D):
-    """diffusers' ResnetBlock2D without keeping what its group norms give.
+    """diffusers' ResnetBlock2D, which keeps only the inputs of its two norms.
 
-    The convolutions keep their inputs, ``silu(norm(x))``, and the norms theirs; what lies between is computed anew: 64
-    MB an image for Stable Diffusion v1-5 at 512 px. In training diffusers also copies the input of the shortcut, 32 MB,
+    What its convolutions are given, ``silu(norm(x))``, is computed anew: neither that nor ``norm(x)`` is kept, 64 MB an
+    image each for Stable Diffusion v1-5 at 512 px. In training diffusers also copies the input of the shortcut, 32 MB,
     from NHWC into NCHW, and divides the sum by 1; neither is done here.
     """
 
     def forward(self, input_tensor: Tensor, temb: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """[B, in, h, w] and, of the timestep, [B, D] to [B, out, h, w]."""
-        if self.time_embedding_norm != "default" or self.upsample is not None or self.downsample is not None:
+        if not self._is_plain():
             return super().forward(input_tensor, temb, *args, **kwargs)
-        hidden = self.conv1(self._activated(self.norm1, input_tensor))
+        hidden = applied_to(self.conv1, SiluOfNorm(self.norm1), input_tensor)
         if self.time_emb_proj is not None:
             temb = self.time_emb_proj(temb if self.skip_time_act else self.nonlinearity(temb))[:, :, None, None]
         if temb is not None:
             hidden = hidden + temb
-        hidden = self.conv2(self.dropout(self._activated(self.norm2, hidden)))
+        hidden = applied_to(self.conv2, SiluOfNorm(self.norm2), hidden)
         shortcut = input_tensor if self.conv_shortcut is None else self.conv_shortcut(input_tensor)
         total = shortcut + hidden
         return total if self.output_scale_factor == 1 else total / self.output_scale_factor
 
-    def _activated(self, norm: nn.Module, x: Tensor) -> Tensor:
-        return checkpoint(self._activate, norm, x, use_reentrant=False, preserve_rng_state=False)
+    def _is_plain(self) -> bool:
+        resampled = self.upsample is not None or self.downsample is not None
+        known = type(self.nonlinearity) is nn.SiLU and all(type(n) is nn.GroupNorm for n in (self.norm1, self.norm2))
+        if self.time_embedding_norm != "default" or resampled or not known or _drops(self.dropout):
+            return False
+        return all(is_called_plainly(norm) and not _trains(norm) for norm in (self.norm1, self.norm2))
 
-    def _activate(self, norm: nn.Module, x: Tensor) -> Tensor:
-        return self.nonlinearity(norm(x))
+
+def _trains(module: nn.Module) -> bool:
+    return any(parameter.requires_grad for parameter in module.parameters())
 
 
-SPARING: dict[type[nn.Module], type[nn.Module]] = {GEGLU: SparingGEGLU, ResnetBlock2D: SparingResnetBlock2D}
+def _drops(dropout: nn.Dropout) -> bool:
+    return dropout.training and dropout.p > 0
+
+
+SPARING: dict[type[nn.Module], type[nn.Module]] = {FeedForward: SparingFeedForward, ResnetBlock2D: SparingResnetBlock2D}
 
 
 def keep_fewer_activations(module: nn.Module) -> None:

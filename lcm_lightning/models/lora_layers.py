@@ -4,19 +4,47 @@ peft computes ``W x + s B (A x)`` (Hu et al. 2021, eq. 3) by casting ``x`` to th
 cast it back, and scaling, adding and casting the result in passes of their own. Here the input stays what it is, so
 that all layers that read it share one copy for the backward pass; ``s B`` is accumulated onto ``W x`` by the matrix
 product itself, and so are the two parts of the gradient of ``x``. Weights are cast as autocast would, but once more in
-the backward pass instead of being kept for it: at rank 64 the casts of Stable Diffusion's adapter are 135 MB.
+the backward pass instead of being kept for it: at rank 64 the casts of Stable Diffusion's adapter are 135 MB. Where
+``x`` is cheap to compute from what is kept anyway, it is not kept either (`applied_to`).
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import Any, Protocol, TypeAlias
 
 import torch
 import torch.nn.functional as F
 from peft.tuners import lora
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from torch.utils.checkpoint import checkpoint
+
+Pullback: TypeAlias = Callable[[Tensor], Tensor]
+
+
+class Inner(Protocol):
+    """A cheap function without randomness and without weights that train."""
+
+    def __call__(self, z: Tensor) -> Tensor:
+        """Its value."""
+
+    def with_pullback(self, z: Tensor) -> tuple[Tensor, Pullback]:
+        """Its value, and what makes the gradient of `z` of that of the value; where autocast is off."""
+
+
+def applied_to(layer: nn.Module, inner: Inner, z: Tensor) -> Tensor:
+    """``layer(inner(z))``, for which the backward pass computes ``inner(z)`` anew from `z` instead of keeping it."""
+    fused = isinstance(layer, (LoraLinear, LoraConv2d)) and is_called_plainly(layer)
+    if fused and not torch.compiler.is_compiling():
+        return layer(z, inner=inner)
+    return layer(_anew(inner, z))
+
+
+def _anew(inner: Inner | None, z: Tensor) -> Tensor:
+    """``inner(z)``, of which the backward pass keeps `z` only, if the layer behind does not keep the result."""
+    return z if inner is None else checkpoint(inner, z, use_reentrant=False, preserve_rng_state=False)
 
 
 def _single_adapter(layer: lora.LoraLayer, base_type: type[nn.Module]) -> str | None:
@@ -36,9 +64,14 @@ def _single_adapter(layer: lora.LoraLayer, base_type: type[nn.Module]) -> str | 
 
 
 def _is_its_weight(module: nn.Module) -> bool:
-    """Whether its plain weight says all of what calling `module` does: not if hooks or a wrapper move or cast it."""
+    """Whether its plain weight says all of what calling `module` does."""
+    return is_called_plainly(module) and type(module.weight) in (nn.Parameter, Tensor)
+
+
+def is_called_plainly(module: nn.Module) -> bool:
+    """Whether no hook and no wrapper looks at, moves or casts what `module` is given."""
     hooks = module._forward_pre_hooks or module._forward_hooks or module._backward_pre_hooks or module._backward_hooks
-    return not hooks and "forward" not in module.__dict__ and type(module.weight) in (nn.Parameter, Tensor)
+    return not hooks and "forward" not in module.__dict__
 
 
 def _computing_dtype(weight: Tensor) -> torch.dtype:
@@ -58,44 +91,77 @@ def _cast(dtype: torch.dtype, *tensors: Tensor | None) -> tuple[Tensor | None, .
     return tuple(None if tensor is None else tensor.to(dtype) for tensor in tensors)
 
 
+def _input(ctx: Any, z: Tensor, inner: Inner | None, dtype: torch.dtype) -> Tensor:
+    """The input ``x`` of a layer, in `dtype`: `z` itself, or ``inner(z)``."""
+    x = z if inner is None else inner(z)
+    ctx.inner, ctx.inner_dtype, ctx.dtype = inner, x.dtype, dtype  # autocast may have changed the type of z
+    return x.to(dtype)
+
+
+def _input_again(ctx: Any, z: Tensor) -> tuple[Tensor, Pullback]:
+    """In the backward pass: ``x``, and what makes the gradient of `z` of that of ``x``."""
+    if ctx.inner is None:
+        return z, nn.Identity()
+    x, pullback = ctx.inner.with_pullback(z.to(ctx.inner_dtype))
+    return x.to(ctx.dtype), lambda grad_x: pullback(grad_x.to(ctx.inner_dtype)).to(z.dtype)
+
+
 class _LinearWithUpdate(torch.autograd.Function):
-    """``W x + b + s B A x`` for rows x [N, in], W [out, in], b [out] or None, A [r, in] and B [out, r]."""
+    """``W x + b + s B A x`` for rows x [N, in], W [out, in], b [out] or None, A [r, in] and B [out, r].
+
+    x is z [N, in], or ``inner(z)``, which is not kept.
+    """
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, down: Tensor, up: Tensor, scaling: float
+        ctx: Any,
+        z: Tensor,
+        inner: Inner | None,
+        dtype: torch.dtype,
+        weight: Tensor,
+        bias: Tensor | None,
+        down: Tensor,
+        up: Tensor,
+        scaling: float,
     ) -> Tensor:
-        cast_weight, cast_bias, cast_down, cast_up = _cast(x.dtype, weight, bias, down, up)
+        x = _input(ctx, z, inner, dtype)
+        cast_weight, cast_bias, cast_down, cast_up = _cast(dtype, weight, bias, down, up)
         hidden = F.linear(x, cast_down)
-        ctx.save_for_backward(x, weight, down, up, hidden)
+        ctx.save_for_backward(z, weight, down, up, hidden)
         ctx.scaling = scaling
         return F.linear(x, cast_weight, cast_bias).addmm_(hidden, cast_up.t(), alpha=scaling)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, down, up, hidden = ctx.saved_tensors
+        z, weight, down, up, hidden = ctx.saved_tensors
+        grad_z = None
         with _without_autocast(grad.device):
-            cast_weight, cast_down, cast_up = _cast(x.dtype, weight, down, up)
+            x, grad_of_z = _input_again(ctx, z)
+            cast_weight, cast_down, cast_up = _cast(ctx.dtype, weight, down, up)
             grad_hidden = (grad @ cast_up).mul_(ctx.scaling)
             grad_up = (grad.t() @ hidden).to(up.dtype).mul_(ctx.scaling)
             grad_down = (grad_hidden.t() @ x).to(down.dtype)
-            grad_x = (grad @ cast_weight).addmm_(grad_hidden, cast_down) if ctx.needs_input_grad[0] else None
-        return grad_x, None, None, grad_down, grad_up, None
+            if ctx.needs_input_grad[0]:
+                grad_z = grad_of_z((grad @ cast_weight).addmm_(grad_hidden, cast_down))
+        return grad_z, None, None, None, None, grad_down, grad_up, None
 
 
 class LoraLinear(lora.Linear):
     """`peft`'s Linear with the fused sum where one adapter without dropout acts."""
 
-    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """``W x + b + s B A x``, shape [..., out], in autocast's type or the base layer's."""
+    def forward(self, x: Tensor, *args: Any, inner: Inner | None = None, **kwargs: Any) -> Tensor:
+        """``W x + b + s B A x``, shape [..., out], in autocast's type or the base layer's; of ``inner(x)`` if given."""
         name = _single_adapter(self, nn.Linear)
         if name is None or args or kwargs or x.dim() < 2:
-            return super().forward(x, *args, **kwargs)
+            return super().forward(_anew(inner, x), *args, **kwargs)
         weight, bias = self.base_layer.weight, self.base_layer.bias
-        rows = x.flatten(0, -2).to(_computing_dtype(weight))
+        dtype = _computing_dtype(weight)
+        rows = x.flatten(0, -2)
         down, up = (side[name].weight for side in (self.lora_A, self.lora_B))
-        result = _LinearWithUpdate.apply(rows, weight, bias, down, up, self.scaling[name])
+        result = _LinearWithUpdate.apply(
+            rows if inner else rows.to(dtype), inner, dtype, weight, bias, down, up, self.scaling[name]
+        )
         return result.unflatten(0, x.shape[:-1])
 
 
@@ -112,13 +178,15 @@ def _images(pixels: Tensor, like: Tensor) -> Tensor:
 class _Conv2dWithUpdate(torch.autograd.Function):
     """``W * x + b + s B * A * x`` for x [B, in, h, w], W and A of one kernel and stride, B [out, r, 1, 1].
 
-    In NHWC a 1 x 1 convolution is a matrix product over the pixels.
+    x is z, or ``inner(z)``, which is not kept. In NHWC a 1 x 1 convolution is a matrix product over the pixels.
     """
 
     @staticmethod
     def forward(
         ctx: Any,
-        x: Tensor,
+        z: Tensor,
+        inner: Inner | None,
+        dtype: torch.dtype,
         weight: Tensor,
         bias: Tensor | None,
         down: Tensor,
@@ -127,10 +195,11 @@ class _Conv2dWithUpdate(torch.autograd.Function):
         stride: tuple[int, int],
         padding: tuple[int, int],
     ) -> Tensor:
-        cast_weight, cast_bias, cast_down, cast_up = _cast(x.dtype, weight, bias, down, up)
+        x = _input(ctx, z, inner, dtype)
+        cast_weight, cast_bias, cast_down, cast_up = _cast(dtype, weight, bias, down, up)
         result = F.conv2d(x, cast_weight, cast_bias, stride, padding)
         hidden = F.conv2d(x, cast_down, None, stride, padding)
-        ctx.save_for_backward(x, weight, down, up, hidden)
+        ctx.save_for_backward(z, weight, down, up, hidden)
         ctx.scaling, ctx.stride, ctx.padding = scaling, stride, padding
         if not result.is_contiguous(memory_format=torch.channels_last):
             return result.add_(F.conv2d(hidden, cast_up), alpha=scaling)
@@ -141,9 +210,10 @@ class _Conv2dWithUpdate(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, down, up, hidden = ctx.saved_tensors
+        z, weight, down, up, hidden = ctx.saved_tensors
         with _without_autocast(grad.device):
-            cast_weight, cast_down, cast_up = _cast(x.dtype, weight, down, up)
+            x, grad_of_z = _input_again(ctx, z)
+            cast_weight, cast_down, cast_up = _cast(ctx.dtype, weight, down, up)
             pixels = _pixels(grad)
             grad_hidden = _images((pixels @ cast_up.flatten(1)).mul_(ctx.scaling), grad)
             grad_up = (pixels.t() @ _pixels(hidden)).to(up.dtype).mul_(ctx.scaling).reshape(up.shape)
@@ -153,26 +223,27 @@ class _Conv2dWithUpdate(torch.autograd.Function):
                     of_output, x, kernel, None, ctx.stride, ctx.padding, [1, 1], False, [0, 0], 1, [*wanted, False]
                 )
 
-            of_x = ctx.needs_input_grad[0]
-            grad_x, grad_down, _ = convolution_backward(grad_hidden, cast_down, [of_x, True])
-            if of_x:
-                grad_x = grad_x.add_(convolution_backward(grad, cast_weight, [True, False])[0])
-        return grad_x, None, None, grad_down.to(down.dtype), grad_up, None, None, None
+            of_z = ctx.needs_input_grad[0]
+            grad_z, grad_down, _ = convolution_backward(grad_hidden, cast_down, [of_z, True])
+            if of_z:
+                grad_z = grad_of_z(grad_z.add_(convolution_backward(grad, cast_weight, [True, False])[0]))
+        return grad_z, None, None, None, None, grad_down.to(down.dtype), grad_up, None, None, None
 
 
 class LoraConv2d(lora.Conv2d):
     """`peft`'s Conv2d with the fused sum where one adapter without dropout acts."""
 
-    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """``W * x + b + s B * A * x`` (convolutions, B of 1 x 1), shape [B, out, h, w], in `LoraLinear`'s type."""
+    def forward(self, x: Tensor, *args: Any, inner: Inner | None = None, **kwargs: Any) -> Tensor:
+        """``W * x + b + s B * A * x`` (convolutions, B of 1 x 1), shape [B, out, h, w], else as `LoraLinear`."""
         name, base = _single_adapter(self, nn.Conv2d), self.base_layer
         plain = base.padding_mode == "zeros" and base.groups == 1 and base.dilation == (1, 1) and x.dim() == 4
         if name is None or args or kwargs or not plain or isinstance(base.padding, str):
-            return super().forward(x, *args, **kwargs)
-        x = x.to(_computing_dtype(base.weight))
+            return super().forward(_anew(inner, x), *args, **kwargs)
+        dtype = _computing_dtype(base.weight)
+        x = x if inner else x.to(dtype)
         down, up = (side[name].weight for side in (self.lora_A, self.lora_B))
-        scaling = self.scaling[name]
-        return _Conv2dWithUpdate.apply(x, base.weight, base.bias, down, up, scaling, base.stride, base.padding)
+        settings = (self.scaling[name], base.stride, base.padding)
+        return _Conv2dWithUpdate.apply(x, inner, dtype, base.weight, base.bias, down, up, *settings)
 
 
 FUSED_LAYERS: dict[type[nn.Module], type[nn.Module]] = {nn.Linear: LoraLinear, nn.Conv2d: LoraConv2d}
