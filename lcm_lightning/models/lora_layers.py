@@ -98,10 +98,14 @@ def _input(ctx: Any, z: Tensor, inner: Inner | None, dtype: torch.dtype) -> Tens
     return x.to(dtype)
 
 
+def _same(grad: Tensor) -> Tensor:
+    return grad
+
+
 def _input_again(ctx: Any, z: Tensor) -> tuple[Tensor, Pullback]:
     """In the backward pass: ``x``, and what makes the gradient of `z` of that of ``x``."""
     if ctx.inner is None:
-        return z, nn.Identity()
+        return z, _same
     x, pullback = ctx.inner.with_pullback(z.to(ctx.inner_dtype))
     return x.to(ctx.dtype), lambda grad_x: pullback(grad_x.to(ctx.inner_dtype)).to(z.dtype)
 
