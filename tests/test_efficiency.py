@@ -13,9 +13,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 from diffusers import UNet2DConditionModel
+from diffusers.models.activations import GEGLU
 from diffusers.models.attention import FeedForward
 from diffusers.models.resnet import ResnetBlock2D
 from peft import LoraConfig, inject_adapter_in_model
+from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
@@ -146,6 +148,7 @@ def resnet(out_channels: int = 8, **settings: object) -> ResnetBlock2D:
     return ResnetBlock2D(in_channels=8, out_channels=out_channels, temb_channels=6, groups=4, **settings)
 
 
+LEAVES = (nn.GroupNorm, nn.SiLU, nn.Dropout, GEGLU, LoraLayer)
 SPARING_BLOCKS = {
     "feed forward": FeedForward(6),
     "feed forward with dropout": FeedForward(6, dropout=0.5),
@@ -184,8 +187,9 @@ def test_a_sparing_block_is_diffusers_own(block: nn.Module, adapter: str | None)
             trains = adapter is None or "lora_" in name or (adapter == "trained norms" and "norm" in name)
             parameter.requires_grad_(trains)
         if adapter == "hooked":
-            for layer in lora_layers(model):
-                layer.register_forward_pre_hook(lambda _, inputs: (inputs[0] + 1,))
+            for layer in model.modules():
+                if isinstance(layer, LEAVES):
+                    layer.register_forward_hook(lambda _, __, found: 2 * found)
         inputs = block_inputs(block)
         torch.manual_seed(3)
         output = model(*inputs)
@@ -217,12 +221,34 @@ def test_what_is_computed_anew_is_computed_in_autocast_as_before(kind: str, layo
         assert torch.equal(found, expected)
 
 
+def test_a_norm_s_weight_is_that_of_the_forward_pass():
+    results = []
+    for sparing in (False, True):
+        model = copy.deepcopy(SPARING_BLOCKS["resnet"]).requires_grad_(False)
+        if sparing:
+            keep_fewer_activations(model)
+        config = LoraConfig(r=3, target_modules=["conv1", "conv2"], init_lora_weights=False)
+        config._register_custom_module(FUSED_LAYERS)
+        torch.manual_seed(2)
+        model = inject_adapter_in_model(config, model, "a")
+        inputs = block_inputs(model)
+        weights = dict(model.named_parameters()) | {"norm1.weight": 3 * model.norm1.weight + 1}
+        output = torch.func.functional_call(model, weights, tuple(inputs))
+        results.append(torch.autograd.grad(output.square().sum(), inputs))
+        output = model(*inputs)
+        model.norm1.weight.mul_(3)
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            torch.autograd.grad(output.sum(), inputs)
+    for expected, found in zip(*results, strict=True):
+        assert torch.equal(found, expected)
+
+
 def test_a_norm_that_autocast_widens_is_widened_in_the_backward_pass():
     norm = nn.GroupNorm(4, 8).requires_grad_(False).to(torch.bfloat16)
     nn.init.normal_(norm.weight), nn.init.normal_(norm.bias)
     z, grad = torch.randn(2, 2, 8, 4, 4).requires_grad_(True).unbind()
     expected = F.silu(F.group_norm(z, 4, norm.weight.float(), norm.bias.float(), norm.eps))
-    found, pullback = SiluOfNorm(norm).with_pullback(z.detach())
+    found, pullback = SiluOfNorm(norm).with_pullback(z.detach(), norm.weight, norm.bias)
     assert torch.equal(found, expected)
     torch.testing.assert_close(pullback(grad), torch.autograd.grad(expected, z, grad)[0])
 

@@ -18,6 +18,8 @@ from lcm_lightning.models.lora_layers import Pullback, applied_to, is_called_pla
 class Gate:
     """``a gelu(g)`` of [..., 2 D], the halves of which are a and g."""
 
+    weights = ()
+
     def __call__(self, z: Tensor) -> Tensor:
         """[..., D]."""
         value, gate = z.chunk(2, dim=-1)
@@ -39,12 +41,13 @@ class SiluOfNorm:
 
     def __init__(self, norm: nn.GroupNorm) -> None:
         self.norm = norm
+        self.weights = (norm.weight, norm.bias)
 
     def __call__(self, z: Tensor) -> Tensor:
         """[B, C, h, w]."""
         return F.silu(self.norm(z))
 
-    def with_pullback(self, z: Tensor) -> tuple[Tensor, Pullback]:
+    def with_pullback(self, z: Tensor, *weights: Tensor | None) -> tuple[Tensor, Pullback]:
         """See `Inner`; by the kernels that autograd uses, which are given what it gives them."""
         nhwc = z.device.type == "cpu" and z.is_contiguous(memory_format=torch.channels_last)
         layout = torch.channels_last if nhwc else torch.contiguous_format
@@ -53,7 +56,7 @@ class SiluOfNorm:
         sizes = (batch, channels, math.prod(sides), groups)
         # Autocast to float32 widens the weights with the input.
         wide = z.dtype == torch.float32
-        weight, bias = (p.float() if p is not None and wide else p for p in (self.norm.weight, self.norm.bias))
+        weight, bias = (p.float() if p is not None and wide else p for p in weights)
         normed, mean, rstd = torch.native_group_norm(z, weight, bias, *sizes, self.norm.eps)
 
         def pullback(grad: Tensor) -> Tensor:
@@ -75,16 +78,17 @@ class SparingFeedForward(FeedForward):
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """[..., in] to [..., out]."""
         gated, dropout, *rest = self.net
-        if type(gated) is not GEGLU or not is_called_plainly(gated) or len(rest) != 1 or _drops(dropout):
+        plain = is_called_plainly(gated) and is_called_plainly(dropout) and not _drops(dropout)
+        if type(gated) is not GEGLU or len(rest) != 1 or not plain:
             return super().forward(hidden_states, *args, **kwargs)
         return applied_to(rest[0], Gate(), gated.proj(hidden_states))
 
 
 class SparingResnetBlock2D(ResnetBlock2D):
-    """diffusers' ResnetBlock2D, which keeps only the inputs of its two norms.
+    """diffusers' ResnetBlock2D, which keeps only the inputs of its two norms where its convolutions have an adapter.
 
-    What its convolutions are given, ``silu(norm(x))``, is computed anew: neither that nor ``norm(x)`` is kept, 64 MB an
-    image each for Stable Diffusion v1-5 at 512 px. In training diffusers also copies the input of the shortcut, 32 MB,
+    What these are given, ``silu(norm(x))``, is computed anew: neither that nor ``norm(x)`` is kept, 64 MB an image each
+    for Stable Diffusion v1-5 at 512 px. In training diffusers also copies the input of the shortcut, 32 MB,
     from NHWC into NCHW, and divides the sum by 1; neither is done here.
     """
 
@@ -107,7 +111,8 @@ class SparingResnetBlock2D(ResnetBlock2D):
         known = type(self.nonlinearity) is nn.SiLU and all(type(n) is nn.GroupNorm for n in (self.norm1, self.norm2))
         if self.time_embedding_norm != "default" or resampled or not known or _drops(self.dropout):
             return False
-        return all(is_called_plainly(norm) and not _trains(norm) for norm in (self.norm1, self.norm2))
+        between = (self.norm1, self.norm2, self.nonlinearity, self.dropout)
+        return all(is_called_plainly(part) and not _trains(part) for part in between)
 
 
 def _trains(module: nn.Module) -> bool:

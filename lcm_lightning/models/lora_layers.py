@@ -10,7 +10,7 @@ the backward pass instead of being kept for it: at rank 64 the casts of Stable D
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Protocol, TypeAlias
 
@@ -25,13 +25,18 @@ Pullback: TypeAlias = Callable[[Tensor], Tensor]
 
 
 class Inner(Protocol):
-    """A cheap function without randomness and without weights that train."""
+    """A cheap function without randomness, and with `weights` that don't train."""
+
+    weights: tuple[Tensor | None, ...]
 
     def __call__(self, z: Tensor) -> Tensor:
         """Its value."""
 
-    def with_pullback(self, z: Tensor) -> tuple[Tensor, Pullback]:
-        """Its value, and what makes the gradient of `z` of that of the value; where autocast is off."""
+    def with_pullback(self, z: Tensor, *weights: Tensor | None) -> tuple[Tensor, Pullback]:
+        """Its value with the weights it had, and what makes the gradient of `z` of that of the value.
+
+        Autocast is off.
+        """
 
 
 def applied_to(layer: nn.Module, inner: Inner, z: Tensor) -> Tensor:
@@ -44,7 +49,11 @@ def applied_to(layer: nn.Module, inner: Inner, z: Tensor) -> Tensor:
 
 def _anew(inner: Inner | None, z: Tensor) -> Tensor:
     """``inner(z)``, of which the backward pass keeps `z` only, if the layer behind does not keep the result."""
-    return z if inner is None else checkpoint(inner, z, use_reentrant=False, preserve_rng_state=False)
+    if inner is None:
+        return z
+    if not torch.is_grad_enabled():
+        return inner(z)
+    return checkpoint(inner, z, use_reentrant=False, preserve_rng_state=False)
 
 
 def _single_adapter(layer: lora.LoraLayer, base_type: type[nn.Module]) -> str | None:
@@ -58,7 +67,9 @@ def _single_adapter(layer: lora.LoraLayer, base_type: type[nn.Module]) -> str | 
     if len(present) != 1 or not isinstance(layer.lora_dropout[present[0]], nn.Identity):
         return None
     down, up = layer.lora_A[present[0]], layer.lora_B[present[0]]
-    if down.bias is not None or up.bias is not None or not all(map(_is_its_weight, (base, down, up))):
+    if type(down) is not base_type or type(up) is not base_type or down.bias is not None or up.bias is not None:
+        return None
+    if not all(map(_is_its_weight, (base, down, up))):
         return None
     return present[0]
 
@@ -102,11 +113,11 @@ def _same(grad: Tensor) -> Tensor:
     return grad
 
 
-def _input_again(ctx: Any, z: Tensor) -> tuple[Tensor, Pullback]:
+def _input_again(ctx: Any, z: Tensor, weights: Sequence[Tensor | None]) -> tuple[Tensor, Pullback]:
     """In the backward pass: ``x``, and what makes the gradient of `z` of that of ``x``."""
     if ctx.inner is None:
         return z, _same
-    x, pullback = ctx.inner.with_pullback(z.to(ctx.inner_dtype))
+    x, pullback = ctx.inner.with_pullback(z.to(ctx.inner_dtype), *weights)
     return x.to(ctx.dtype), lambda grad_x: pullback(grad_x.to(ctx.inner_dtype)).to(z.dtype)
 
 
@@ -131,17 +142,17 @@ class _LinearWithUpdate(torch.autograd.Function):
         x = _input(ctx, z, inner, dtype)
         cast_weight, cast_bias, cast_down, cast_up = _cast(dtype, weight, bias, down, up)
         hidden = F.linear(x, cast_down)
-        ctx.save_for_backward(z, weight, down, up, hidden)
+        ctx.save_for_backward(z, weight, down, up, hidden, *(inner.weights if inner else ()))
         ctx.scaling = scaling
         return F.linear(x, cast_weight, cast_bias).addmm_(hidden, cast_up.t(), alpha=scaling)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        z, weight, down, up, hidden = ctx.saved_tensors
+        z, weight, down, up, hidden, *inner_weights = ctx.saved_tensors
         grad_z = None
         with _without_autocast(grad.device):
-            x, grad_of_z = _input_again(ctx, z)
+            x, grad_of_z = _input_again(ctx, z, inner_weights)
             cast_weight, cast_down, cast_up = _cast(ctx.dtype, weight, down, up)
             grad_hidden = (grad @ cast_up).mul_(ctx.scaling)
             grad_up = (grad.t() @ hidden).to(up.dtype).mul_(ctx.scaling)
@@ -203,7 +214,7 @@ class _Conv2dWithUpdate(torch.autograd.Function):
         cast_weight, cast_bias, cast_down, cast_up = _cast(dtype, weight, bias, down, up)
         result = F.conv2d(x, cast_weight, cast_bias, stride, padding)
         hidden = F.conv2d(x, cast_down, None, stride, padding)
-        ctx.save_for_backward(z, weight, down, up, hidden)
+        ctx.save_for_backward(z, weight, down, up, hidden, *(inner.weights if inner else ()))
         ctx.scaling, ctx.stride, ctx.padding = scaling, stride, padding
         if not result.is_contiguous(memory_format=torch.channels_last):
             return result.add_(F.conv2d(hidden, cast_up), alpha=scaling)
@@ -214,9 +225,9 @@ class _Conv2dWithUpdate(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        z, weight, down, up, hidden = ctx.saved_tensors
+        z, weight, down, up, hidden, *inner_weights = ctx.saved_tensors
         with _without_autocast(grad.device):
-            x, grad_of_z = _input_again(ctx, z)
+            x, grad_of_z = _input_again(ctx, z, inner_weights)
             cast_weight, cast_down, cast_up = _cast(ctx.dtype, weight, down, up)
             pixels = _pixels(grad)
             grad_hidden = _images((pixels @ cast_up.flatten(1)).mul_(ctx.scaling), grad)
@@ -234,14 +245,18 @@ class _Conv2dWithUpdate(torch.autograd.Function):
         return grad_z, None, None, None, None, grad_down.to(down.dtype), grad_up, None, None, None
 
 
+def _is_plain(conv: nn.Conv2d) -> bool:
+    padded_with_zeros = conv.padding_mode == "zeros" and not isinstance(conv.padding, str)
+    return padded_with_zeros and conv.groups == 1 and conv.dilation == (1, 1)
+
+
 class LoraConv2d(lora.Conv2d):
     """`peft`'s Conv2d with the fused sum where one adapter without dropout acts."""
 
     def forward(self, x: Tensor, *args: Any, inner: Inner | None = None, **kwargs: Any) -> Tensor:
         """``W * x + b + s B * A * x`` (convolutions, B of 1 x 1), shape [B, out, h, w], else as `LoraLinear`."""
         name, base = _single_adapter(self, nn.Conv2d), self.base_layer
-        plain = base.padding_mode == "zeros" and base.groups == 1 and base.dilation == (1, 1) and x.dim() == 4
-        if name is None or args or kwargs or not plain or isinstance(base.padding, str):
+        if name is None or args or kwargs or x.dim() != 4 or not _is_plain(base):
             return super().forward(_anew(inner, x), *args, **kwargs)
         dtype = _computing_dtype(base.weight)
         x = x if inner else x.to(dtype)
