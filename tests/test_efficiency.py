@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial, partialmethod
 from pathlib import Path
 
@@ -144,6 +144,23 @@ def test_neither_activations_nor_casts_of_the_adapter_are_kept(pipeline_folder: 
     assert lean.total() < plain.total()
 
 
+def with_adapter(
+    model: nn.Module,
+    targets: list[str],
+    layers: Mapping[type[nn.Module], type[nn.Module]] = FUSED_LAYERS,
+    **settings: object,
+) -> nn.Module:
+    """`model` with a random adapter "a", the same at every call, in `layers` of our own or (none) peft's."""
+    config = LoraConfig(r=3, target_modules=targets, init_lora_weights=False, **settings)
+    config._register_custom_module(dict(layers))
+    torch.manual_seed(2)
+    return inject_adapter_in_model(config, model, "a")
+
+
+def trained(model: nn.Module) -> Iterator[nn.Parameter]:
+    return (parameter for parameter in model.parameters() if parameter.requires_grad)
+
+
 def resnet(out_channels: int = 8, **settings: object) -> ResnetBlock2D:
     return ResnetBlock2D(in_channels=8, out_channels=out_channels, temb_channels=6, groups=4, **settings)
 
@@ -177,12 +194,8 @@ def test_a_sparing_block_is_diffusers_own(block: nn.Module, adapter: str | None)
             keep_fewer_activations(model)
             assert type(model) is SPARING[type(block)]
         if adapter is not None:
-            dropout = 0.5 if adapter == "dropout" else 0.0
             targets = ["conv1", "conv2", "conv_shortcut", "time_emb_proj", "proj", "net.2"]
-            config = LoraConfig(r=3, target_modules=targets, init_lora_weights=False, lora_dropout=dropout)
-            config._register_custom_module(FUSED_LAYERS)
-            torch.manual_seed(2)
-            model = inject_adapter_in_model(config, model, "a")
+            model = with_adapter(model, targets, lora_dropout=0.5 if adapter == "dropout" else 0.0)
         for name, parameter in model.named_parameters():
             trains = adapter is None or "lora_" in name or (adapter == "trained norms" and "norm" in name)
             parameter.requires_grad_(trains)
@@ -193,8 +206,7 @@ def test_a_sparing_block_is_diffusers_own(block: nn.Module, adapter: str | None)
         inputs = block_inputs(block)
         torch.manual_seed(3)
         output = model(*inputs)
-        weights = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        results.append((output, *torch.autograd.grad(output.square().sum(), (*inputs, *weights))))
+        results.append((output, *torch.autograd.grad(output.square().sum(), (*inputs, *trained(model)))))
     for expected, found in zip(*results, strict=True):
         assert torch.equal(found, expected)
 
@@ -207,10 +219,7 @@ def test_what_is_computed_anew_is_computed_in_autocast_as_before(kind: str, layo
         model = copy.deepcopy(SPARING_BLOCKS[kind]).requires_grad_(False).to(memory_format=layout)
         if sparing:
             keep_fewer_activations(model)
-        config = LoraConfig(r=3, target_modules=["conv1", "conv2", "net.2"], init_lora_weights=False)
-        config._register_custom_module(FUSED_LAYERS)
-        torch.manual_seed(2)
-        model = inject_adapter_in_model(config, model, "a")
+        model = with_adapter(model, ["conv1", "conv2", "net.2"])
         inputs = block_inputs(model)
         images = [x.to(memory_format=layout) if x.dim() == 4 else x for x in inputs]
         with torch.autocast("cpu", torch.bfloat16):
@@ -227,10 +236,7 @@ def test_a_norm_s_weight_is_that_of_the_forward_pass():
         model = copy.deepcopy(SPARING_BLOCKS["resnet"]).requires_grad_(False)
         if sparing:
             keep_fewer_activations(model)
-        config = LoraConfig(r=3, target_modules=["conv1", "conv2"], init_lora_weights=False)
-        config._register_custom_module(FUSED_LAYERS)
-        torch.manual_seed(2)
-        model = inject_adapter_in_model(config, model, "a")
+        model = with_adapter(model, ["conv1", "conv2"])
         inputs = block_inputs(model)
         weights = dict(model.named_parameters()) | {"norm1.weight": 3 * model.norm1.weight + 1}
         output = torch.func.functional_call(model, weights, tuple(inputs))
@@ -310,10 +316,7 @@ def test_what_is_not_a_plain_adapter_on_a_plain_layer_is_left_to_peft(
 ):
     results = []
     for custom in ({}, FUSED_LAYERS):
-        config = LoraConfig(r=3, target_modules=["0"], init_lora_weights=False, **settings)
-        config._register_custom_module(custom)
-        torch.manual_seed(2)
-        model = inject_adapter_in_model(config, nn.Sequential(copy.deepcopy(base)), "a")
+        model = with_adapter(nn.Sequential(copy.deepcopy(base)), ["0"], custom, **settings)
         change(model[0])
         torch.manual_seed(3)
         results.append(model(torch.ones(2, 12, *(() if isinstance(base, nn.Linear) else (4, 4)))))
@@ -338,7 +341,7 @@ def test_two_adapters_at_once_are_left_to_peft():
     ("base", "shape"), [(nn.Linear(12, 20), (12,)), (nn.Conv2d(12, 20, 1), (12, 4, 4))], ids=["vector", "image"]
 )
 def test_an_input_without_a_batch_is_taken(base: nn.Module, shape: tuple[int, ...]):
-    model = with_fused_adapter(base)
+    model = with_adapter(nn.Sequential(copy.deepcopy(base)), ["0"])
     x = torch.ones(shape, requires_grad=True)
     (without,) = torch.autograd.grad(model(x).sum(), x)
     (within,) = torch.autograd.grad(model(x[None]).sum(), x)
@@ -349,7 +352,7 @@ def test_an_input_without_a_batch_is_taken(base: nn.Module, shape: tuple[int, ..
 @pytest.mark.parametrize("backward_too", [False, True], ids=["forward in autocast", "backward in autocast"])
 def test_autocast_may_differ_between_forward_and_backward(kind: str, backward_too: bool):
     base, x = layer_and_input(kind)
-    model = with_fused_adapter(base)
+    model = with_adapter(nn.Sequential(copy.deepcopy(base)), ["0"])
     autocast = partial(torch.autocast, "cpu", torch.bfloat16)
     with autocast(enabled=not backward_too):
         output = model(x)
@@ -360,17 +363,6 @@ def test_autocast_may_differ_between_forward_and_backward(kind: str, backward_to
     for got, wanted in zip(found, expected, strict=True):
         assert got.dtype == torch.float32
         assert torch.equal(got, wanted)
-
-
-def with_fused_adapter(base: nn.Module) -> nn.Module:
-    config = LoraConfig(r=3, target_modules=["0"], init_lora_weights=False)
-    config._register_custom_module(FUSED_LAYERS)
-    torch.manual_seed(2)
-    return inject_adapter_in_model(config, nn.Sequential(copy.deepcopy(base)), "a")
-
-
-def trained(model: nn.Module) -> Iterator[nn.Parameter]:
-    return (parameter for parameter in model.parameters() if parameter.requires_grad)
 
 
 def test_switching_adapters_changes_nothing_that_trains(pipeline_folder: Path):

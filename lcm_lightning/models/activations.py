@@ -12,7 +12,7 @@ from diffusers.models.attention import FeedForward
 from diffusers.models.resnet import ResnetBlock2D
 from torch import Tensor, nn
 
-from lcm_lightning.models.lora_layers import Pullback, applied_to, is_called_plainly
+from lcm_lightning.models.lora_layers import Pullback, applied_to, is_called_plainly, trains
 
 
 class Gate:
@@ -112,11 +112,7 @@ class SparingResnetBlock2D(ResnetBlock2D):
         if self.time_embedding_norm != "default" or resampled or not known or _drops(self.dropout):
             return False
         between = (self.norm1, self.norm2, self.nonlinearity, self.dropout)
-        return all(is_called_plainly(part) and not _trains(part) for part in between)
-
-
-def _trains(module: nn.Module) -> bool:
-    return any(parameter.requires_grad for parameter in module.parameters())
+        return all(is_called_plainly(part) and not trains(part) for part in between)
 
 
 def _drops(dropout: nn.Dropout) -> bool:

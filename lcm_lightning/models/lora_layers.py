@@ -61,7 +61,7 @@ def _single_adapter(layer: lora.LoraLayer, base_type: type[nn.Module]) -> str | 
     if layer.disable_adapters or layer.merged or layer.lora_variant:
         return None
     base = layer.base_layer
-    if type(base) is not base_type or any(p.requires_grad for p in base.parameters()):
+    if type(base) is not base_type or trains(base):
         return None
     present = [name for name in layer.active_adapters if name in layer.lora_A]
     if len(present) != 1 or not isinstance(layer.lora_dropout[present[0]], nn.Identity):
@@ -77,6 +77,11 @@ def _single_adapter(layer: lora.LoraLayer, base_type: type[nn.Module]) -> str | 
 def _is_its_weight(module: nn.Module) -> bool:
     """Whether its plain weight says all of what calling `module` does."""
     return is_called_plainly(module) and type(module.weight) in (nn.Parameter, Tensor)
+
+
+def trains(module: nn.Module) -> bool:
+    """Whether any weight of `module` does."""
+    return any(parameter.requires_grad for parameter in module.parameters())
 
 
 def is_called_plainly(module: nn.Module) -> bool:
