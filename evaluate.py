@@ -1,67 +1,6 @@
-"""Evaluate: ``python evaluate.py run=outputs/...``, ``model=sd15 lora=...``, or any of them in ``models=[...]``."""
+"""Evaluate: ``python evaluate.py run=outputs/...``. See `lcm_lightning.evaluate`."""
 
-from __future__ import annotations
-
-from pathlib import Path
-
-import hydra
-import torch
-from omegaconf import DictConfig, OmegaConf
-from rich import print as rich_print
-
-from lcm_lightning.configuration import check_writable, resolve
-from lcm_lightning.errors import report_configuration_errors, report_user_errors
-from lcm_lightning.evaluation.dashboard import log_evaluation
-from lcm_lightning.evaluation.evaluation import check_size, evaluate_models
-from lcm_lightning.evaluation.reference import RealImages
-from lcm_lightning.evaluation.report import console_tables, publish
-from lcm_lightning.resolvers import register_resolvers
-from lcm_lightning.subjects import evaluation_data, find_subjects
-from lcm_lightning.training import instantiate_each, instantiate_group, make_fabric, quiet_known_warnings
-
-register_resolvers()
-
-EVALUATE_KEYS = ("models", "run", "model", "lora", "lora_role", "data", "evaluation", "logger", "seed")
-EVALUATE_KEYS += ("accelerator", "devices", "dtype", "name", "run_dir")
-
-
-@report_configuration_errors
-@hydra.main(version_base="1.3", config_path="conf", config_name="evaluate")
-@report_user_errors
-def main(cfg: DictConfig) -> None:
-    """Compose the evaluation, run it on every device, say where its results are."""
-    quiet_known_warnings()
-    resolve(cfg, EVALUATE_KEYS)
-    protocol = instantiate_group(cfg, "evaluation")
-    sources = find_subjects(cfg)
-    data = evaluation_data(cfg, sources)
-    real = RealImages(data.name, data.source, protocol.split, protocol.num_images, data.resolution, data.cache_dir)
-    check_size(real)  # before there are other processes that would wait for one that gave up
-    fabric = make_fabric(cfg.accelerator, cfg.devices)
-    threads = torch.get_num_threads()  # launching several processes shares the cores out between them
-    fabric.launch()
-    loggers = instantiate_each(cfg, "logger") if fabric.is_global_zero else []
-    folder = Path(fabric.broadcast(cfg.run_dir))
-    if fabric.is_global_zero:
-        check_writable("run_dir", folder)
-    metrics = evaluate_models(
-        sources,
-        protocol=protocol,
-        real=real,
-        fabric=fabric,
-        folder=folder,
-        config=OmegaConf.to_yaml(cfg),
-        threads=threads,
-    )
-    if fabric.is_global_zero:
-        if cfg.run is not None and folder.parent == Path(cfg.run).expanduser() / "evaluation":
-            publish(folder, folder.parent)
-        for logger in loggers:
-            log_evaluation(logger, metrics, folder)
-        for table in console_tables(metrics):
-            rich_print(table)
-        print(f"\nreport: {(folder / 'report.html').resolve()}")
-
+from lcm_lightning.evaluate import main
 
 if __name__ == "__main__":
     main()

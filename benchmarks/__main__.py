@@ -20,10 +20,10 @@ from omegaconf import DictConfig, OmegaConf
 from benchmarks import report
 from benchmarks.inputs import random_pipeline, random_shards
 from benchmarks.limits import step_flops
-from lcm_lightning.configuration import resolve
+from lcm_lightning.config.checks import resolve
+from lcm_lightning.config.resolvers import package_file, register_resolvers
 from lcm_lightning.errors import UserError, report_user_errors
 from lcm_lightning.evaluation.latency import machine_info, matrix_peak, package_versions
-from lcm_lightning.resolvers import package_file, register_resolvers
 
 register_resolvers()
 

@@ -23,12 +23,13 @@ from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from lcm_lightning.configuration import resolve
+from lcm_lightning.config.checks import resolve
+from lcm_lightning.config.instantiate import build_module, frozen_dtype, instantiate_group
+from lcm_lightning.config.quiet import quiet_known_warnings
+from lcm_lightning.config.resolvers import register_resolvers
 from lcm_lightning.evaluation.latency import peak_memory_mb
 from lcm_lightning.models.adapters import LoraSettings, add_lora, merged_adapters
 from lcm_lightning.models.sampling import sample
-from lcm_lightning.resolvers import register_resolvers
-from lcm_lightning.training import build_module, frozen_dtype, instantiate_group, quiet_known_warnings
 
 CONF = Path(__file__).parent.parent / "conf"
 

@@ -12,7 +12,7 @@ import webdataset as wds
 from PIL import Image
 
 from lcm_lightning.models.stable_diffusion import load_stable_diffusion
-from lcm_lightning.models.tiny import save_pipeline
+from lcm_lightning.toy.networks import save_pipeline
 
 DISTINCT = 64  # images; more shards repeat them, reading and decoding costs the same
 

@@ -12,9 +12,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from lcm_lightning.diffusion.consistency import ConsistencyDistillation
+from lcm_lightning.methods.lcm_lora import LcmLoraDistillation
 from lcm_lightning.models.adapters import LoraSettings
 from lcm_lightning.models.stable_diffusion import StableDiffusion
-from lcm_lightning.modules.consistency_distillation import LcmLoraDistillation
 
 
 def _in_place_product(total: torch.Size, a: torch.Size, b: torch.Size, **_: object) -> int:

@@ -29,7 +29,7 @@ from lcm_lightning.evaluation.metrics import Resampling
 from lcm_lightning.evaluation.protocol import Protocol
 from lcm_lightning.evaluation.reference import RealImages, read_reference
 from lcm_lightning.models.stable_diffusion import load_stable_diffusion
-from lcm_lightning.progress import image_progress
+from lcm_lightning.output.progress import image_progress
 
 ASSETS = Path(__file__).parent.parent / "lcm_lightning" / "assets"
 

@@ -20,9 +20,18 @@ from omegaconf.errors import OmegaConfBaseException
 P = ParamSpec("P")
 R = TypeVar("R")
 
-_PROGRAM = Path(sys.argv[0])
-_COMMAND = f"-m lcm_lightning.{_PROGRAM.stem}" if _PROGRAM.parent.name == "lcm_lightning" else _PROGRAM.name
-SHOW_KEYS = f"python {_COMMAND} --cfg job"
+
+def program() -> str:
+    """How this program was started: `python train.py`, `python -m lcm_lightning.generate` or `lcm-train`."""
+    path = Path(sys.argv[0])
+    if path.stem == "__main__":
+        path = path.parent
+    if path.parent.name == "lcm_lightning":
+        return f"python -m lcm_lightning.{path.stem}"
+    return path.name if path.name.startswith("lcm-") else f"python {path.name}"
+
+
+SHOW_KEYS = f"{program()} --cfg job"
 
 
 class UserError(Exception):

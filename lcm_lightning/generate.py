@@ -9,23 +9,21 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
-import hydra
 from omegaconf import DictConfig, OmegaConf
 from PIL import Image
 from torch import Tensor
 
-from lcm_lightning.configuration import check_writable, resolve
-from lcm_lightning.errors import UserError, report_configuration_errors, report_user_errors
+from lcm_lightning.config.checks import check_writable, resolve
+from lcm_lightning.config.entry import command
+from lcm_lightning.config.instantiate import make_fabric
+from lcm_lightning.config.quiet import quiet_known_warnings
+from lcm_lightning.errors import UserError
 from lcm_lightning.evaluation.contenders import STUDENT
+from lcm_lightning.evaluation.model_sources import load_subject
 from lcm_lightning.models.adapters import merged_adapters
 from lcm_lightning.models.sampling import sample
-from lcm_lightning.pictures import contact_sheet, to_pil
-from lcm_lightning.progress import image_progress
-from lcm_lightning.resolvers import register_resolvers
-from lcm_lightning.subjects import load_subject
-from lcm_lightning.training import make_fabric, quiet_known_warnings
-
-register_resolvers()
+from lcm_lightning.output.pictures import contact_sheet, to_pil
+from lcm_lightning.output.progress import image_progress
 
 GENERATE_KEYS = (
     "run",
@@ -75,9 +73,7 @@ def pictures_by_name(images: Tensor, prompts: Sequence[str], seeds: Sequence[int
     return pictures
 
 
-@report_configuration_errors
-@hydra.main(config_path="../conf", config_name="generate", version_base="1.3")
-@report_user_errors
+@command("generate")
 def main(cfg: DictConfig) -> None:
     """Entry point."""
     quiet_known_warnings()

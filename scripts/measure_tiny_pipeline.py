@@ -16,9 +16,9 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
+from lcm_lightning.config.resolvers import package_file
 from lcm_lightning.data.datamodule import iterate_split
 from lcm_lightning.evaluation.features import Clip
-from lcm_lightning.resolvers import package_file
 
 COUNT, BATCH = 90, 30
 

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from transformers import CLIPModel, CLIPTextModel, CLIPTokenizer
 
-from lcm_lightning.models.tiny import tidy_configs
+from lcm_lightning.toy.networks import tidy_configs
 
 # [0, 1] pixels to the [-1, 1] both towers were trained on.
 IMAGE_PROCESSOR = {

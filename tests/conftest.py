@@ -16,12 +16,13 @@ from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNe
 from PIL import Image
 from transformers import CLIPTextConfig, CLIPTextModel
 
-from lcm_lightning.caching import CacheSettings, cache_key, cache_latents
 from lcm_lightning.data.records import Record
 from lcm_lightning.data.shards import find_shards
 from lcm_lightning.data.writing import ShardSettings, write_shards
 from lcm_lightning.models.architectures import SD15_SCHEDULER, byte_tokenizer
+from lcm_lightning.models.identity import cache_key
 from lcm_lightning.models.stable_diffusion import StableDiffusion, load_stable_diffusion
+from lcm_lightning.prepare.encoding import CacheSettings, cache_latents
 
 ROOT = Path(__file__).parent.parent
 TINY_TEXT_LENGTH = 16

@@ -17,11 +17,11 @@ from PIL import Image
 from safetensors.torch import load_file
 from transformers import CLIPModel, CLIPTokenizer
 
+from lcm_lightning.config.resolvers import package_file
 from lcm_lightning.data.datamodule import CaptionedImages, iterate_split
 from lcm_lightning.data.shards import find_shards
 from lcm_lightning.models.stable_diffusion import StableDiffusion, load_stable_diffusion
-from lcm_lightning.modules.pretraining import psnr
-from lcm_lightning.resolvers import package_file
+from lcm_lightning.toy.pretraining import psnr
 
 STYLES = ("noto_emoji", "twemoji")
 ASSETS = Path(package_file("assets"))

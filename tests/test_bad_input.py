@@ -26,8 +26,8 @@ from omegaconf import OmegaConf
 from PIL import Image
 
 from lcm_lightning.models.adapters import LoraSettings, add_lora, lora_state_dict, save_lora
-from lcm_lightning.models.runs import Adapter, write_manifest
 from lcm_lightning.models.stable_diffusion import load_stable_diffusion
+from lcm_lightning.runs.records import Adapter, write_manifest
 
 ROOT = Path(__file__).parent.parent
 SECONDS = 10  # of processor time, since other programs may use the cores, beside that of importing the packages
@@ -418,7 +418,7 @@ def test_generating_refuses(case, pattern, world, here, capfd):
 
 @pytest.mark.parametrize(("case", "pattern"), identified(PREPARE_CASES))
 def test_preparing_refuses(case, pattern, world, here, capfd):
-    message = complaint("lcm_lightning.prepare", overrides(("prepare.workers=1",), case, world), capfd)
+    message = complaint("lcm_lightning.prepare.commands", overrides(("prepare.workers=1",), case, world), capfd)
     assert re.search(pattern, message), message
     assert state(here) == {}
 

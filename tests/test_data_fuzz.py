@@ -137,7 +137,7 @@ def files_below(folder: Path) -> set[str]:
 
 
 def write_index(folder: Path, content: bytes) -> None:
-    """The index of a cache of one whole shard, as `lcm_lightning.caching` leaves it."""
+    """The index of a cache of one whole shard, as `lcm_lightning.prepare.encoding` leaves it."""
     shard = {"file": "train-0.tar", "samples": SAMPLES, "bytes": len(content), "sha256": "0"}
     described = {"key": {}, "crops": 1, "flips": True, "latent_shape": [4, 3, 3], "images": "nowhere"}
     index = {

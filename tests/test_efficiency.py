@@ -22,13 +22,13 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from lcm_lightning.diffusion.consistency import ConsistencyDistillation
+from lcm_lightning.methods import adapter_training
+from lcm_lightning.methods.lcm_lora import LcmLoraDistillation
 from lcm_lightning.models import adapters
 from lcm_lightning.models.activations import SPARING, SiluOfNorm, keep_fewer_activations
 from lcm_lightning.models.adapters import LoraSettings, active_adapters, lora_layers
 from lcm_lightning.models.lora_layers import FUSED_LAYERS
 from lcm_lightning.models.stable_diffusion import load_stable_diffusion
-from lcm_lightning.modules import adapter_training
-from lcm_lightning.modules.consistency_distillation import LcmLoraDistillation
 
 STEPS = 10
 # Both sides compute the same sums in another order. A float32 step differs by some 1e-6; AdamW divides gradients by

@@ -22,8 +22,10 @@ from safetensors.torch import load_file
 
 import train
 from lcm_lightning.callbacks.loggers import wandb_run_id
-from lcm_lightning.models.runs import Adapter, load_run, read_manifest, write_manifest
-from lcm_lightning.training import TRAIN_KEYS, next_commands
+from lcm_lightning.runs.hints import next_commands
+from lcm_lightning.runs.loading import load_run
+from lcm_lightning.runs.records import Adapter, read_manifest, write_manifest
+from lcm_lightning.train import TRAIN_KEYS
 
 ROOT = Path(train.__file__).parent
 SMALL = (

@@ -10,7 +10,7 @@ from transformers import CLIPVisionModel
 from lcm_lightning.errors import UserError
 from lcm_lightning.evaluation.features import Clip, ClipPatches, extract_features, make_extractor, weights_digest
 from lcm_lightning.evaluation.reference import RealImages, Spread, evenly, read_reference
-from lcm_lightning.progress import image_progress
+from lcm_lightning.output.progress import image_progress
 
 TINY_CLIP = Path(__file__).parent.parent / "lcm_lightning" / "assets" / "tiny_clip"
 

@@ -21,7 +21,7 @@ from lcm_lightning.evaluation.metrics import Resampling, estimate
 from lcm_lightning.evaluation.protocol import Protocol
 from lcm_lightning.evaluation.reference import RealImages, Reference, read_reference
 from lcm_lightning.models.stable_diffusion import StableDiffusion
-from lcm_lightning.progress import image_progress
+from lcm_lightning.output.progress import image_progress
 
 ASSETS = Path(__file__).parent.parent / "lcm_lightning" / "assets"
 

@@ -15,12 +15,14 @@ from hydra import compose, initialize_config_dir
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf, open_dict
 
+from lcm_lightning.config.resolvers import register_resolvers
 from lcm_lightning.data.shards import Shard
 from lcm_lightning.errors import UserError
 from lcm_lightning.evaluation import evaluation, generation
 from lcm_lightning.evaluation.contenders import Contender, Lineup
 from lcm_lightning.evaluation.evaluation import Entrant, check_size, distinguish
 from lcm_lightning.evaluation.generation import Drawing, image_folder
+from lcm_lightning.evaluation.model_sources import evaluation_data, find_subjects
 from lcm_lightning.evaluation.protocol import Protocol
 from lcm_lightning.evaluation.reference import RealImages
 from lcm_lightning.evaluation.subject import (
@@ -31,8 +33,6 @@ from lcm_lightning.evaluation.subject import (
 )
 from lcm_lightning.models.adapters import LoraSettings, add_lora, lora_layers, lora_parameters
 from lcm_lightning.models.stable_diffusion import StableDiffusion, load_stable_diffusion
-from lcm_lightning.resolvers import register_resolvers
-from lcm_lightning.subjects import evaluation_data, find_subjects
 
 CONF = Path(__file__).parent.parent / "conf"
 
@@ -193,8 +193,8 @@ def test_protocols_that_cannot_be_followed_are_refused(build: Callable[[], objec
 
 @pytest.mark.parametrize("protocol", ["report", "standard", "coco30k", "quick"])
 def test_every_protocol_composes(composed, protocol: str):
-    from lcm_lightning.configuration import resolve
-    from lcm_lightning.training import instantiate_group
+    from lcm_lightning.config.checks import resolve
+    from lcm_lightning.config.instantiate import instantiate_group
 
     cfg = composed(f"evaluation={protocol}", "model=tiny", "data=coco")
     resolve(cfg, cfg.keys())

@@ -18,6 +18,9 @@ from torch.utils.data import DataLoader
 from lcm_lightning.callbacks.export import KOHYA_FILE, TEACHER_FILE, ExportLora
 from lcm_lightning.diffusion.consistency import ConsistencyDistillation
 from lcm_lightning.errors import UserError
+from lcm_lightning.methods.adapter_training import AdapterTraining
+from lcm_lightning.methods.lcm_lora import LcmLoraDistillation
+from lcm_lightning.methods.lora import LoraFinetuning
 from lcm_lightning.models.adapters import (
     LORA_FILE,
     LoraSettings,
@@ -29,9 +32,6 @@ from lcm_lightning.models.adapters import (
 )
 from lcm_lightning.models.architectures import SD15_UNET
 from lcm_lightning.models.stable_diffusion import StableDiffusion, load_stable_diffusion
-from lcm_lightning.modules.adapter_training import AdapterTraining
-from lcm_lightning.modules.consistency_distillation import LcmLoraDistillation
-from lcm_lightning.modules.lora_finetuning import LoraFinetuning
 
 GENERATOR_SEED = 5
 

@@ -17,15 +17,15 @@ from lcm_lightning.callbacks.checkpoints import Checkpoints
 from lcm_lightning.callbacks.final_validation import FinalValidation
 from lcm_lightning.callbacks.loggers import MetricsFile
 from lcm_lightning.callbacks.numerical_faults import NumericalFaults
-from lcm_lightning.callbacks.progress import ProgressBar
+from lcm_lightning.callbacks.progress_bar import ProgressBar
 from lcm_lightning.callbacks.skipped_samples import SkippedSamples
 from lcm_lightning.callbacks.throughput import Throughput
 from lcm_lightning.diffusion.consistency import ConsistencyDistillation
+from lcm_lightning.methods.adapter_training import AdapterTraining
+from lcm_lightning.methods.lcm_lora import LcmLoraDistillation
+from lcm_lightning.methods.lora import LoraFinetuning
 from lcm_lightning.models.adapters import LoraSettings
 from lcm_lightning.models.stable_diffusion import load_stable_diffusion
-from lcm_lightning.modules.adapter_training import AdapterTraining
-from lcm_lightning.modules.consistency_distillation import LcmLoraDistillation
-from lcm_lightning.modules.lora_finetuning import LoraFinetuning
 
 LOG_EVERY = 4
 

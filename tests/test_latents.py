@@ -30,8 +30,6 @@ from safetensors.numpy import save as save_bytes
 from safetensors.torch import load_file, save_file
 
 import train
-from lcm_lightning import caching
-from lcm_lightning.caching import CacheSettings, cache_key, cache_latents
 from lcm_lightning.data import stream
 from lcm_lightning.data.datamodule import CaptionedImages, iterate_split
 from lcm_lightning.data.images import ImageFault, decode_image
@@ -41,11 +39,14 @@ from lcm_lightning.data.shards import find_shards
 from lcm_lightning.data.writing import ShardSettings, write_shards
 from lcm_lightning.diffusion.consistency import ConsistencyDistillation
 from lcm_lightning.errors import UserError
+from lcm_lightning.methods.lcm_lora import LcmLoraDistillation
+from lcm_lightning.methods.lora import LoraFinetuning
 from lcm_lightning.models.adapters import LoraSettings, fuse_lora, load_lora
+from lcm_lightning.models.identity import cache_key
 from lcm_lightning.models.sampling import sample
 from lcm_lightning.models.stable_diffusion import StableDiffusion, load_stable_diffusion
-from lcm_lightning.modules.consistency_distillation import LcmLoraDistillation
-from lcm_lightning.modules.lora_finetuning import LoraFinetuning
+from lcm_lightning.prepare import encoding
+from lcm_lightning.prepare.encoding import CacheSettings, cache_latents
 
 RESOLUTION = 32
 LORA = LoraSettings(rank=4, alpha=4, target_modules="attention")
@@ -331,8 +332,8 @@ def test_an_interrupted_cache_goes_on_where_it_stopped(
             raise KeyboardInterrupt
         return write(task, *arguments)
 
-    write = caching.write_latents
-    monkeypatch.setattr(caching, "write_latents", until_the_third)
+    write = encoding.write_latents
+    monkeypatch.setattr(encoding, "write_latents", until_the_third)
     with pytest.raises(KeyboardInterrupt):
         cache(square_shards, tmp_path / "a", pipeline_folder)
     with pytest.raises(UserError, match="did not finish"):
@@ -395,8 +396,8 @@ def test_an_unfinished_cache_of_another_model_is_not_overwritten(
             raise KeyboardInterrupt
         return write(task, *arguments)
 
-    write = caching.write_latents
-    monkeypatch.setattr(caching, "write_latents", until_the_second)
+    write = encoding.write_latents
+    monkeypatch.setattr(encoding, "write_latents", until_the_second)
     with pytest.raises(KeyboardInterrupt):
         cache(square_shards, tmp_path / "a", pipeline_folder)
     monkeypatch.undo()
@@ -456,7 +457,7 @@ def test_a_cache_outlives_a_call_in_which_no_image_can_be_used(
 
     cache(square_shards, tmp_path, pipeline_folder)
     before = contents(tmp_path)
-    monkeypatch.setattr(caching, "decode_image", unreadable)
+    monkeypatch.setattr(encoding, "decode_image", unreadable)
     with pytest.raises(UserError, match="none of the 14 images"):
         cache(square_shards, tmp_path, pipeline_folder, dtype="bfloat16")
     of_the_call = ("skipped.csv", ".parts/cache.json")

@@ -16,11 +16,11 @@ from torch.utils.data import DataLoader
 from lcm_lightning.callbacks.numerical_faults import NumericalFaults
 from lcm_lightning.diffusion.consistency import ConsistencyDistillation
 from lcm_lightning.errors import UserError
+from lcm_lightning.methods.adapter_training import propagate_faults
+from lcm_lightning.methods.clipping import FusedClipping
+from lcm_lightning.methods.lcm_lora import LcmLoraDistillation
 from lcm_lightning.models.adapters import LoraSettings
 from lcm_lightning.models.stable_diffusion import load_stable_diffusion
-from lcm_lightning.modules.adapter_training import propagate_faults
-from lcm_lightning.modules.clipping import FusedClipping
-from lcm_lightning.modules.consistency_distillation import LcmLoraDistillation
 
 
 class Scaled(FusedClipping):

@@ -14,7 +14,7 @@ import torch
 from test_kill import Command, Start, assert_same_end, start, whole_run
 
 from lcm_lightning.callbacks.checkpoints import Checkpoints
-from lcm_lightning.checkpoints import checkpoint_files, find_checkpoint, global_step
+from lcm_lightning.runs.checkpoint_files import checkpoint_files, find_checkpoint, global_step
 
 __all__ = ["start"]  # the fixture
 

@@ -12,9 +12,11 @@ from diffusers import AutoencoderKL, StableDiffusionPipeline
 from lightning.pytorch.callbacks import EMAWeightAveraging
 from transformers import CLIPModel
 
+from lcm_lightning.config.resolvers import package_file
 from lcm_lightning.data.datamodule import CaptionedImages
-from lcm_lightning.models.tiny import normalise_latents, tiny_vae, train_tokenizer
-from lcm_lightning.modules.pretraining import (
+from lcm_lightning.methods.randomness import SampleRandomness
+from lcm_lightning.toy.networks import normalise_latents, tiny_vae, train_tokenizer
+from lcm_lightning.toy.pretraining import (
     ClipPretraining,
     Pretraining,
     UnetPretraining,
@@ -24,8 +26,6 @@ from lcm_lightning.modules.pretraining import (
     shift_and_scale,
     trapezoid,
 )
-from lcm_lightning.modules.randomness import SampleRandomness
-from lcm_lightning.resolvers import package_file
 
 NOTO = package_file("assets/data/noto_emoji")
 

@@ -17,10 +17,11 @@ from torch import Tensor, nn
 from lcm_lightning.callbacks.checkpoints import Checkpoints
 from lcm_lightning.callbacks.final_validation import FinalValidation
 from lcm_lightning.callbacks.loggers import MetricsFile
-from lcm_lightning.checkpoints import AtomicCheckpointIO, auto_run_folder, find_checkpoint, global_step
 from lcm_lightning.data.datamodule import CaptionedImages
 from lcm_lightning.errors import UserError
-from lcm_lightning.preemption import Preempted
+from lcm_lightning.runs.checkpoint_files import AtomicCheckpointIO, find_checkpoint, global_step
+from lcm_lightning.runs.folders import auto_run_folder
+from lcm_lightning.runs.preemption import Preempted
 
 
 class Killed(Exception):

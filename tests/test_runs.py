@@ -17,8 +17,9 @@ from lcm_lightning.models.adapters import (
     lora_state_dict,
     save_lora,
 )
-from lcm_lightning.models.runs import Adapter, load_run, write_manifest
 from lcm_lightning.models.stable_diffusion import StableDiffusion, load_stable_diffusion
+from lcm_lightning.runs.loading import load_run
+from lcm_lightning.runs.records import Adapter, write_manifest
 
 
 def run_folder(folder: Path, pipeline: Path, *adapters: tuple[str, str, str]) -> Path:

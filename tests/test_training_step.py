@@ -20,12 +20,12 @@ from torch.utils.data import DataLoader
 
 from lcm_lightning.diffusion.consistency import ConsistencyDistillation
 from lcm_lightning.errors import UserError
+from lcm_lightning.methods import adapter_training
+from lcm_lightning.methods.adapter_training import AdapterTraining
+from lcm_lightning.methods.lcm_lora import LcmLoraDistillation
+from lcm_lightning.methods.lora import LoraFinetuning
 from lcm_lightning.models.adapters import LoraSettings, lora_parameters
 from lcm_lightning.models.stable_diffusion import load_stable_diffusion
-from lcm_lightning.modules import adapter_training
-from lcm_lightning.modules.adapter_training import AdapterTraining
-from lcm_lightning.modules.consistency_distillation import LcmLoraDistillation
-from lcm_lightning.modules.lora_finetuning import LoraFinetuning
 
 RANK, ALPHA = 4, 6
 LAYERS = ["to_q", "to_v", "to_out.0", "proj_in", "ff.net.2", "conv1", "conv_shortcut", "time_emb_proj"]

@@ -14,11 +14,11 @@ from lightning.pytorch.callbacks import Checkpoint
 from torch import Tensor
 
 from lcm_lightning.callbacks.loggers import MetricsFile
-from lcm_lightning.checkpoints import global_step, publish_link
 from lcm_lightning.data.plan import steps_per_epoch
 from lcm_lightning.errors import UserError
-from lcm_lightning.files import replace
-from lcm_lightning.preemption import StopSignals
+from lcm_lightning.output.files import replace
+from lcm_lightning.runs.checkpoint_files import global_step, publish_link
+from lcm_lightning.runs.preemption import StopSignals
 
 log = logging.getLogger(__name__)
 

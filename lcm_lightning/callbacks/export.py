@@ -9,11 +9,11 @@ import lightning as L
 from lightning.pytorch.loggers import WandbLogger
 from torch import Tensor
 
-from lcm_lightning.files import write_atomic
+from lcm_lightning.methods.adapter_training import AdapterTraining
+from lcm_lightning.methods.lcm_lora import LcmLoraDistillation
 from lcm_lightning.models.adapters import LORA_FILE, kohya_state_dict, locate_lora, lora_state_dict, save_lora
-from lcm_lightning.models.runs import Adapter, write_manifest
-from lcm_lightning.modules.adapter_training import AdapterTraining
-from lcm_lightning.modules.consistency_distillation import LcmLoraDistillation
+from lcm_lightning.output.files import write_atomic
+from lcm_lightning.runs.records import Adapter, write_manifest
 
 log = logging.getLogger(__name__)
 

@@ -20,7 +20,7 @@ from lightning.pytorch.loggers import CSVLogger, WandbLogger
 from lightning.pytorch.loggers.csv_logs import ExperimentWriter
 
 from lcm_lightning.errors import UserError
-from lcm_lightning.files import write_atomic
+from lcm_lightning.output.files import write_atomic
 
 log = logging.getLogger(__name__)
 

@@ -15,7 +15,7 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from lcm_lightning.errors import UserError
-from lcm_lightning.files import write_atomic
+from lcm_lightning.output.files import write_atomic
 
 log = logging.getLogger(__name__)
 

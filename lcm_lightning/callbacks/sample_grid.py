@@ -13,11 +13,11 @@ from lightning.pytorch.loggers import TensorBoardLogger, WandbLogger
 from PIL import Image
 from torch import Tensor
 
-from lcm_lightning.files import write_atomic
+from lcm_lightning.methods.adapter_training import AdapterTraining
 from lcm_lightning.models.adapters import active_adapters
 from lcm_lightning.models.sampling import SamplingSetup, sample
-from lcm_lightning.modules.adapter_training import AdapterTraining
-from lcm_lightning.pictures import labelled_grid
+from lcm_lightning.output.files import write_atomic
+from lcm_lightning.output.pictures import labelled_grid
 
 log = logging.getLogger(__name__)
 

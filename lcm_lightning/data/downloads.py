@@ -25,7 +25,7 @@ from huggingface_hub import HfApi, hf_hub_download
 from rich.progress import Progress
 
 from lcm_lightning.errors import UserError
-from lcm_lightning.files import sha256_of
+from lcm_lightning.output.files import sha256_of
 
 log = logging.getLogger(__name__)
 

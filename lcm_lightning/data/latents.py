@@ -61,7 +61,8 @@ class LatentCache:
     images: str
 
     def check(self, key: Mapping[str, str]) -> None:
-        """Raise a `UserError` unless the cache was made with `key`."""
+        """Raise a `UserError` unless the cache was made with `key`, and of images as they are made now."""
+        key = with_transform(key)
         different = [part for part in self.key.keys() | key.keys() if self.key.get(part) != key.get(part)]
         if different:
             parts = "\n".join(
@@ -94,6 +95,11 @@ class LatentCache:
                 "again, finished shards are kept"
             ) from error
         return text
+
+
+def with_transform(key: Mapping[str, str]) -> dict[str, str]:
+    """What the contents of a cache depend on: `key`, from the model, and what happens to an image before it."""
+    return {**key, "transform": TRANSFORM}
 
 
 def latent_cache(index: ShardIndex, source: str) -> LatentCache | None:

@@ -26,7 +26,7 @@ from lcm_lightning.data.images import ImageFault, decode_image
 from lcm_lightning.data.records import IMAGE_SUFFIXES, INDEX_FORMAT, INDEX_NAME, PARTS_NAME, SPLIT_NAMES, clean_caption
 from lcm_lightning.data.tar import MAX_MEMBER_BYTES, Member, members, read_at
 from lcm_lightning.errors import UserError
-from lcm_lightning.files import sha256_of, write_atomic
+from lcm_lightning.output.files import sha256_of, write_atomic
 
 log = logging.getLogger(__name__)
 

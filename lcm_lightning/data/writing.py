@@ -36,7 +36,7 @@ from lcm_lightning.data.records import (
     clean_caption,
 )
 from lcm_lightning.errors import UserError, first_line
-from lcm_lightning.files import sha256_of, write_atomic
+from lcm_lightning.output.files import sha256_of, write_atomic
 
 log = logging.getLogger(__name__)
 

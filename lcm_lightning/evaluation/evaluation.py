@@ -27,7 +27,7 @@ from lcm_lightning.evaluation.reference import RealImages, Reference, evenly, re
 from lcm_lightning.evaluation.report import SCHEMA_VERSION, write_report
 from lcm_lightning.evaluation.subject import Subject, SubjectSource
 from lcm_lightning.models.stable_diffusion import StableDiffusion
-from lcm_lightning.progress import image_progress
+from lcm_lightning.output.progress import image_progress
 
 ROLES = tuple(TITLES)
 COLUMNS = 8  # of a grid beside the real images

@@ -15,7 +15,7 @@ from PIL import Image
 from torch import Tensor
 
 from lcm_lightning.evaluation.tables import METRICS, Metric, is_known
-from lcm_lightning.pictures import labelled_grid
+from lcm_lightning.output.pictures import labelled_grid
 
 SAMPLER_COLORS = {"ddim": "#2563eb", "dpmpp": "#d97706", "lcm": "#059669"}
 MARKERS = ("o", "s", "^", "D", "v", "P")
@@ -43,7 +43,7 @@ class Grid:
     seeds: Sequence[int]
 
     def picture(self) -> Image.Image:
-        """All of it in one picture; see `lcm_lightning.pictures.labelled_grid`."""
+        """All of it in one picture; see `lcm_lightning.output.pictures.labelled_grid`."""
         words = [f"{caption}\nseed {seed}" for caption, seed in zip(self.captions, self.seeds, strict=True)]
         return labelled_grid(self.columns, self.headings, words)
 

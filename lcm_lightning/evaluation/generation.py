@@ -21,7 +21,7 @@ from lcm_lightning.evaluation.contenders import Contender
 from lcm_lightning.models.adapters import merged_adapters
 from lcm_lightning.models.sampling import sample
 from lcm_lightning.models.stable_diffusion import StableDiffusion
-from lcm_lightning.pictures import to_pil
+from lcm_lightning.output.pictures import to_pil
 
 DRAWING = 1  # changes when the same model draws other pixels than before, so that old images are not taken for new
 

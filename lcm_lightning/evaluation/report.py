@@ -19,8 +19,8 @@ from torch import Tensor
 
 from lcm_lightning.evaluation import tables
 from lcm_lightning.evaluation.figures import Grid, as_bytes, frontier
-from lcm_lightning.files import write_atomic
-from lcm_lightning.pictures import to_pil
+from lcm_lightning.output.files import write_atomic
+from lcm_lightning.output.pictures import to_pil
 
 TEMPLATES = Path(__file__).parent / "templates"
 SCHEMA_VERSION = 1  # of metrics.schema.json

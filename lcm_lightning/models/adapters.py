@@ -20,10 +20,10 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from lcm_lightning.errors import UserError, first_line
-from lcm_lightning.files import write_atomic
 from lcm_lightning.models.lora_layers import FUSED_LAYERS
 from lcm_lightning.models.sampling import make_scheduler
 from lcm_lightning.models.stable_diffusion import StableDiffusion
+from lcm_lightning.output.files import write_atomic
 
 log = logging.getLogger(__name__)
 

@@ -45,6 +45,11 @@ def encoder_key(model: StableDiffusion, teacher_lora: str | None = None) -> dict
     return key if lora is None else {**key, "text_encoder": f"{key['text_encoder']}+lora-{lora}"}
 
 
+def cache_key(model: StableDiffusion, resolution: int, teacher_lora: str | None) -> dict[str, str]:
+    """All that latents and embeddings of given captions and images of `resolution` px depend on, but rounding."""
+    return {**encoder_key(model, teacher_lora), "resolution": str(resolution)}
+
+
 def weights_digest(folder: Path) -> str:
     """Hash of the safetensors weights that diffusers and transformers read from a network's folder."""
     whole = [folder / name for name in ("diffusion_pytorch_model.safetensors", "model.safetensors")]

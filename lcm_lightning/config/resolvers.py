@@ -8,7 +8,9 @@ from pathlib import Path
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
-from lcm_lightning.checkpoints import auto_run_folder, sweep_time
+from lcm_lightning.runs.folders import auto_run_folder, sweep_time
+
+PACKAGE = Path(__file__).parent.parent
 
 
 def chosen(group: str, *, _root_: DictConfig) -> str:
@@ -47,7 +49,7 @@ def generated_folder(run: str | None) -> str:
 
 def package_file(name: str) -> str:
     """Path of a file or folder that ships inside the package."""
-    return str(Path(__file__).parent / name)
+    return str(PACKAGE / name)
 
 
 def register_resolvers() -> None:

@@ -1,33 +1,23 @@
-"""Turn a composed configuration into the objects `train.py` hands to Lightning."""
+"""Turn a composed configuration into objects."""
 
 from __future__ import annotations
 
 import logging
-import warnings
-from collections.abc import Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import lightning as L
 import torch
-from diffusers.utils import logging as diffusers_logging
 from hydra.errors import InstantiationException
 from hydra.utils import instantiate
 from lightning.fabric import Fabric
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.loggers import Logger
 from omegaconf import DictConfig, OmegaConf
 from torch.optim import Optimizer
-from transformers.utils import logging as transformers_logging
 
-from lcm_lightning.caching import cache_key
-from lcm_lightning.checkpoints import OVERRIDES
 from lcm_lightning.data.latents import LatentCache
 from lcm_lightning.errors import SHOW_KEYS, UserError, first_line, innermost
-from lcm_lightning.files import write_atomic
-from lcm_lightning.models.runs import MANIFEST
-from lcm_lightning.resolvers import package_file
+from lcm_lightning.models.identity import cache_key
 
 log = logging.getLogger(__name__)
 
@@ -36,8 +26,7 @@ FROZEN_DTYPES = {
     "bf16-mixed": torch.bfloat16,
     "16-mixed": torch.float16,
 }
-GROUPS = ("model", "method", "optimizer", "data", "trainer", "logger", "callbacks")
-TRAIN_KEYS = (*GROUPS, "name", "seed", "max_steps", "val_every", "resume", "run_dir")
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
 
 def frozen_dtype(precision: str) -> torch.dtype:
@@ -52,6 +41,17 @@ def frozen_dtype(precision: str) -> torch.dtype:
             "stay in float32"
         )
     return FROZEN_DTYPES[precision]
+
+
+def parse_dtype(dtype: str) -> torch.dtype:
+    """The type called `dtype`.
+
+    Raises:
+        UserError: another name.
+    """
+    if dtype not in DTYPES:
+        raise UserError(f"dtype={dtype}: expected {', '.join(DTYPES)}")
+    return DTYPES[dtype]
 
 
 def check_settings(cfg: DictConfig) -> None:
@@ -160,80 +160,3 @@ def make_fabric(accelerator: str, devices: int) -> Fabric:
         raise UserError(
             f"accelerator={accelerator} devices={devices}: {first_line(error)}; accelerator=cpu runs anywhere"
         ) from error
-
-
-class SettingsRecord(L.Callback):
-    """Records a run's settings when training starts: a checkpoint to go on from has been accepted then.
-
-    What a refused command says must not take the place of what the run was made with.
-    """
-
-    def __init__(self, cfg: DictConfig, overrides: Sequence[str], run_dir: Path, loggers: Sequence[Logger]) -> None:
-        self.settings = (cfg, overrides, run_dir, loggers)
-
-    def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
-        """Record them, on the first rank."""
-        if trainer.is_global_zero:
-            record_settings(*self.settings)
-
-
-def record_settings(cfg: DictConfig, overrides: Sequence[str], run_dir: Path, loggers: Sequence[Logger]) -> None:
-    """Write the resolved configuration as the run's `config.yaml` and give it to loggers of hyperparameters.
-
-    Raises:
-        UserError: the run folder cannot be written, on a full disk for example.
-    """
-    try:
-        write_atomic(run_dir / OVERRIDES, OmegaConf.to_yaml(list(overrides)).encode())
-        write_atomic(run_dir / "config.yaml", OmegaConf.to_yaml(cfg).encode())
-        for logger in loggers:
-            logger.log_hyperparams(OmegaConf.to_container(cfg))
-    except OSError as error:
-        raise UserError(
-            f"hydra.run.dir={run_dir}: the run folder cannot be written ({error}); make room there, or set "
-            "hydra.run.dir=... to a place with room"
-        ) from error
-
-
-def next_commands(cfg: DictConfig, run_dir: Path) -> str:
-    """What to do with a finished run, of what it left: pictures, a LoRA."""
-    shown = run_dir.relative_to(Path.cwd()) if run_dir.is_relative_to(Path.cwd()) else run_dir
-    lines = [f"\nrun folder: {shown}"]
-    if any((run_dir / "samples").glob("*.png")):
-        lines.append(f"  look at   {shown}/samples/")
-    if (run_dir / "lora" / MANIFEST).is_file():
-        protocol = " evaluation=quick" if is_embedded(cfg) else ""
-        lines.append(f"  evaluate  python evaluate.py run={shown}{protocol}")
-        lines.append(f'  generate  python -m lcm_lightning.generate run={shown} prompt="..."')
-    return "\n".join(lines)
-
-
-def is_embedded(cfg: DictConfig) -> bool:
-    """Whether a run is of the embedded pipeline on embedded data, which the protocol `quick` is for."""
-    assets = Path(package_file("assets"))
-    model_path = OmegaConf.select(cfg, "model.path")
-    return Path(model_path or "").is_relative_to(assets) and (assets / "data" / cfg.data.name).is_dir()
-
-
-def quiet_known_warnings() -> None:
-    """Silence what other libraries say of situations that are as intended here."""
-    # The tests of CLIP's image processor for torchvision, which nothing here uses.
-    logging.getLogger("transformers").setLevel(logging.ERROR)
-    transformers_logging.disable_progress_bar()
-    diffusers_logging.disable_progress_bar()
-    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(_is_no_advertisement)
-    for message in (
-        ".*Experiment logs directory .* exists.*",  # metrics.csv belongs in the run folder, which Hydra has made
-        ".*Checkpoint directory .* exists and is not empty.*",
-        ".*isinstance\\(treespec, LeafSpec\\).*",  # Lightning's own use of torch
-        ".*does not have many workers.*",  # the number of workers is the user's choice, data.num_workers
-        ".*module\\(s\\) in eval mode at the start.*",  # the frozen networks
-        ".*overridden `transfer_batch_to_device` in `LightningModule`.*",  # to leave the seeds on the host
-        ".*Already found a `peft_config` attribute.*",  # a run has several adapters
-    ):
-        warnings.filterwarnings("ignore", message)
-
-
-def _is_no_advertisement(record: logging.LogRecord) -> bool:
-    """False for Lightning's tips to install other products of its makers."""
-    return "Tip:" not in record.getMessage()

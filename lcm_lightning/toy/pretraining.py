@@ -19,8 +19,10 @@ from transformers import CLIPTextModel, CLIPTokenizer
 from lcm_lightning.data.datamodule import iterate_split
 from lcm_lightning.diffusion.consistency import squared_error
 from lcm_lightning.diffusion.schedule import add_noise, alphas_cumprod_from_config, training_target
+from lcm_lightning.methods.clipping import FusedClipping
+from lcm_lightning.methods.randomness import SampleRandomness
 from lcm_lightning.models.stable_diffusion import StableDiffusion
-from lcm_lightning.models.tiny import (
+from lcm_lightning.toy.networks import (
     SCHEDULER,
     normalise_latents,
     save_pipeline,
@@ -29,8 +31,6 @@ from lcm_lightning.models.tiny import (
     tiny_vae,
     train_tokenizer,
 )
-from lcm_lightning.modules.clipping import FusedClipping
-from lcm_lightning.modules.randomness import SampleRandomness
 
 OptimizerFactory = Callable[[Iterable[nn.Parameter]], Optimizer]
 

@@ -1,21 +1,19 @@
-"""Read back what a training run left in its folder."""
+"""What a run records of itself: its settings, and the adapters it exported."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
-import torch
-from hydra.errors import InstantiationException
-from hydra.utils import instantiate
+from lightning.pytorch.loggers import Logger
 from omegaconf import DictConfig, OmegaConf
 
-from lcm_lightning.errors import UserError, innermost
-from lcm_lightning.files import write_atomic
-from lcm_lightning.models.adapters import LORA_FILE, load_lora, set_active_adapters
-from lcm_lightning.models.stable_diffusion import StableDiffusion
+from lcm_lightning.errors import UserError
+from lcm_lightning.models.adapters import LORA_FILE
+from lcm_lightning.output.files import write_atomic
+from lcm_lightning.runs.folders import OVERRIDES
 
 MANIFEST = "adapters.json"
 
@@ -26,15 +24,6 @@ class Adapter:
 
     name: str
     file: str = LORA_FILE
-
-
-@dataclass(frozen=True)
-class LoadedRun:
-    """A run's model with every adapter it left, all active."""
-
-    model: StableDiffusion
-    config: DictConfig
-    adapters: tuple[str, ...]
 
 
 def write_manifest(folder: Path, adapters: list[Adapter]) -> None:
@@ -69,22 +58,19 @@ def read_manifest(run: Path) -> list[Adapter]:
     return [Adapter(**entry) for entry in json.loads(path.read_text())["adapters"]]
 
 
-def load_run(run: Path, *, dtype: torch.dtype = torch.float32, **model_overrides: Any) -> LoadedRun:
-    """The base model of `run` with its adapters loaded and active.
+def record_settings(cfg: DictConfig, overrides: Sequence[str], run_dir: Path, loggers: Sequence[Logger]) -> None:
+    """Write the resolved configuration as the run's `config.yaml` and give it to loggers of hyperparameters.
 
-    `model_overrides` replace keys of the run's `model` config, such as `path` for a copy elsewhere.
+    Raises:
+        UserError: the run folder cannot be written, on a full disk for example.
     """
-    config = read_config(run)
-    adapters = read_manifest(run)
     try:
-        model = instantiate(config.model, **{"dtype": dtype, **model_overrides})
-    except InstantiationException as error:
-        cause = innermost(error)
-        if isinstance(cause, UserError):
-            raise UserError(f"run={run}: {cause}; model=sd15 model.path=... gives another copy of its model") from error
-        raise
-    for adapter in adapters:
-        load_lora(model, run / "lora" / adapter.file, adapter.name)
-    names = tuple(adapter.name for adapter in adapters)
-    set_active_adapters(model, names)  # loading one switches those before it off
-    return LoadedRun(model.requires_grad_(False), config, names)
+        write_atomic(run_dir / OVERRIDES, OmegaConf.to_yaml(list(overrides)).encode())
+        write_atomic(run_dir / "config.yaml", OmegaConf.to_yaml(cfg).encode())
+        for logger in loggers:
+            logger.log_hyperparams(OmegaConf.to_container(cfg))
+    except OSError as error:
+        raise UserError(
+            f"hydra.run.dir={run_dir}: the run folder cannot be written ({error}); make room there, or set "
+            "hydra.run.dir=... to a place with room"
+        ) from error

@@ -11,11 +11,11 @@ from torch import Tensor
 
 from lcm_lightning.diffusion.consistency import ConsistencyDistillation
 from lcm_lightning.errors import UserError
+from lcm_lightning.methods.adapter_training import AdapterTraining
+from lcm_lightning.methods.randomness import SampleRandomness
 from lcm_lightning.models.adapters import active_adapters, fuse_lora, locate_lora
 from lcm_lightning.models.sampling import SamplingSetup
 from lcm_lightning.models.stable_diffusion import StableDiffusion
-from lcm_lightning.modules.adapter_training import AdapterTraining
-from lcm_lightning.modules.randomness import SampleRandomness
 
 
 class LcmLoraDistillation(AdapterTraining):

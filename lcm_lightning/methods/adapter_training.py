@@ -16,12 +16,12 @@ from torchmetrics import MeanMetric
 
 from lcm_lightning.diffusion.schedule import alphas_cumprod_from_config
 from lcm_lightning.errors import UserError
+from lcm_lightning.methods.clipping import FusedClipping
+from lcm_lightning.methods.randomness import SampleRandomness
 from lcm_lightning.models.activations import keep_fewer_activations
 from lcm_lightning.models.adapters import LoraSettings, add_lora, lora_parameters
 from lcm_lightning.models.sampling import SamplingSetup
 from lcm_lightning.models.stable_diffusion import StableDiffusion
-from lcm_lightning.modules.clipping import FusedClipping
-from lcm_lightning.modules.randomness import SampleRandomness
 
 # Piecewise constant ones would need rules of their own.
 SCHEDULES = tuple(schedule.value for schedule in SchedulerType if schedule != SchedulerType.PIECEWISE_CONSTANT)

@@ -15,7 +15,12 @@ class ImagesPerSecond(ProgressColumn):
         if not task.fields.get("counts_images", True):
             return Text()
         speed = task.finished_speed or task.speed
-        return Text("- images/s" if not speed else f"{speed:.0f} images/s" if speed >= 10 else f"{speed:.2g} images/s")
+        return Text(images_per_second(speed) if speed else "- images/s")
+
+
+def images_per_second(speed: float) -> str:
+    """A throughput in words, to two digits at least."""
+    return f"{speed:.0f} images/s" if speed >= 10 else f"{speed:.2g} images/s"
 
 
 def image_progress(console: Console | None = None, *, disable: bool = False) -> Progress:

@@ -13,27 +13,16 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.errors import ConfigCompositionException, MissingConfigException
 from omegaconf import DictConfig, OmegaConf
 
+from lcm_lightning.config.instantiate import instantiate_group, parse_dtype
 from lcm_lightning.errors import UserError
 from lcm_lightning.evaluation.subject import DataChoice, Subject, SubjectSource
 from lcm_lightning.models.adapters import load_lora, locate_lora, set_active_adapters
-from lcm_lightning.models.runs import MANIFEST, load_run, read_config, read_manifest
 from lcm_lightning.models.stable_diffusion import StableDiffusion
-from lcm_lightning.training import instantiate_group
+from lcm_lightning.runs.loading import load_run
+from lcm_lightning.runs.records import MANIFEST, read_config, read_manifest
 
-DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 ROLES = ("finetuned", "lcm")
 SPECS = "the name of a file in conf/model, run:FOLDER, or lora:, lcm: or finetuned: with a file or hub id"
-
-
-def parse_dtype(dtype: str) -> torch.dtype:
-    """The type called `dtype`.
-
-    Raises:
-        UserError: another name.
-    """
-    if dtype not in DTYPES:
-        raise UserError(f"dtype={dtype}: expected {', '.join(DTYPES)}")
-    return DTYPES[dtype]
 
 
 def load_subject(cfg: DictConfig) -> Subject:

@@ -10,10 +10,10 @@ from torch import Tensor
 from lcm_lightning.diffusion.consistency import squared_error
 from lcm_lightning.diffusion.schedule import add_noise, min_snr_weight, training_target
 from lcm_lightning.errors import UserError
+from lcm_lightning.methods.adapter_training import AdapterTraining
+from lcm_lightning.methods.randomness import SampleRandomness
 from lcm_lightning.models.sampling import SamplingSetup
 from lcm_lightning.models.stable_diffusion import StableDiffusion
-from lcm_lightning.modules.adapter_training import AdapterTraining
-from lcm_lightning.modules.randomness import SampleRandomness
 
 
 class LoraFinetuning(AdapterTraining):

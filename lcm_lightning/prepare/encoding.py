@@ -26,7 +26,7 @@ from torch import Tensor
 
 from lcm_lightning.data.downloads import is_url
 from lcm_lightning.data.images import ImageFault, crop_square, decode_image, normalise, resize_shorter_side
-from lcm_lightning.data.latents import MOMENTS, TEXT, TRANSFORM
+from lcm_lightning.data.latents import MOMENTS, TEXT, with_transform
 from lcm_lightning.data.plan import stable_hash
 from lcm_lightning.data.records import INDEX_NAME, PARTS_NAME, STARTED_NAME
 from lcm_lightning.data.shards import (
@@ -50,9 +50,8 @@ from lcm_lightning.data.writing import (
     write_samples,
 )
 from lcm_lightning.errors import UserError, first_line
-from lcm_lightning.files import write_atomic
-from lcm_lightning.models.identity import encoder_key
 from lcm_lightning.models.stable_diffusion import StableDiffusion
+from lcm_lightning.output.files import write_atomic
 
 FORMAT = 1
 EMPTY_CAPTION = "empty_caption.safetensors"
@@ -100,11 +99,6 @@ class Prepared:
     pixel_values: np.ndarray
 
 
-def cache_key(model: StableDiffusion, resolution: int, teacher_lora: str | None) -> dict[str, str]:
-    """All that the latents and embeddings of given images and captions depend on, but rounding."""
-    return {**encoder_key(model, teacher_lora), "resolution": str(resolution), "transform": TRANSFORM}
-
-
 def cached_splits(index: ShardIndex) -> list[str]:
     """The splits training looks at: train, and val or, where there is none, test."""
     held_out = [split for split in ("val", "test") if split in index.locations][:1]
@@ -133,7 +127,7 @@ def cache_latents(
     Args:
         images: path or address `index` was found at, for those who need the images themselves.
         model: whose VAE and text encoder run, where the model is.
-        key: from `cache_key`.
+        key: from `lcm_lightning.models.identity.cache_key`.
         batch_size: images, and images' captions, at a time.
         workers: threads that decode; None for one per core.
         on_samples: called with the number of samples after each batch.
@@ -146,14 +140,15 @@ def cache_latents(
         UserError: `output` holds something else, or not one image can be used.
     """
     check_whole_number("cache.batch_size", batch_size, 1, advice="try 8")
+    key = with_transform(key)
     replaceable = check_output(index, output, key)
-    started = {"key": dict(key), "shards": sorted(replaceable)}
+    started = {"key": key, "shards": sorted(replaceable)}
     write_atomic(output / PARTS_NAME / STARTED_NAME, json.dumps(started).encode())
     written = []
     for split in cached_splits(index):
         for number, shard in enumerate(open_split(index, split, cache_dir)):
             file, of_split = f"{split}-{number:06d}.tar", settings.of_split(split)
-            content = [FORMAT, dict(key), asdict(of_split), content_digest(shard, cache_dir), shard.path.name]
+            content = [FORMAT, key, asdict(of_split), content_digest(shard, cache_dir), shard.path.name]
             task = Task(file, split, (), hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest())
             kept = kept_shard(task, output)
             if kept is None:
@@ -167,7 +162,7 @@ def cache_latents(
         empty_text = to_half(model.encode_text([""]))[0]
         write_atomic(output / EMPTY_CAPTION, save({TEXT: empty_text.numpy()}))
     latents = {
-        "key": dict(key),
+        "key": key,
         "crops": settings.crops,
         "flips": settings.flips,
         "latent_shape": model.latent_shape(int(key["resolution"])),

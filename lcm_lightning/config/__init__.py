@@ -1,0 +1,1 @@
+"""From what was typed to objects: where configurations lie, what they may compute, checks, instantiation."""

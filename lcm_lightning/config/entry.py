@@ -1,0 +1,49 @@
+"""What every command begins with: where its configurations lie, and what it says of mistakes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import ParamSpec, TypeVar
+
+import hydra
+from hydra.core.config_search_path import ConfigSearchPath
+from hydra.core.plugins import Plugins
+from hydra.plugins.search_path_plugin import SearchPathPlugin
+
+from lcm_lightning.config.resolvers import PACKAGE, register_resolvers
+from lcm_lightning.errors import report_configuration_errors, report_user_errors
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def configurations() -> Path:
+    """The folder of the configurations that ship: `conf/` of a clone, or inside an installed package."""
+    installed = PACKAGE / "conf"
+    return installed if installed.is_dir() else PACKAGE.parent / "conf"
+
+
+class ConfigurationsHere(SearchPathPlugin):
+    """Finds configurations of one's own in the folder `conf/` where a command is started, after those that ship."""
+
+    def manipulate_search_path(self, search_path: ConfigSearchPath) -> None:
+        """Add the folder."""
+        here = Path.cwd() / "conf"
+        if here.is_dir() and here != configurations():
+            search_path.append(provider="working-folder", path=f"file://{here}")
+
+
+def command(config_name: str) -> Callable[[Callable[P, R]], Callable[[], R]]:
+    """Decorate the main function of a program with Hydra's command line, composed from `config_name`.
+
+    What is wrong with the command ends it with one message and status 2.
+    """
+    register_resolvers()
+    Plugins.instance().register(ConfigurationsHere)
+
+    def decorate(task: Callable[P, R]) -> Callable[[], R]:
+        composed = hydra.main(version_base="1.3", config_path=str(configurations()), config_name=config_name)
+        return report_configuration_errors(composed(report_user_errors(task)))
+
+    return decorate

@@ -1,0 +1,33 @@
+"""Silence about what is as intended."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+
+from diffusers.utils import logging as diffusers_logging
+from transformers.utils import logging as transformers_logging
+
+
+def quiet_known_warnings() -> None:
+    """Silence what other libraries say of situations that are as intended here."""
+    # The tests of CLIP's image processor for torchvision, which nothing here uses.
+    logging.getLogger("transformers").setLevel(logging.ERROR)
+    transformers_logging.disable_progress_bar()
+    diffusers_logging.disable_progress_bar()
+    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(_is_no_advertisement)
+    for message in (
+        ".*Experiment logs directory .* exists.*",  # metrics.csv belongs in the run folder, which Hydra has made
+        ".*Checkpoint directory .* exists and is not empty.*",
+        ".*isinstance\\(treespec, LeafSpec\\).*",  # Lightning's own use of torch
+        ".*does not have many workers.*",  # the number of workers is the user's choice, data.num_workers
+        ".*module\\(s\\) in eval mode at the start.*",  # the frozen networks
+        ".*overridden `transfer_batch_to_device` in `LightningModule`.*",  # to leave the seeds on the host
+        ".*Already found a `peft_config` attribute.*",  # a run has several adapters
+    ):
+        warnings.filterwarnings("ignore", message)
+
+
+def _is_no_advertisement(record: logging.LogRecord) -> bool:
+    """False for Lightning's tips to install other products of its makers."""
+    return "Tip:" not in record.getMessage()

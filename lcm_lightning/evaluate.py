@@ -1,0 +1,62 @@
+"""Evaluate: ``python evaluate.py run=outputs/...``, ``model=sd15 lora=...``, or any of them in ``models=[...]``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from omegaconf import DictConfig, OmegaConf
+from rich import print as rich_print
+
+from lcm_lightning.config.checks import check_writable, resolve
+from lcm_lightning.config.entry import command
+from lcm_lightning.config.instantiate import instantiate_each, instantiate_group, make_fabric
+from lcm_lightning.config.quiet import quiet_known_warnings
+from lcm_lightning.evaluation.dashboard import log_evaluation
+from lcm_lightning.evaluation.evaluation import check_size, evaluate_models
+from lcm_lightning.evaluation.model_sources import evaluation_data, find_subjects
+from lcm_lightning.evaluation.reference import RealImages
+from lcm_lightning.evaluation.report import console_tables, publish
+
+EVALUATE_KEYS = ("models", "run", "model", "lora", "lora_role", "data", "evaluation", "logger", "seed")
+EVALUATE_KEYS += ("accelerator", "devices", "dtype", "name", "run_dir")
+
+
+@command("evaluate")
+def main(cfg: DictConfig) -> None:
+    """Compose the evaluation, run it on every device, say where its results are."""
+    quiet_known_warnings()
+    resolve(cfg, EVALUATE_KEYS)
+    protocol = instantiate_group(cfg, "evaluation")
+    sources = find_subjects(cfg)
+    data = evaluation_data(cfg, sources)
+    real = RealImages(data.name, data.source, protocol.split, protocol.num_images, data.resolution, data.cache_dir)
+    check_size(real)  # before there are other processes that would wait for one that gave up
+    fabric = make_fabric(cfg.accelerator, cfg.devices)
+    threads = torch.get_num_threads()  # launching several processes shares the cores out between them
+    fabric.launch()
+    loggers = instantiate_each(cfg, "logger") if fabric.is_global_zero else []
+    folder = Path(fabric.broadcast(cfg.run_dir))
+    if fabric.is_global_zero:
+        check_writable("run_dir", folder)
+    metrics = evaluate_models(
+        sources,
+        protocol=protocol,
+        real=real,
+        fabric=fabric,
+        folder=folder,
+        config=OmegaConf.to_yaml(cfg),
+        threads=threads,
+    )
+    if fabric.is_global_zero:
+        if cfg.run is not None and folder.parent == Path(cfg.run).expanduser() / "evaluation":
+            publish(folder, folder.parent)
+        for logger in loggers:
+            log_evaluation(logger, metrics, folder)
+        for table in console_tables(metrics):
+            rich_print(table)
+        print(f"\nreport: {(folder / 'report.html').resolve()}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""What reaches the disk and the screen: whole files, pictures, progress bars."""

@@ -1,0 +1,1 @@
+"""`python -m lcm_lightning.prepare`: captioned images to shards, and shards to what a model's encoders make of them."""

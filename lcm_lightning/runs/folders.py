@@ -1,0 +1,79 @@
+"""Which folder a run is written to."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from datetime import datetime
+from pathlib import Path
+
+from omegaconf import OmegaConf
+
+from lcm_lightning.errors import UserError
+
+AUTO = "auto"
+CHECKPOINTS = "checkpoints"
+OVERRIDES = "overrides.yaml"  # of the command that trained; Hydra's own in .hydra/ is of the last one, also if refused
+
+
+def auto_run_folder(resume: str | None, experiment: str, overrides: list[str]) -> str:
+    """Folder of a run: a new one named by date and time, or with resume=auto the newest one of the same command.
+
+    Commands are the same if their overrides are, whatever their order and `resume=`. A run that left no checkpoint has
+    nothing to go on with.
+
+    Raises:
+        UserError: several processes, which `torchrun` or `srun` started, would each name a folder by its own clock.
+    """
+    root = Path("outputs") / experiment
+    if resume == AUTO:
+        runs = [path for path in root.glob("*") if checkpoint_files(path) and same_command(path, overrides)]
+        if runs:
+            return str(max(runs, key=lambda path: (max(f.stat().st_mtime for f in checkpoint_files(path)), path.name)))
+    refuse_own_clocks("hydra.run.dir", root)
+    return str(root / date_and_time())
+
+
+def sweep_time() -> str:
+    """The last part of the default folder of a sweep.
+
+    Raises:
+        UserError: as `auto_run_folder`.
+    """
+    refuse_own_clocks("hydra.sweep.dir", Path("outputs/sweep"))
+    return date_and_time()
+
+
+def date_and_time() -> str:
+    """Now, as a folder's name."""
+    return datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
+
+
+def refuse_own_clocks(key: str, root: Path) -> None:
+    """Raise a `UserError` with an example in `root` where each of several processes would name the folder `key`."""
+    if started_apart():
+        raise UserError(
+            f"{key}: torchrun or srun started several processes, which must share a run folder; set it, as in "
+            f"{key}={root}/${{SLURM_JOB_ID:-first}}"
+        )
+
+
+def started_apart() -> bool:
+    """Whether this is one of several processes that `torchrun` or SLURM's `srun` started, not Lightning."""
+    torchrun = "TORCHELASTIC_RUN_ID" in os.environ and int(os.environ.get("WORLD_SIZE", "1")) > 1
+    return torchrun or int(os.environ.get("SLURM_STEP_NUM_TASKS", "1")) > 1
+
+
+def same_command(run_dir: Path, overrides: list[str]) -> bool:
+    """Whether a run was started with `overrides`, `resume=` aside."""
+    path = run_dir / OVERRIDES
+    return path.is_file() and _without_resume(OmegaConf.load(path)) == _without_resume(overrides)
+
+
+def _without_resume(overrides: Iterable[str]) -> list[str]:
+    return sorted(override for override in overrides if not override.lstrip("+").startswith("resume="))
+
+
+def checkpoint_files(run_dir: Path) -> list[Path]:
+    """The finished checkpoint files of a run."""
+    return sorted(path for path in (run_dir / CHECKPOINTS).glob("*.ckpt") if not path.name.startswith("."))

@@ -1,0 +1,30 @@
+"""What to do next with a finished run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from omegaconf import DictConfig, OmegaConf
+
+from lcm_lightning.config.resolvers import package_file
+from lcm_lightning.runs.records import MANIFEST
+
+
+def next_commands(cfg: DictConfig, run_dir: Path) -> str:
+    """What to do with a finished run, of what it left: pictures, a LoRA."""
+    shown = run_dir.relative_to(Path.cwd()) if run_dir.is_relative_to(Path.cwd()) else run_dir
+    lines = [f"\nrun folder: {shown}"]
+    if any((run_dir / "samples").glob("*.png")):
+        lines.append(f"  look at   {shown}/samples/")
+    if (run_dir / "lora" / MANIFEST).is_file():
+        protocol = " evaluation=quick" if is_embedded(cfg) else ""
+        lines.append(f"  evaluate  python evaluate.py run={shown}{protocol}")
+        lines.append(f'  generate  python -m lcm_lightning.generate run={shown} prompt="..."')
+    return "\n".join(lines)
+
+
+def is_embedded(cfg: DictConfig) -> bool:
+    """Whether a run is of the embedded pipeline on embedded data, which the protocol `quick` is for."""
+    assets = Path(package_file("assets"))
+    model_path = OmegaConf.select(cfg, "model.path")
+    return Path(model_path or "").is_relative_to(assets) and (assets / "data" / cfg.data.name).is_dir()

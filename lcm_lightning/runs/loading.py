@@ -1,0 +1,47 @@
+"""Load the model that a run left."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from hydra.errors import InstantiationException
+from hydra.utils import instantiate
+from omegaconf import DictConfig
+
+from lcm_lightning.errors import UserError, innermost
+from lcm_lightning.models.adapters import load_lora, set_active_adapters
+from lcm_lightning.models.stable_diffusion import StableDiffusion
+from lcm_lightning.runs.records import read_config, read_manifest
+
+
+@dataclass(frozen=True)
+class LoadedRun:
+    """A run's model with every adapter it left, all active."""
+
+    model: StableDiffusion
+    config: DictConfig
+    adapters: tuple[str, ...]
+
+
+def load_run(run: Path, *, dtype: torch.dtype = torch.float32, **model_overrides: Any) -> LoadedRun:
+    """The base model of `run` with its adapters loaded and active.
+
+    `model_overrides` replace keys of the run's `model` config, such as `path` for a copy elsewhere.
+    """
+    config = read_config(run)
+    adapters = read_manifest(run)
+    try:
+        model = instantiate(config.model, **{"dtype": dtype, **model_overrides})
+    except InstantiationException as error:
+        cause = innermost(error)
+        if isinstance(cause, UserError):
+            raise UserError(f"run={run}: {cause}; model=sd15 model.path=... gives another copy of its model") from error
+        raise
+    for adapter in adapters:
+        load_lora(model, run / "lora" / adapter.file, adapter.name)
+    names = tuple(adapter.name for adapter in adapters)
+    set_active_adapters(model, names)  # loading one switches those before it off
+    return LoadedRun(model.requires_grad_(False), config, names)

@@ -1,0 +1,1 @@
+"""The embedded pipeline: its architectures, and how it was trained from scratch."""

@@ -1,0 +1,61 @@
+"""Train: ``python train.py experiment=lcm_flickr30k``. Composes what `conf/` says and runs Lightning's Trainer."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import lightning as L
+from hydra.core.hydra_config import HydraConfig
+from lightning.pytorch.loggers import Logger
+from omegaconf import DictConfig
+
+from lcm_lightning.callbacks.loggers import MetricsFile
+from lcm_lightning.callbacks.settings_record import SettingsRecord
+from lcm_lightning.config.checks import resolve
+from lcm_lightning.config.entry import command
+from lcm_lightning.config.instantiate import build_module, check_settings, instantiate_each, instantiate_group
+from lcm_lightning.config.quiet import quiet_known_warnings
+from lcm_lightning.runs.checkpoint_files import find_checkpoint, global_step
+from lcm_lightning.runs.hints import next_commands
+from lcm_lightning.runs.preemption import Preempted, requeue_slurm_job
+
+GROUPS = ("model", "method", "optimizer", "data", "trainer", "logger", "callbacks")
+TRAIN_KEYS = (*GROUPS, "name", "seed", "max_steps", "val_every", "resume", "run_dir")
+
+
+@command("train")
+def main(cfg: DictConfig) -> float | None:
+    """Compose the run, train, and say where its results are; the last validation loss, for sweepers to minimise."""
+    quiet_known_warnings()
+    resolve(cfg, TRAIN_KEYS)
+    run_dir = Path(cfg.run_dir)
+    L.seed_everything(cfg.seed, workers=True, verbose=False)
+    checkpoint = find_checkpoint(cfg.resume, run_dir)
+    data = instantiate_group(cfg, "data")
+    goes_on = checkpoint is not None and checkpoint.resolve().is_relative_to(run_dir.resolve())
+    metrics = MetricsFile(run_dir, global_step(checkpoint) if goes_on else 0)
+    loggers: list[Logger] = [metrics, *instantiate_each(cfg, "logger")]
+    settings = SettingsRecord(cfg, HydraConfig.get().overrides.task, run_dir, loggers[1:])
+    callbacks = [*instantiate_each(cfg, "callbacks"), settings]  # last: others may refuse to start
+    trainer = instantiate_group(cfg, "trainer", logger=loggers, callbacks=callbacks)
+    check_settings(cfg)
+    data.prepare_data()
+    module = build_module(cfg, trainer.precision, data.cache)
+    trainer.ckpt_path = checkpoint  # not an argument of fit, which tells callbacks when it is being loaded
+    try:
+        trainer.fit(module, datamodule=data, weights_only=True)
+    except Preempted as stop:
+        if trainer.is_global_zero:
+            print(f"\n{stop} after step {trainer.global_step}; resume=auto goes on: {run_dir}", file=sys.stderr)
+            if stop.requeue:
+                requeue_slurm_job()
+        sys.exit(128 + stop.number)
+    if trainer.is_global_zero:
+        print(next_commands(cfg, run_dir))
+    validation_loss = trainer.callback_metrics.get("val/loss")
+    return None if validation_loss is None else validation_loss.item()
+
+
+if __name__ == "__main__":
+    main()
