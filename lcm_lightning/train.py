@@ -14,10 +14,10 @@ from lcm_lightning.callbacks.loggers import MetricsFile
 from lcm_lightning.callbacks.settings_record import SettingsRecord
 from lcm_lightning.config.checks import resolve
 from lcm_lightning.config.entry import command
+from lcm_lightning.config.hints import next_commands
 from lcm_lightning.config.instantiate import build_module, check_settings, instantiate_each, instantiate_group
 from lcm_lightning.config.quiet import quiet_known_warnings
 from lcm_lightning.runs.checkpoint_files import find_checkpoint, global_step
-from lcm_lightning.runs.hints import next_commands
 from lcm_lightning.runs.preemption import Preempted, requeue_slurm_job
 
 GROUPS = ("model", "method", "optimizer", "data", "trainer", "logger", "callbacks")

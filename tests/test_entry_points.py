@@ -22,7 +22,7 @@ from safetensors.torch import load_file
 
 import train
 from lcm_lightning.callbacks.loggers import wandb_run_id
-from lcm_lightning.runs.hints import next_commands
+from lcm_lightning.config.hints import next_commands
 from lcm_lightning.runs.loading import load_run
 from lcm_lightning.runs.records import Adapter, read_manifest, write_manifest
 from lcm_lightning.train import TRAIN_KEYS
