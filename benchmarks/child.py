@@ -28,8 +28,9 @@ from lcm_lightning.config.instantiate import build_module, frozen_dtype, instant
 from lcm_lightning.config.quiet import quiet_known_warnings
 from lcm_lightning.config.resolvers import register_resolvers
 from lcm_lightning.evaluation.latency import peak_memory_mb
+from lcm_lightning.methods.lcm_lora import LcmLoraDistillation
 from lcm_lightning.models.adapters import LoraSettings, add_lora, merged_adapters
-from lcm_lightning.models.sampling import sample
+from lcm_lightning.models.sampling import DDIM, sample
 
 CONF = Path(__file__).parent.parent / "conf"
 
@@ -119,17 +120,18 @@ def draw(overrides: list[str]) -> dict[str, Any]:
     cfg = composed([item for item in overrides if not item.startswith("draw.")])
     model = instantiate_group(cfg, "model", dtype=frozen_dtype(cfg.trainer.precision))
     model.to("cuda" if torch.cuda.is_available() else "cpu")
-    add_lora(model.unet, "lcm", LoraSettings(rank=cfg.method.lora.rank, alpha=cfg.method.lora.rank))
+    student = LcmLoraDistillation.kind
+    add_lora(model.unet, student.name, LoraSettings(rank=cfg.method.lora.rank, alpha=cfg.method.lora.rank))
     resolution = cfg.data.resolution
     common = {"seeds": [0], "resolution": resolution}
-    sample(model, [""], steps=1, guidance_scale=1.0, sampler="lcm", **common)  # warms up
+    sample(model, [""], steps=1, guidance_scale=1.0, sampler=student.sampler, **common)  # warms up
     seconds: dict[str, list[float]] = {"student": [], "teacher": []}
     for _ in range(draws["draw.repeats"]):
         for role, setting in {
-            "student": {"steps": draws["draw.student_steps"], "guidance_scale": 1.0, "sampler": "lcm"},
-            "teacher": {"steps": draws["draw.teacher_steps"], "guidance_scale": 7.5, "sampler": "ddim"},
+            "student": {"steps": draws["draw.student_steps"], "guidance_scale": 1.0, "sampler": student.sampler},
+            "teacher": {"steps": draws["draw.teacher_steps"], "guidance_scale": 7.5, "sampler": DDIM},
         }.items():
-            with merged_adapters(model, ("lcm",) if role == "student" else ()):
+            with merged_adapters(model, (student.name,) if role == "student" else ()):
                 started = time.perf_counter()
                 sample(model, ["a dog on a beach"], **setting, **common)
                 seconds[role].append(time.perf_counter() - started)

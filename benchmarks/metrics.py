@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from lightning.fabric import Fabric
 
-from lcm_lightning.evaluation.contenders import STUDENT, Lineup
+from lcm_lightning.evaluation.contenders import Lineup
 from lcm_lightning.evaluation.features import Clip, ClipPatches
 from lcm_lightning.evaluation.frechet import FrechetDistance
 from lcm_lightning.evaluation.generation import Drawing, draw_missing, image_file, latents_file
@@ -28,6 +28,7 @@ from lcm_lightning.evaluation.measurement import measure
 from lcm_lightning.evaluation.metrics import Resampling
 from lcm_lightning.evaluation.protocol import Protocol
 from lcm_lightning.evaluation.reference import RealImages, read_reference
+from lcm_lightning.methods.lcm_lora import LcmLoraDistillation
 from lcm_lightning.models.stable_diffusion import load_stable_diffusion
 from lcm_lightning.output.progress import image_progress
 
@@ -76,7 +77,7 @@ def measuring_against_drawing(images: int = 300, drawn: int = 20) -> None:
     Students draw with the base model's weights: a merged LoRA takes no time.
     """
     lineup = Lineup(guidance_scale=4.0, rivals={"dpmpp": [10, 20]})
-    contenders = [replace(contender, adapters=()) for contender in lineup.contenders([STUDENT])]
+    contenders = [replace(contender, adapters=()) for contender in lineup.contenders([LcmLoraDistillation.kind])]
     protocol = Protocol("quick", str(ASSETS / "tiny_clip"), split="train", num_images=images, batch_size=drawn)
     clip, fabric = Clip(protocol.clip), Fabric(accelerator="cpu", devices=1)
     model = load_stable_diffusion(str(ASSETS / "tiny"), dtype=torch.bfloat16)

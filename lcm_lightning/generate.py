@@ -18,10 +18,11 @@ from lcm_lightning.config.entry import command
 from lcm_lightning.config.instantiate import make_fabric
 from lcm_lightning.config.quiet import quiet_known_warnings
 from lcm_lightning.errors import UserError
-from lcm_lightning.evaluation.contenders import STUDENT
 from lcm_lightning.evaluation.model_sources import load_subject
+from lcm_lightning.methods import adapter_kinds
 from lcm_lightning.models.adapters import merged_adapters
-from lcm_lightning.models.sampling import sample
+from lcm_lightning.models.kinds import BASE, AdapterKind
+from lcm_lightning.models.sampling import SOLVERS, Sampler, sample
 from lcm_lightning.output.pictures import contact_sheet, to_pil
 from lcm_lightning.output.progress import image_progress
 
@@ -73,6 +74,19 @@ def pictures_by_name(images: Tensor, prompts: Sequence[str], seeds: Sequence[int
     return pictures
 
 
+def find_sampler(name: str, adapters: Sequence[AdapterKind]) -> Sampler:
+    """The sampler called `name`: a solver, that of an adapter at hand, or of a method.
+
+    Raises:
+        UserError: there is none.
+    """
+    kinds = (*adapter_kinds().values(), *adapters)
+    samplers = SOLVERS | {kind.sampler.name: kind.sampler for kind in kinds}
+    if name not in samplers:
+        raise UserError(f"sampler={name}: expected one of {', '.join(samplers)}")
+    return samplers[name]
+
+
 @command("generate")
 def main(cfg: DictConfig) -> None:
     """Entry point."""
@@ -81,10 +95,10 @@ def main(cfg: DictConfig) -> None:
     device = make_fabric(cfg.accelerator, 1).device
     subject = load_subject(cfg)
     model = subject.model.to(device)
-    distilled = STUDENT in subject.adapters
-    default_sampler, default_steps, default_guidance = ("lcm", 4, 1.0) if distilled else ("ddim", 50, 7.5)
-    steps = default_steps if cfg.steps is None else cfg.steps
-    guidance_scale = default_guidance if cfg.guidance_scale is None else cfg.guidance_scale
+    usual = subject.adapters[-1] if subject.adapters else BASE
+    sampler = usual.sampler if cfg.sampler is None else find_sampler(cfg.sampler, subject.adapters)
+    steps = usual.steps if cfg.steps is None else cfg.steps
+    guidance_scale = usual.guidance_scale if cfg.guidance_scale is None else cfg.guidance_scale
     if cfg.negative_prompt and guidance_scale <= 1:
         raise UserError(f"negative_prompt={cfg.negative_prompt}: acts with guidance_scale above 1 only")
     wanted = list(cfg.prompt) if OmegaConf.is_list(cfg.prompt) else [cfg.prompt]
@@ -97,7 +111,7 @@ def main(cfg: DictConfig) -> None:
     check_writable("output", Path(cfg.output))
     if cfg.preview and model.preview_vae is None:
         raise UserError("preview=true: needs a small decoder; set model.preview_vae=madebyollin/taesd beside model=...")
-    with image_progress() as progress, merged_adapters(model, subject.adapters):
+    with image_progress() as progress, merged_adapters(model, [kind.name for kind in subject.adapters]):
         bar = progress.add_task("drawing", total=len(prompts))
         images = sample(
             model,
@@ -105,7 +119,7 @@ def main(cfg: DictConfig) -> None:
             seeds=seeds,
             steps=steps,
             guidance_scale=guidance_scale,
-            sampler=default_sampler if cfg.sampler is None else cfg.sampler,
+            sampler=sampler,
             resolution=resolution,
             negative_prompt=cfg.negative_prompt,
             batch_size=cfg.batch_size,

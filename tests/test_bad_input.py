@@ -25,6 +25,7 @@ from hydra.core.global_hydra import GlobalHydra
 from omegaconf import OmegaConf
 from PIL import Image
 
+from lcm_lightning.methods.lcm_lora import LcmLoraDistillation
 from lcm_lightning.models.adapters import LoraSettings, add_lora, lora_state_dict, save_lora
 from lcm_lightning.models.stable_diffusion import load_stable_diffusion
 from lcm_lightning.runs.records import Adapter, write_manifest
@@ -298,7 +299,7 @@ def runs(folder: Path) -> None:
         OmegaConf.save({"model": {**model, "path": str(folder / path)}, "data": {}}, folder / name / "config.yaml")
         if name != "unexported":
             shutil.copy(folder / "good.safetensors", folder / name / "lora" / "pytorch_lora_weights.safetensors")
-            write_manifest(folder / name / "lora", [Adapter("lcm")])
+            write_manifest(folder / name / "lora", [Adapter(LcmLoraDistillation.kind)])
 
 
 def pipelines(folder: Path, pipeline: Path) -> None:

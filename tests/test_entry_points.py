@@ -23,6 +23,7 @@ from safetensors.torch import load_file
 import train
 from lcm_lightning.callbacks.loggers import wandb_run_id
 from lcm_lightning.config.hints import next_commands
+from lcm_lightning.methods.lora import LoraFinetuning
 from lcm_lightning.runs.loading import load_run
 from lcm_lightning.runs.records import Adapter, read_manifest, write_manifest
 from lcm_lightning.train import TRAIN_KEYS
@@ -128,7 +129,7 @@ def test_a_finetuned_run_is_distilled_and_both_adapters_are_in_the_student_s_fol
         "student", "experiment=lcm_flickr8k", "trainer=debug", "logger=none", f"method.teacher_lora={teacher}"
     )
     assert_complete(student, steps=2)
-    assert [adapter.name for adapter in read_manifest(student)] == ["finetuned", "lcm"]
+    assert [adapter.kind.name for adapter in read_manifest(student)] == ["finetuned", "lcm"]
     original = load_file(teacher / "lora" / "pytorch_lora_weights.safetensors")
     kept = load_file(student / "lora" / "teacher_lora_weights.safetensors")
     assert original.keys() == kept.keys() and all(torch.equal(original[key], kept[key]) for key in original)
@@ -256,7 +257,7 @@ def test_the_end_of_a_run_names_what_it_left(run: Run, capfd: pytest.CaptureFixt
 def test_the_quick_evaluation_is_proposed_for_the_embedded_pipeline_and_data(
     tmp_path: Path, choices: list[str], protocol: str
 ):
-    write_manifest(tmp_path / "lora", [Adapter("finetuned")])
+    write_manifest(tmp_path / "lora", [Adapter(LoraFinetuning.kind)])
     with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
         cfg = compose("train", overrides=choices)
     assert f"python evaluate.py run={tmp_path}{protocol}\n" in next_commands(cfg, tmp_path)

@@ -21,6 +21,8 @@ from PIL import Image
 from lcm_lightning.errors import UserError
 from lcm_lightning.evaluation.contenders import Lineup
 from lcm_lightning.evaluation.features import Clip, InceptionFeatures
+from lcm_lightning.methods import adapter_kinds
+from lcm_lightning.methods.lcm_lora import LCM
 from lcm_lightning.models.adapters import (
     LoraSettings,
     active_adapters,
@@ -34,7 +36,7 @@ from lcm_lightning.models.adapters import (
     save_lora,
 )
 from lcm_lightning.models.architectures import SD15_SCHEDULER
-from lcm_lightning.models.sampling import make_scheduler, sample
+from lcm_lightning.models.sampling import DDIM, make_scheduler, sample
 from lcm_lightning.models.stable_diffusion import StableDiffusion, load_stable_diffusion
 
 ROOT = Path(__file__).parent.parent
@@ -359,7 +361,7 @@ def test_merged_adapters_are_the_adapters_and_leave_no_trace(
         give_lora(trained, name, seed)
         save_lora(lora_state_dict(trained.unet, name), tmp_path / f"{name}.safetensors")
         load_lora(tiny_model, tmp_path / f"{name}.safetensors", name)
-    settings = {"seeds": [0], "steps": 2, "guidance_scale": 1.0, "sampler": "lcm", "resolution": 32}
+    settings = {"seeds": [0], "steps": 2, "guidance_scale": 1.0, "sampler": LCM, "resolution": 32}
     weights = {key: value.clone() for key, value in tiny_model.state_dict().items()}
     drawn = {}
     for names in ((), ("finetuned",), ("finetuned", "lcm")):
@@ -395,13 +397,14 @@ def test_a_dora_is_refused(tiny_model: StableDiffusion, tmp_path: Path):
 def test_latents_are_never_clipped():
     """Configs of other schedulers' classes, as many fine-tuned models have them, say nothing of DDIM's settings."""
     euler = {key: value for key, value in SD15_SCHEDULER.items() if key in ("beta_start", "beta_end", "beta_schedule")}
-    config = make_scheduler("ddim", EulerDiscreteScheduler(**euler).config).config
+    config = make_scheduler(DDIM, EulerDiscreteScheduler(**euler).config).config
     assert not config.clip_sample and not config.set_alpha_to_one
 
 
 def test_the_lineup_follows_the_adapters():
     def roles(*adapters: str) -> list[tuple[str, tuple[str, ...]]]:
-        return [(c.role, c.adapters) for c in Lineup(student_steps=(4,)).contenders(adapters)]
+        kinds = [adapter_kinds()[name] for name in adapters]
+        return [(c.role, c.adapters) for c in Lineup(student_steps=(4,)).contenders(kinds)]
 
     assert roles() == [("base", ())]
     assert roles("finetuned") == [("base", ()), ("finetuned", ("finetuned",))]
@@ -416,11 +419,12 @@ def test_the_lineup_follows_the_adapters():
 
 def test_rivals_are_the_teacher_by_fast_solvers_and_everyone_knows_the_teacher():
     lineup = Lineup(teacher_steps=50, rivals={"ddim": [10, 50], "dpmpp": [10, 20]}, student_steps=(4,))
-    slugs = [contender.slug for contender in lineup.contenders(("finetuned", "lcm"))]
+    tuned, lcm = (adapter_kinds()[name] for name in ("finetuned", "lcm"))
+    slugs = [contender.slug for contender in lineup.contenders((tuned, lcm))]
     rivals = ["finetuned_ddim_10", "finetuned_dpmpp_10", "finetuned_dpmpp_20"]
     assert slugs == ["base_ddim_50", "finetuned_ddim_50", *rivals, "undistilled_ddim_4", "lcm_lora_4"]
-    assert {contender.teacher for contender in lineup.contenders(("finetuned", "lcm"))} == {"finetuned_ddim_50"}
-    assert {contender.teacher for contender in lineup.contenders(("lcm",))} == {"base_ddim_50"}
+    assert {contender.teacher for contender in lineup.contenders((tuned, lcm))} == {"finetuned_ddim_50"}
+    assert {contender.teacher for contender in lineup.contenders((lcm,))} == {"base_ddim_50"}
     assert lineup.contenders(())[1].label == "base, DDIM 10 steps"
 
 

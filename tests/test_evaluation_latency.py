@@ -19,11 +19,12 @@ from lcm_lightning.evaluation.latency import (
     matrix_peak,
     measure_latency,
 )
-from lcm_lightning.models.sampling import sample
+from lcm_lightning.methods.lcm_lora import LCM
+from lcm_lightning.models.sampling import DDIM, sample
 from lcm_lightning.models.stable_diffusion import StableDiffusion
 
-TEACHER = Contender("base", "base", (), "ddim", 3, 7.5, "base_ddim_3")
-STUDENT = Contender("lcm_lora", "student", (), "lcm", 2, 1.0, "base_ddim_3")
+TEACHER = Contender("base", "base", (), DDIM, 3, 7.5, "base_ddim_3")
+STUDENT = Contender("lcm_lora", "student", (), LCM, 2, 1.0, "base_ddim_3")
 
 
 @pytest.mark.parametrize("batch_size", [1, 4])

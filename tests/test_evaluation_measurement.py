@@ -20,6 +20,8 @@ from lcm_lightning.evaluation.measurement import COMPARED, Judge, compare, measu
 from lcm_lightning.evaluation.metrics import Resampling, estimate
 from lcm_lightning.evaluation.protocol import Protocol
 from lcm_lightning.evaluation.reference import RealImages, Reference, read_reference
+from lcm_lightning.methods.lcm_lora import LCM
+from lcm_lightning.models.sampling import DDIM
 from lcm_lightning.models.stable_diffusion import StableDiffusion
 from lcm_lightning.output.progress import image_progress
 
@@ -27,7 +29,7 @@ ASSETS = Path(__file__).parent.parent / "lcm_lightning" / "assets"
 
 
 def contender(name: str, role: str, *adapters: str, steps: int = 4, teacher: str = "") -> Contender:
-    sampler = "lcm" if role == "student" else "ddim"
+    sampler = LCM if role == "student" else DDIM
     return Contender(name, role, adapters, sampler, steps, 1.0, teacher)
 
 

@@ -31,7 +31,9 @@ from lcm_lightning.evaluation.subject import (
     adapter_digest,
     weights_digest,
 )
+from lcm_lightning.methods.lcm_lora import LCM
 from lcm_lightning.models.adapters import LoraSettings, add_lora, lora_layers, lora_parameters
+from lcm_lightning.models.sampling import DDIM
 from lcm_lightning.models.stable_diffusion import StableDiffusion, load_stable_diffusion
 
 CONF = Path(__file__).parent.parent / "conf"
@@ -239,7 +241,7 @@ def test_identities_know_what_is_no_weight_but_decides_pixels(pipeline_folder: P
 
 
 def test_images_of_another_device_type_version_or_program_are_not_taken(monkeypatch: pytest.MonkeyPatch):
-    contender, drawing = Contender("base", "base", (), "ddim", 5, 7.5), Drawing(["a"], 0, 32, 1)
+    contender, drawing = Contender("base", "base", (), DDIM, 5, 7.5), Drawing(["a"], 0, 32, 1)
 
     def folder(weights: str = "w", device: str = "cpu", dtype: torch.dtype = torch.float32) -> Path:
         return image_folder(Path("images"), contender, drawing, weights, device, dtype)
@@ -270,9 +272,9 @@ def test_contenders_that_share_a_name_but_not_weights_are_told_apart_and_keep_th
         return SubjectSource(name, name, lambda: Subject(None, ()))
 
     def base(name: str, steps: int) -> Contender:
-        return Contender("base", "base", (), "ddim", steps, 7.5, "base_ddim_50")
+        return Contender("base", "base", (), DDIM, steps, 7.5, "base_ddim_50")
 
-    student = Contender("lcm_lora", "student", ("lcm",), "lcm", 4, 1.0, "base_ddim_50")
+    student = Contender("lcm_lora", "student", ("lcm",), LCM, 4, 1.0, "base_ddim_50")
     a, b, c = source("a"), source("b"), source("c")
     found = {
         "1": Entrant(base("base", 50), a, "w1", Path("1")),
@@ -294,8 +296,8 @@ def test_contenders_that_share_a_name_but_not_weights_are_told_apart_and_keep_th
 def test_a_base_found_first_without_its_run_knows_the_fine_tuned_model_made_from_it():
     """`models=[sd15,run:a]`: alone it is its own teacher, and the fine-tuned one is still held against it."""
     sd15, run = (SubjectSource(name, name, lambda: Subject(None, ())) for name in ("sd15", "a"))
-    base = Contender("base", "base", (), "ddim", 50, 7.5, "base_ddim_50")
-    tuned = Contender("finetuned", "finetuned", ("finetuned",), "ddim", 50, 7.5, "finetuned_ddim_50")
+    base = Contender("base", "base", (), DDIM, 50, 7.5, "base_ddim_50")
+    tuned = Contender("finetuned", "finetuned", ("finetuned",), DDIM, 50, 7.5, "finetuned_ddim_50")
     found = {"b": Entrant(base, sd15, "w1", Path("b")), "f": Entrant(tuned, run, "w2", Path("f"))}
     keys = {("sd15", "base_ddim_50"): "b", ("a", "base_ddim_50"): "b", ("a", "finetuned_ddim_50"): "f"}
     teachers = {"b": [("sd15", "base_ddim_50"), ("a", "finetuned_ddim_50")], "f": [("a", "finetuned_ddim_50")]}

@@ -42,8 +42,9 @@ from lcm_lightning.errors import UserError
 from lcm_lightning.methods.lcm_lora import LcmLoraDistillation
 from lcm_lightning.methods.lora import LoraFinetuning
 from lcm_lightning.models.adapters import LoraSettings, fuse_lora, load_lora
+from lcm_lightning.models.condition import Condition
 from lcm_lightning.models.identity import cache_key
-from lcm_lightning.models.sampling import sample
+from lcm_lightning.models.sampling import DDIM, sample
 from lcm_lightning.models.stable_diffusion import StableDiffusion, load_stable_diffusion
 from lcm_lightning.prepare import encoding
 from lcm_lightning.prepare.encoding import CacheSettings, cache_latents
@@ -123,7 +124,8 @@ def batches(module: CaptionedImages, epoch: int = 0) -> list[dict[str, Any]]:
 def deferred(pipeline: Path, latents: Path) -> StableDiffusion:
     """A model as a training on cached latents gets it."""
     model = load_stable_diffusion(str(pipeline), defer_encoders=True)
-    model.known_texts[""] = torch.from_numpy(data(latents).cache.empty_text(None))
+    empty = data(latents).cache.empty_condition(None)
+    model.known_texts[""] = Condition(torch.from_numpy(empty["text"])[None])
     return model
 
 
@@ -145,7 +147,10 @@ def test_the_loss_is_that_of_images_but_for_the_rounding_of_the_cache(
             for field in ("captions", "keys"):
                 assert images[field] == latents[field]
             assert torch.equal(images["seed"], latents["seed"]) and torch.equal(images["weight"], latents["weight"])
-            expected, found = from_images._batch_losses(images), from_latents._batch_losses(latents)
+            expected, found = (
+                module._batch_losses(batch, module.kind.name)
+                for module, batch in ((from_images, images), (from_latents, latents))
+            )
             torch.testing.assert_close(found, expected, rtol=FLOAT16, atol=0)
             assert len(set(expected.tolist())) > 1
             compared += len(images["keys"])
@@ -160,7 +165,7 @@ def test_mirror_images_captions_and_dropout_are_chosen_as_from_images(
     for images, latents in zip(batches(data(square_shards)), batches(data(square_latents)), strict=True):
         mean, std = tiny_model.posterior(images["pixel_values"])
         torch.testing.assert_close(latents["moments"].float(), torch.stack([mean, std], 1), rtol=2**-11, atol=1e-6)
-        text = tiny_model.encode_text(images["captions"])
+        text = tiny_model.encode_text(images["captions"]).text
         torch.testing.assert_close(latents["text"].float(), text, rtol=2**-11, atol=1e-6)
         seen |= {caption.partition(", ")[2] for caption in latents["captions"]}
     assert seen == {"", "caption 0", "caption 1", "caption 2"}
@@ -234,7 +239,7 @@ def test_the_encoders_are_read_when_something_is_drawn(
 ):
     model = deferred(pipeline_folder, square_latents)
     assert not any(name.startswith(("vae.", "text_encoder.")) for name in model.state_dict())
-    drawing = {"seeds": [0, 1], "steps": 2, "guidance_scale": 3.0, "sampler": "ddim", "resolution": RESOLUTION}
+    drawing = {"seeds": [0, 1], "steps": 2, "guidance_scale": 3.0, "sampler": DDIM, "resolution": RESOLUTION}
     state = torch.get_rng_state()
     with torch.inference_mode():
         drawn = sample(model, ["a dog", "a cat"], **drawing)
@@ -492,11 +497,11 @@ def test_the_empty_caption_of_another_text_encoder_is_not_read_from_the_download
         address = f"http://127.0.0.1:{server.server_port}/"
         index = find_shards(address)
         first = latent_cache(index, address)
-        text = first.empty_text(str(tmp_path))
+        text = first.empty_condition(str(tmp_path))["text"]
         save_file({"text": torch.from_numpy(text + 1)}, folder / Path(first.empty_caption).name)
-        assert np.array_equal(first.empty_text(str(tmp_path)), text)
+        assert np.array_equal(first.empty_condition(str(tmp_path))["text"], text)
         second = replace(first, key={**first.key, "text_encoder": "another"})
-        assert np.array_equal(second.empty_text(str(tmp_path)), text + 1)
+        assert np.array_equal(second.empty_condition(str(tmp_path))["text"], text + 1)
         server.shutdown()
 
 
@@ -730,9 +735,9 @@ def test_from_photos_to_a_run_on_latents(
     assert "2 shards kept" in again
 
     reads = []
-    read_deferred = StableDiffusion._read_deferred
+    load_encoders = StableDiffusion.load_encoders
     monkeypatch.setattr(
-        StableDiffusion, "_read_deferred", lambda self, name: (reads.append(name), read_deferred(self, name))
+        StableDiffusion, "load_encoders", lambda self: (reads.extend(self.deferred), load_encoders(self))
     )
     places = ("data=folder", "data.source=data/folder-latents", *model)
     said = command("train", f"experiment={experiment}", *SMALL, *places, "hydra.run.dir=run", "max_steps=2")

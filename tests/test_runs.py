@@ -8,6 +8,7 @@ import torch
 from omegaconf import OmegaConf
 from safetensors.torch import load_file
 
+from lcm_lightning.methods import adapter_kinds
 from lcm_lightning.models.adapters import (
     LORA_FILE,
     LoraSettings,
@@ -17,6 +18,7 @@ from lcm_lightning.models.adapters import (
     lora_state_dict,
     save_lora,
 )
+from lcm_lightning.models.condition import Condition
 from lcm_lightning.models.stable_diffusion import StableDiffusion, load_stable_diffusion
 from lcm_lightning.runs.loading import load_run
 from lcm_lightning.runs.records import Adapter, write_manifest
@@ -30,7 +32,7 @@ def run_folder(folder: Path, pipeline: Path, *adapters: tuple[str, str, str]) ->
         for parameter in lora_parameters(model.unet, name):
             torch.nn.init.normal_(parameter, std=0.1)
         save_lora(lora_state_dict(model.unet, name), folder / "lora" / file)
-    write_manifest(folder / "lora", [Adapter(name, file) for name, file, _ in adapters])
+    write_manifest(folder / "lora", [Adapter(adapter_kinds()[name], file) for name, file, _ in adapters])
     target = "lcm_lightning.models.stable_diffusion.load_stable_diffusion"
     OmegaConf.save({"model": {"_target_": target, "path": str(pipeline)}}, folder / "config.yaml")
     return folder
@@ -40,7 +42,7 @@ def output(model: StableDiffusion) -> torch.Tensor:
     generator = torch.Generator().manual_seed(0)
     x_t, text = torch.randn(1, 4, 8, 8, generator=generator), torch.randn(1, 16, 32, generator=generator)
     with torch.no_grad():
-        return model.denoise(x_t, torch.tensor([500]), text)
+        return model.denoise(x_t, torch.tensor([500]), Condition(text))
 
 
 def test_all_adapters_of_a_run_act_and_none_trains(pipeline_folder: Path, tmp_path: Path):

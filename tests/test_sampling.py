@@ -20,13 +20,15 @@ from diffusers import (
 from torch import Tensor
 
 from lcm_lightning.errors import UserError
+from lcm_lightning.methods.lcm_lora import LCM
 from lcm_lightning.models.adapters import LoraSettings, active_adapters, add_lora, lora_parameters
 from lcm_lightning.models.architectures import SD15_SCHEDULER
-from lcm_lightning.models.sampling import make_scheduler, network_evaluations, sample
+from lcm_lightning.models.sampling import DDIM, SOLVERS, Sampler, make_scheduler, network_evaluations, sample
 from lcm_lightning.models.stable_diffusion import StableDiffusion, load_stable_diffusion
 
 PROMPTS = ["a dog on a beach", "two children"]
 SEEDS = [3, 4]
+SAMPLERS = {**SOLVERS, "lcm": LCM}
 SCHEDULERS = {"ddim": DDIMScheduler, "dpmpp": DPMSolverMultistepScheduler, "lcm": LCMScheduler}
 # Pixels in [0, 1]. Both sides do the same float32 operations, but for the order of cond and uncond in the batch.
 PIXEL = 1e-5
@@ -57,7 +59,7 @@ def diffusers_images(
 
 def our_images(model: StableDiffusion, sampler: str, steps: int, guidance_scale: float, **options: object) -> Tensor:
     options = {"seeds": SEEDS, "resolution": 32, **options}
-    return sample(model, PROMPTS, steps=steps, guidance_scale=guidance_scale, sampler=sampler, **options)
+    return sample(model, PROMPTS, steps=steps, guidance_scale=guidance_scale, sampler=SAMPLERS[sampler], **options)
 
 
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
@@ -84,7 +86,13 @@ def test_an_image_does_not_depend_on_its_batch(tiny_model: StableDiffusion, samp
     torch.testing.assert_close(alone, together, atol=PIXEL, rtol=0)
     assert finished == [1, 1]
     swapped = sample(
-        tiny_model, PROMPTS[::-1], seeds=SEEDS[::-1], steps=3, guidance_scale=2.0, sampler=sampler, resolution=32
+        tiny_model,
+        PROMPTS[::-1],
+        seeds=SEEDS[::-1],
+        steps=3,
+        guidance_scale=2.0,
+        sampler=SAMPLERS[sampler],
+        resolution=32,
     )
     torch.testing.assert_close(swapped.flip(0), together, atol=PIXEL, rtol=0)
 
@@ -118,7 +126,7 @@ def test_zero_terminal_snr_starts_at_the_last_timestep(saved_pipeline: Callable[
     model = load_stable_diffusion(
         str(saved_pipeline(prediction_type="v_prediction", rescale_betas_zero_snr=True)),
     )
-    scheduler = make_scheduler(sampler, model.scheduler_config)
+    scheduler = make_scheduler(SAMPLERS[sampler], model.scheduler_config)
     scheduler.set_timesteps(4)
     assert scheduler.timesteps[0] == 999
     images = our_images(model, sampler, 4, 1.0)
@@ -136,7 +144,7 @@ def test_a_sampler_is_the_same_whatever_class_wrote_the_config(sampler: str):
         DPMSolverMultistepScheduler(**schedule, use_karras_sigmas=True, solver_order=3).config,
         LCMScheduler(**schedule, original_inference_steps=20).config | {"set_alpha_to_one": False},
     ]
-    schedulers = [make_scheduler(sampler, config) for config in written]
+    schedulers = [make_scheduler(SAMPLERS[sampler], config) for config in written]
     for scheduler in schedulers:
         scheduler.set_timesteps(10)
     assert len({str(scheduler.timesteps.tolist()) for scheduler in schedulers}) == 1
@@ -145,7 +153,7 @@ def test_a_sampler_is_the_same_whatever_class_wrote_the_config(sampler: str):
 
 def test_dpm_solver_walks_the_whole_schedule(tiny_model: StableDiffusion):
     """With its spacing taken over from DDIM it would start at 901 and end in a jump from 91 to 0."""
-    scheduler = make_scheduler("dpmpp", tiny_model.scheduler_config)
+    scheduler = make_scheduler(SAMPLERS["dpmpp"], tiny_model.scheduler_config)
     scheduler.set_timesteps(10)
     assert scheduler.timesteps[0] == 999
     gaps = -np.diff([*scheduler.timesteps.tolist(), 0])
@@ -161,7 +169,7 @@ def test_network_evaluations_are_counted_as_they_happen(
     assert network_evaluations(steps, guidance_scale) == evaluations
     passes: list[int] = []
     tiny_model.unet.register_forward_hook(lambda module, args, output: passes.append(len(args[0])))
-    sample(tiny_model, ["a"], seeds=[0], steps=steps, guidance_scale=guidance_scale, sampler="ddim", resolution=32)
+    sample(tiny_model, ["a"], seeds=[0], steps=steps, guidance_scale=guidance_scale, sampler=DDIM, resolution=32)
     assert sum(passes) == evaluations
 
 
@@ -169,12 +177,13 @@ def test_network_evaluations_are_counted_as_they_happen(
     ("option", "message"),
     [
         ({"steps": 0}, "steps=0: expected at least 1"),
-        ({"sampler": "euler"}, "sampler=euler: expected one of ddim, dpmpp, lcm"),
+        ({"steps": 51, "sampler": LCM}, "steps=51: the sampler LCM takes at most 50"),
+        ({"sampler": Sampler("euler", "Euler", "Euler")}, "sampler=euler: this diffusers has no scheduler Euler"),
         ({"resolution": 33}, "resolution=33: expected a positive multiple of 8"),
     ],
 )
 def test_impossible_requests_are_refused(tiny_model: StableDiffusion, option: dict[str, object], message: str):
-    settings = {"seeds": SEEDS, "steps": 2, "guidance_scale": 1.0, "sampler": "ddim", "resolution": 32, **option}
+    settings = {"seeds": SEEDS, "steps": 2, "guidance_scale": 1.0, "sampler": DDIM, "resolution": 32, **option}
     with pytest.raises(UserError, match=message):
         sample(tiny_model, PROMPTS, **settings)
 

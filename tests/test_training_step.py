@@ -88,7 +88,7 @@ def randomise(module: torch.nn.Module, seed: int) -> None:
 
 
 def adapter_weights(module: AdapterTraining) -> dict[str, Tensor]:
-    state = get_peft_model_state_dict(module.model.unet, adapter_name=module.adapter_name)
+    state = get_peft_model_state_dict(module.model.unet, adapter_name=module.kind.name)
     return {key: tensor.detach().clone() for key, tensor in state.items()}
 
 
@@ -483,7 +483,7 @@ def test_every_precision_trains_a_float32_adapter_over_frozen_weights(
     assert all(now[name].dtype == torch.float32 for name in adapter)
     # B starts at 0 and must move everywhere; A moves from the second step on.
     assert all(torch.any(now[name] != weight) for name, weight in adapter.items())
-    assert len(adapter) == len(lora_parameters(model.unet, module.adapter_name)) > 10
+    assert len(adapter) == len(lora_parameters(model.unet, module.kind.name)) > 10
     (optimizer,) = trainer.optimizers
     states = [value for state in optimizer.state.values() for value in state.values() if value.ndim]
     assert states and all(value.dtype == torch.float32 for value in states)

@@ -10,7 +10,6 @@ from lightning.pytorch.loggers import WandbLogger
 from torch import Tensor
 
 from lcm_lightning.methods.adapter_training import AdapterTraining
-from lcm_lightning.methods.lcm_lora import LcmLoraDistillation
 from lcm_lightning.models.adapters import LORA_FILE, kohya_state_dict, locate_lora, lora_state_dict, save_lora
 from lcm_lightning.output.files import write_atomic
 from lcm_lightning.runs.records import Adapter, write_manifest
@@ -25,8 +24,8 @@ class ExportLora(L.Callback):
     """After each validation and at the end, write the adapter as safetensors under `folder` (a run's `lora/`).
 
     `pytorch_lora_weights.safetensors` loads with diffusers' `load_lora_weights`, `kohya_lora_weights.safetensors` with
-    ComfyUI and A1111. A distilled adapter belongs to its teacher, so a teacher's own LoRA is put beside it. At the end
-    the folder becomes a W&B artifact where W&B logs the run.
+    ComfyUI and A1111. A LoRA that is part of the frozen model, as a teacher's, is put beside it. At the end the
+    folder becomes a W&B artifact where W&B logs the run.
 
     Files that cannot be written (a full disk) are a warning: training and the files before them matter more.
     """
@@ -35,10 +34,10 @@ class ExportLora(L.Callback):
         self.folder = Path(folder)
 
     def on_train_start(self, trainer: L.Trainer, module: AdapterTraining) -> None:
-        """Keep the teacher's LoRA with the student's."""
+        """Keep the LoRA below with the trained one."""
         if trainer.is_global_zero:
             try:
-                self._keep_teacher(module)
+                self._keep_below(module)
             except OSError as error:
                 warn_unwritten(self.folder, error)
 
@@ -60,7 +59,7 @@ class ExportLora(L.Callback):
                     warn_unwritten(self.folder, error)
 
     def _export(self, trainer: L.Trainer, module: AdapterTraining) -> None:
-        state_dict = lora_state_dict(module.model.unet, module.adapter_name)
+        state_dict = lora_state_dict(module.model.unet, module.kind.name)
         if trainer.is_global_zero:
             try:
                 self._write(state_dict, module)
@@ -68,18 +67,18 @@ class ExportLora(L.Callback):
                 warn_unwritten(self.folder, error)
 
     def _write(self, state_dict: dict[str, Tensor], module: AdapterTraining) -> None:
-        if not (self.folder / TEACHER_FILE).is_file():
-            self._keep_teacher(module)
+        below = self._keep_below(module)
         save_lora(state_dict, self.folder / LORA_FILE)
         save_lora(kohya_state_dict(state_dict), self.folder / KOHYA_FILE)
-        adapters = [Adapter(module.adapter_name)]
-        if (self.folder / TEACHER_FILE).is_file():
-            adapters.insert(0, Adapter("finetuned", TEACHER_FILE))
-        write_manifest(self.folder, adapters)
+        write_manifest(self.folder, [*below, Adapter(module.kind)])
 
-    def _keep_teacher(self, module: AdapterTraining) -> None:
-        if isinstance(module, LcmLoraDistillation) and module.teacher_lora is not None:
-            write_atomic(self.folder / TEACHER_FILE, locate_lora(module.teacher_lora).read_bytes())
+    def _keep_below(self, module: AdapterTraining) -> list[Adapter]:
+        if module.below is None:
+            return []
+        kind, source = module.below
+        if not (self.folder / TEACHER_FILE).is_file():
+            write_atomic(self.folder / TEACHER_FILE, locate_lora(source).read_bytes())
+        return [Adapter(kind, TEACHER_FILE)]
 
 
 def log_artifact(logger: WandbLogger, folder: Path) -> None:

@@ -114,7 +114,7 @@ class SampleGrid(L.Callback):
         if ranks > 1:
             gathered = module.all_gather(images.to(module.device))
             images = gathered.transpose(0, 1).flatten(0, 1)[: len(prompts)].cpu()
-        if module.adapter_name not in setup.adapters:
+        if module.kind.name not in setup.adapters:
             self._unchanging[setup.label] = images
         return images
 

@@ -17,6 +17,7 @@ from torch.optim import Optimizer
 
 from lcm_lightning.data.latents import LatentCache
 from lcm_lightning.errors import SHOW_KEYS, UserError, first_line, innermost
+from lcm_lightning.models.condition import Condition
 from lcm_lightning.models.identity import cache_key
 
 log = logging.getLogger(__name__)
@@ -93,7 +94,8 @@ def build_module(cfg: DictConfig, precision: str, cache: LatentCache | None = No
         model.check_resolution(drawn, "callbacks.samples.resolution")
     if cache is not None:
         cache.check(cache_key(model, cfg.data.resolution, cfg.method.get("teacher_lora")))
-        model.known_texts[""] = torch.from_numpy(cache.empty_text(cfg.data.get("cache_dir")))
+        empty = cache.empty_condition(cfg.data.get("cache_dir"))
+        model.known_texts[""] = Condition(**{name: torch.from_numpy(tensor)[None] for name, tensor in empty.items()})
     return instantiate_group(cfg, "method", model=model, optimizer=optimizer)
 
 

@@ -253,7 +253,7 @@ class CaptionedImages(LightningDataModule):
             self.cache.flips and train,
             flip_probability,
             caption_dropout,
-            self.cache.empty_text(self.cache_dir),
+            self.cache.empty_condition(self.cache_dir),
             self.cache.latent_shape,
         )
 

@@ -6,6 +6,7 @@ A sample is two tar members: `<key>.json` with its captions and the file name of
     moments  [V, 2, C, h, w]  mean and standard deviation of the VAE's posterior, unscaled, of V crops and mirror images
     text     [K, L, D]        embeddings of its K captions
 
+and, where a model takes more of a caption, further tensors of K rows: those that the empty caption's file holds.
 Number ``crop * (1 + flips) + mirrored`` of V is a crop (0: the centre) and its mirror image. A step needs one of V and
 one of K, so only those rows are read, when their turn comes: the shuffle buffer holds places in files.
 """
@@ -82,19 +83,23 @@ class LatentCache:
                 "data.flip_probability=0 or cache them with cache.flips=true"
             )
 
-    def empty_text(self, cache_dir: str | None) -> np.ndarray:
-        """Embedding of the empty caption, float16 [L, D]. Raises `UserError` where it is missing or damaged."""
+    def empty_condition(self, cache_dir: str | None) -> dict[str, np.ndarray]:
+        """Embeddings of the empty caption by name, float16, without the dimension of captions.
+
+        Raises:
+            UserError: they are missing or damaged.
+        """
         file = place = self.empty_caption
         try:
             if is_url(place):  # the index has no sha256 of it, but it depends on the key alone
                 file = download(place, cache_folder(cache_dir), version=json.dumps(dict(self.key), sort_keys=True))
-            text = load_file(file)[TEXT]
+            tensors = load_file(file)
+            return {TEXT: tensors.pop(TEXT), **tensors}
         except (OSError, KeyError, SafetensorError) as error:
             raise UserError(
                 f"data.source={self.source}: {place} is missing or damaged ({first_line(error)}); make the cache "
                 "again, finished shards are kept"
             ) from error
-        return text
 
 
 def with_transform(key: Mapping[str, str]) -> dict[str, str]:
@@ -124,10 +129,10 @@ def latent_cache(index: ShardIndex, source: str) -> LatentCache | None:
 
 @dataclass(frozen=True)
 class LatentExample:
-    """One training example: moments float16 [2, C, h, w], text embedding float16 [L, D], its caption, key and seed."""
+    """One training example: moments float16 [2, C, h, w], embeddings of its caption by name, caption, key and seed."""
 
     moments: np.ndarray
-    text: np.ndarray
+    condition: Mapping[str, np.ndarray]
     caption: str
     key: str
     seed: int
@@ -143,7 +148,7 @@ class LatentChoice:
         random: random choice among crops and captions; otherwise the first of both, not mirrored.
         crops, flips: of the cache; 1 and False for a split that has centre crops only.
         flip_probability, caption_dropout: see `Augmentation`.
-        empty_text: embedding of the empty caption, float16 [L, D].
+        empty: embeddings of the empty caption by name; see `LatentCache.empty_condition`.
         latent_shape: (C, h, w).
     """
 
@@ -152,7 +157,7 @@ class LatentChoice:
     flips: bool
     flip_probability: float
     caption_dropout: float
-    empty_text: np.ndarray
+    empty: Mapping[str, np.ndarray]
     latent_shape: tuple[int, int, int]
 
     def __call__(self, sample: Mapping[str, Any], captions: Sequence[str], seed: int) -> LatentExample:
@@ -163,12 +168,14 @@ class LatentChoice:
         row = int(place * self.crops) * (1 + self.flips) + bool(self.flips and flip < self.flip_probability)
         caption = int(choice * len(captions))
         dropped = dropout < self.caption_dropout
-        rows = {MOMENTS: row} if dropped else {MOMENTS: row, TEXT: caption}
+        rows = {MOMENTS: row} if dropped else {MOMENTS: row, **dict.fromkeys(self.empty, caption)}
         read = read_rows(sample["__shard__"], sample["offset"], rows)
-        text = self.empty_text if dropped else read[TEXT]
-        if read[MOMENTS].shape[1:] != self.latent_shape or text.shape != self.empty_text.shape:
+        moments = read.pop(MOMENTS)
+        condition = self.empty if dropped else read
+        other = [name for name, tensor in condition.items() if tensor.shape != self.empty[name].shape]
+        if moments.shape[1:] != self.latent_shape or other:
             raise ImageFault("damaged latents: shapes other than the index says")
-        return LatentExample(read[MOMENTS], text, "" if dropped else captions[caption], sample["__key__"], seed)
+        return LatentExample(moments, condition, "" if dropped else captions[caption], sample["__key__"], seed)
 
 
 def read_rows(path: str | Path, offset: int, rows: Mapping[str, int]) -> dict[str, np.ndarray]:
@@ -294,12 +301,12 @@ def collate_latents(
 
     With no example at all the filling is latents of zeros without caption.
     """
-    zeros = LatentExample(np.zeros((2, *choice.latent_shape), np.float16), choice.empty_text, "", "", 0)
+    zeros = LatentExample(np.zeros((2, *choice.latent_shape), np.float16), choice.empty, "", "", 0)
     source = list(valid) or [zeros]
     rows = [source[index % len(source)] for index in range(batch_size)]
     return {
         "moments": torch.from_numpy(np.stack([row.moments for row in rows])),
-        "text": torch.from_numpy(np.stack([row.text for row in rows])),
+        **{name: torch.from_numpy(np.stack([row.condition[name] for row in rows])) for name in choice.empty},
         "captions": [row.caption for row in rows],
         "keys": [row.key for row in rows],
         "seed": torch.tensor([row.seed for row in rows], dtype=torch.int64),

@@ -3,21 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Literal, TypeAlias
+from dataclasses import dataclass, field, replace
+from typing import Literal, TypeAlias, get_args
 
 from lcm_lightning.errors import UserError
-from lcm_lightning.models.sampling import LCM_STEPS, SAMPLERS, Sampler, network_evaluations
+from lcm_lightning.models.kinds import BASE, AdapterKind
+from lcm_lightning.models.sampling import DDIM, SOLVERS, Sampler, network_evaluations
 
 Role: TypeAlias = Literal["base", "finetuned", "undistilled", "student"]
-STUDENT = "lcm"
-TITLES: dict[Role, str] = {
-    "base": "base",
-    "finetuned": "fine-tuned",
-    "undistilled": "undistilled",
-    "student": "LCM-LoRA",
-}
-SOLVERS: dict[Sampler, str] = {"ddim": "DDIM", "dpmpp": "DPM-Solver++", "lcm": "LCM"}
+ROLES: tuple[Role, ...] = get_args(Role)
+MOST_STUDENT_STEPS = 50
 
 
 @dataclass(frozen=True)
@@ -32,7 +27,9 @@ class Contender:
         teacher: slug of the contender it is measured against: the teacher at full length, itself for that one.
         teachers: that slug in each of the compared models that has this contender: a base model is its own teacher
             alone, and below a fine-tuned one beside it.
+        title: for headings.
         model: which of the compared models it belongs to, where its role alone does not say.
+        teacher_title: of the undistilled one: what it is called at full length.
     """
 
     name: str
@@ -42,27 +39,28 @@ class Contender:
     steps: int
     guidance_scale: float
     teacher: str = ""
+    title: str = ""
     model: str = ""
+    teacher_title: str = ""
     teachers: tuple[str, ...] = ()
 
     @property
     def label(self) -> str:
         """For headings."""
-        title = " ".join(filter(None, (TITLES[self.role], self.model)))
-        steps = f"{self.steps} step{'s' * (self.steps > 1)}"
-        return f"{title}, {steps}" if self.sampler == "lcm" else f"{title}, {SOLVERS[self.sampler]} {steps}"
+        title = " ".join(filter(None, (self.title, self.model)))
+        solver = "" if self.role == "student" else f"{self.sampler.title} "
+        return f"{title}, {solver}{self.steps} step{'s' * (self.steps > 1)}"
 
     @property
     def series(self) -> str:
         """What it shares with contenders that differ in steps only; the undistilled one is its teacher, hurried."""
-        role: Role = ("finetuned" if self.adapters else "base") if self.role == "undistilled" else self.role
-        title = " ".join(filter(None, (TITLES[role], self.model)))
-        return title if self.sampler == "lcm" else f"{title}, {SOLVERS[self.sampler]}"
+        title = " ".join(filter(None, (self.teacher_title or self.title, self.model)))
+        return title if self.role == "student" else f"{title}, {self.sampler.title}"
 
     @property
     def slug(self) -> str:
         """For file names and for naming it in results."""
-        return slug(self.name, self.sampler, self.steps)
+        return slug(self.name, self.steps, None if self.role == "student" else self.sampler)
 
     @property
     def network_evaluations(self) -> int:
@@ -70,9 +68,9 @@ class Contender:
         return network_evaluations(self.steps, self.guidance_scale)
 
 
-def slug(name: str, sampler: Sampler, steps: int) -> str:
+def slug(name: str, steps: int, solver: Sampler | None) -> str:
     """`lcm_lora_4`, `base_ddim_50`: students have one sampler, teachers several."""
-    return f"{name}_{steps}" if sampler == "lcm" else f"{name}_{sampler}_{steps}"
+    return f"{name}_{steps}" if solver is None else f"{name}_{solver.name}_{steps}"
 
 
 @dataclass(frozen=True)
@@ -85,12 +83,12 @@ class Lineup:
         rivals: numbers of steps by sampler ("ddim", "dpmpp") at which the teacher competes with its students: what a
             fast solver reaches without any training.
         undistilled_steps: DDIM steps of the teacher where it is as hurried as a student.
-        student_steps: of the distilled model, which takes no guidance.
+        student_steps: of the distilled model, by its method's own sampler and guidance.
     """
 
     teacher_steps: int = 50
     guidance_scale: float = 7.5
-    rivals: Mapping[Sampler, Sequence[int]] = field(default_factory=dict)
+    rivals: Mapping[str, Sequence[int]] = field(default_factory=dict)
     undistilled_steps: int = 4
     student_steps: Sequence[int] = (1, 2, 4, 8)
 
@@ -98,35 +96,42 @@ class Lineup:
         for key in ("teacher_steps", "undistilled_steps"):
             if getattr(self, key) < 1:
                 raise UserError(f"evaluation.lineup.{key}={getattr(self, key)}: expected at least 1")
-        if any(not 1 <= steps <= LCM_STEPS for steps in self.student_steps):
+        if any(not 1 <= steps <= MOST_STUDENT_STEPS for steps in self.student_steps):
             raise UserError(
-                f"evaluation.lineup.student_steps={list(self.student_steps)}: expected numbers from 1 to {LCM_STEPS}"
+                f"evaluation.lineup.student_steps={list(self.student_steps)}: expected numbers from 1 to "
+                f"{MOST_STUDENT_STEPS}"
             )
         for sampler, numbers in self.rivals.items():
-            if sampler not in SAMPLERS or sampler == "lcm":
-                raise UserError(f"evaluation.lineup.rivals.{sampler}: no teacher's solver; there are ddim and dpmpp")
+            if sampler not in SOLVERS:
+                raise UserError(
+                    f"evaluation.lineup.rivals.{sampler}: no teacher's solver; there are {' and '.join(SOLVERS)}"
+                )
             if any(steps < 1 for steps in numbers):
                 raise UserError(f"evaluation.lineup.rivals.{sampler}={list(numbers)}: expected numbers from 1")
 
-    def contenders(self, adapters: Sequence[str]) -> list[Contender]:
-        """The comparison that a model with these adapters calls for; all but the distilled one make up the teacher."""
-        teacher = tuple(name for name in adapters if name != STUDENT)
-        role: Role = "finetuned" if teacher else "base"
-        reference = slug(role, "ddim", self.teacher_steps)
+    def contenders(self, adapters: Sequence[AdapterKind]) -> list[Contender]:
+        """The comparison that a model with these adapters calls for; all but the distilled ones make up the teacher."""
+        tuned = [kind for kind in adapters if kind.role != "student"]
+        teacher, acting = (tuned[-1] if tuned else BASE), tuple(kind.name for kind in tuned)
+        reference = slug(teacher.result, self.teacher_steps, DDIM)
 
-        def guided(role: Role, sampler: Sampler, steps: int) -> Contender:
-            acting = () if role == "base" else teacher
-            return Contender(role, role, acting, sampler, steps, self.guidance_scale, reference)
+        def guided(kind: AdapterKind, sampler: Sampler, steps: int) -> Contender:
+            own = () if kind is BASE else acting
+            settings = (own, sampler, steps, self.guidance_scale, reference)
+            return Contender(kind.result, kind.role, *settings, title=kind.title)
 
-        lineup = [guided("base", "ddim", self.teacher_steps)]
-        if teacher:
-            lineup.append(guided("finetuned", "ddim", self.teacher_steps))
-        rivals = [guided(role, sampler, steps) for sampler, numbers in self.rivals.items() for steps in numbers]
+        def student(kind: AdapterKind, steps: int) -> Contender:
+            settings = ((*acting, kind.name), kind.sampler, steps, kind.guidance_scale, reference)
+            return Contender(kind.result, "student", *settings, title=kind.title)
+
+        lineup = [guided(BASE, DDIM, self.teacher_steps)]
+        if tuned:
+            lineup.append(guided(teacher, DDIM, self.teacher_steps))
+        rivals = [guided(teacher, SOLVERS[name], steps) for name, numbers in self.rivals.items() for steps in numbers]
         lineup += [rival for rival in dict.fromkeys(rivals) if rival not in lineup]
-        if STUDENT in adapters:
-            lineup.append(guided("undistilled", "ddim", self.undistilled_steps))
-            student = (*teacher, STUDENT)
-            lineup += [
-                Contender("lcm_lora", "student", student, "lcm", steps, 1.0, reference) for steps in self.student_steps
-            ]
-        return lineup
+        students = [kind for kind in adapters if kind.role == "student"]
+        if students:
+            hurried = guided(teacher, DDIM, self.undistilled_steps)
+            names = {"name": "undistilled", "role": "undistilled", "title": "undistilled"}
+            lineup.append(replace(hurried, **names, teacher_title=teacher.title))
+        return lineup + [student(kind, steps) for kind in students for steps in self.student_steps]

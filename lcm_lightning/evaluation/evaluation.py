@@ -16,7 +16,7 @@ from rich.progress import Progress
 from lcm_lightning.data.datamodule import locate
 from lcm_lightning.data.shards import open_split
 from lcm_lightning.errors import UserError
-from lcm_lightning.evaluation.contenders import TITLES, Contender
+from lcm_lightning.evaluation.contenders import ROLES, Contender
 from lcm_lightning.evaluation.features import Clip, FeatureExtractor, make_extractor
 from lcm_lightning.evaluation.figures import Grid
 from lcm_lightning.evaluation.generation import Drawing, draw_missing, image_folder, read_images
@@ -26,10 +26,10 @@ from lcm_lightning.evaluation.protocol import Protocol
 from lcm_lightning.evaluation.reference import RealImages, Reference, evenly, read_reference
 from lcm_lightning.evaluation.report import SCHEMA_VERSION, write_report
 from lcm_lightning.evaluation.subject import Subject, SubjectSource
+from lcm_lightning.models.sampling import DDIM
 from lcm_lightning.models.stable_diffusion import StableDiffusion
 from lcm_lightning.output.progress import image_progress
 
-ROLES = tuple(TITLES)
 COLUMNS = 8  # of a grid beside the real images
 
 
@@ -269,7 +269,7 @@ def _grids(entrants: Sequence[Entrant], drawing: Drawing, reference: Reference, 
 
 def is_rival(contender: Contender, protocol: Protocol) -> bool:
     """Whether it is a teacher in a hurry, of the lineup's `rivals`."""
-    full = ("ddim", protocol.lineup.teacher_steps)
+    full = (DDIM, protocol.lineup.teacher_steps)
     return contender.role in ("base", "finetuned") and (contender.sampler, contender.steps) != full
 
 

@@ -6,6 +6,7 @@ import io
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import cycle
 from typing import Any
 
 from matplotlib.axes import Axes
@@ -17,7 +18,8 @@ from torch import Tensor
 from lcm_lightning.evaluation.tables import METRICS, Metric, is_known
 from lcm_lightning.output.pictures import labelled_grid
 
-SAMPLER_COLORS = {"ddim": "#2563eb", "dpmpp": "#d97706", "lcm": "#059669"}
+SOLVER_COLORS = {"ddim": "#2563eb", "dpmpp": "#d97706"}
+STUDENT_COLORS = ("#059669", "#7c3aed", "#db2777", "#0891b2", "#65a30d")
 MARKERS = ("o", "s", "^", "D", "v", "P")
 DASHES = ("-", "--", ":", "-.")
 PANELS = ("fid", "cmmd", "kid", "clip_score")  # the first two that were measured
@@ -59,9 +61,10 @@ def frontier(models: Sequence[Mapping[str, Any]]) -> Figure:
     for place, metric in enumerate(panels, start=1):
         axes = figure.add_subplot(1, len(panels), place)
         same_sampler: Counter[str] = Counter()
+        colors = sampler_colors(models)
         for curve in curves(models):
             sampler = curve[0]["sampler"]
-            _draw_curve(axes, curve, metric, same_sampler[sampler])
+            _draw_curve(axes, curve, metric, colors[sampler], same_sampler[sampler])
             same_sampler[sampler] += 1
         _dress(axes, metric)
     if panels:
@@ -78,12 +81,18 @@ def curves(models: Sequence[Mapping[str, Any]]) -> list[list[Mapping[str, Any]]]
     return [sorted(series, key=lambda model: model["seconds_per_image"]["median"]) for series in found.values()]
 
 
-def _draw_curve(axes: Axes, curve: Sequence[Mapping[str, Any]], metric: Metric, number: int) -> None:
-    """The sampler gives the colour; `number` tells curves of the same sampler apart."""
+def sampler_colors(models: Sequence[Mapping[str, Any]]) -> dict[str, str]:
+    """A color for each sampler, the teacher's solvers always having the same."""
+    others = dict.fromkeys(model["sampler"] for model in models if model["sampler"] not in SOLVER_COLORS)
+    return SOLVER_COLORS | dict(zip(others, cycle(STUDENT_COLORS), strict=False))
+
+
+def _draw_curve(axes: Axes, curve: Sequence[Mapping[str, Any]], metric: Metric, color: str, number: int) -> None:
+    """`number` tells curves of the same sampler apart, which have its color."""
     points = [model for model in curve if is_known(model.get(metric.key))]
     if not points:
         return
-    color = SAMPLER_COLORS[points[0]["sampler"]] if points[0]["role"] != "base" or len(points) > 1 else GREY
+    color = color if points[0]["role"] != "base" or len(points) > 1 else GREY
     seconds = [model["seconds_per_image"] for model in points]
     x = [time["median"] for time in seconds]
     y = [model[metric.key]["value"] * metric.factor for model in points]

@@ -63,10 +63,10 @@ def image_folder(
         device: kind of device that draws, as "cpu": kernels of different kinds round differently.
         dtype: of weights and activations.
     """
-    sampler = [contender.sampler, contender.steps, contender.guidance_scale]
+    sampler = [asdict(contender.sampler), contender.steps, contender.guidance_scale]
     program = [DRAWING, version("diffusers"), device, str(dtype)]
     content = json.dumps([program, weights_identity, sampler, asdict(drawing)], sort_keys=True, default=list)
-    return root / f"{contender.sampler}_{contender.steps}-{hashlib.sha256(content.encode()).hexdigest()[:12]}"
+    return root / f"{contender.sampler.name}_{contender.steps}-{hashlib.sha256(content.encode()).hexdigest()[:12]}"
 
 
 def image_file(folder: Path, index: int) -> Path:

@@ -206,7 +206,7 @@ def _description(contender: Contender, folder: Path, n: int) -> dict[str, Any]:
         "slug": contender.slug,
         "role": contender.role,
         "label": contender.label,
-        "sampler": contender.sampler,
+        "sampler": contender.sampler.name,
         "steps": contender.steps,
         "guidance_scale": contender.guidance_scale,
         "network_evaluations": contender.network_evaluations,

@@ -16,13 +16,14 @@ from omegaconf import DictConfig, OmegaConf
 from lcm_lightning.config.instantiate import instantiate_group, parse_dtype
 from lcm_lightning.errors import UserError
 from lcm_lightning.evaluation.subject import DataChoice, Subject, SubjectSource
+from lcm_lightning.methods import adapter_kinds
 from lcm_lightning.models.adapters import load_lora, locate_lora, set_active_adapters
+from lcm_lightning.models.kinds import AdapterKind
 from lcm_lightning.models.stable_diffusion import StableDiffusion
 from lcm_lightning.runs.loading import load_run
 from lcm_lightning.runs.records import MANIFEST, read_config, read_manifest
 
-ROLES = ("finetuned", "lcm")
-SPECS = "the name of a file in conf/model, run:FOLDER, or lora:, lcm: or finetuned: with a file or hub id"
+SPECS = "the name of a file in conf/model, run:FOLDER, or lora:, lcm: or another lora_role: with a file or hub id"
 
 
 def load_subject(cfg: DictConfig) -> Subject:
@@ -80,7 +81,7 @@ def _find(cfg: DictConfig, spec: str, dtype: torch.dtype) -> SubjectSource:
         return _named_model(cfg, spec, dtype)
     if kind == "run":
         return _run(cfg, place, spec, dtype)
-    if kind in ("lora", *ROLES):
+    if kind in ("lora", *adapter_kinds()):
         return _lora(cfg, place, cfg.lora_role if kind == "lora" else kind, spec, dtype)
     raise UserError(f"models: {spec} is of no known kind; expected {SPECS}")
 
@@ -124,23 +125,25 @@ def _lora(cfg: DictConfig, lora: str, role: str | None, spec: str, dtype: torch.
     if cfg.get("model") is None:
         raise UserError(f"{spec}: a LoRA needs the model it belongs on; add model=sd15")
     run = Path(lora).expanduser()
+    kinds = adapter_kinds()
     if (run / "lora" / MANIFEST).is_file():
-        files = {adapter.name: run / "lora" / adapter.file for adapter in read_manifest(run)}
-    elif role in ROLES:
-        files = {role: locate_lora(lora)}
+        files = {adapter.kind: run / "lora" / adapter.file for adapter in read_manifest(run)}
+    elif role in kinds:
+        files = {kinds[role]: locate_lora(lora)}
     else:
+        students = [f"lora_role={kind.name} for a {kind.title}" for kind in kinds.values() if kind.role == "student"]
         raise UserError(
-            f"lora_role={role}: say what lora={lora} is: lora_role=lcm for an LCM-LoRA, which is drawn in few "
-            "steps without guidance, or lora_role=finetuned for any other"
+            f"lora_role={role}: say what lora={lora} is: {', '.join(students)}, which is drawn in few steps without "
+            "guidance, or lora_role=finetuned for one that was not distilled"
         )
     return SubjectSource(_lora_name(lora), spec, lambda: _with_adapters(cfg, files, dtype), _data_of(run))
 
 
-def _with_adapters(cfg: DictConfig, files: Mapping[str, Path], dtype: torch.dtype) -> Subject:
+def _with_adapters(cfg: DictConfig, files: Mapping[AdapterKind, Path], dtype: torch.dtype) -> Subject:
     model: StableDiffusion = instantiate_group(cfg, "model", dtype=dtype)
-    for name, file in files.items():
-        load_lora(model, file, name)
-    set_active_adapters(model, tuple(files))
+    for kind, file in files.items():
+        load_lora(model, file, kind.name)
+    set_active_adapters(model, [kind.name for kind in files])
     return Subject(model.eval(), tuple(files))
 
 

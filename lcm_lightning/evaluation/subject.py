@@ -12,6 +12,7 @@ import torch
 
 from lcm_lightning.models.adapters import lora_layers
 from lcm_lightning.models.identity import tokenizer_digest
+from lcm_lightning.models.kinds import AdapterKind
 from lcm_lightning.models.stable_diffusion import StableDiffusion
 
 
@@ -21,15 +22,17 @@ class Subject:
 
     Attributes:
         model: on the CPU, in evaluation mode.
-        adapters: their names in training order.
+        adapters: their kinds in training order.
     """
 
     model: StableDiffusion
-    adapters: tuple[str, ...]
+    adapters: tuple[AdapterKind, ...]
 
     def identities(self) -> dict[str, str]:
         """Hex digest of the weights without adapters (under the empty name) and of each adapter by name."""
-        return {"": weights_digest(self.model)} | {name: adapter_digest(self.model, name) for name in self.adapters}
+        return {"": weights_digest(self.model)} | {
+            kind.name: adapter_digest(self.model, kind.name) for kind in self.adapters
+        }
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -14,19 +15,20 @@ from torch.distributed.fsdp import fully_shard
 from torch.optim import Optimizer
 from torchmetrics import MeanMetric
 
-from lcm_lightning.diffusion.schedule import alphas_cumprod_from_config
 from lcm_lightning.errors import UserError
 from lcm_lightning.methods.clipping import FusedClipping
 from lcm_lightning.methods.randomness import SampleRandomness
 from lcm_lightning.models.activations import keep_fewer_activations
-from lcm_lightning.models.adapters import LoraSettings, add_lora, lora_parameters
-from lcm_lightning.models.sampling import SamplingSetup
-from lcm_lightning.models.stable_diffusion import StableDiffusion
+from lcm_lightning.models.adapters import LoraSettings, add_lora, lora_parameters, set_active_adapters
+from lcm_lightning.models.condition import Condition
+from lcm_lightning.models.kinds import AdapterKind
+from lcm_lightning.models.latent_diffusion import LatentDiffusionModel
+from lcm_lightning.models.sampling import DDIM, SamplingSetup
 
 # Piecewise constant ones would need rules of their own.
 SCHEDULES = tuple(schedule.value for schedule in SchedulerType if schedule != SchedulerType.PIECEWISE_CONSTANT)
 
-OptimizerFactory = Callable[[Iterable[nn.Parameter]], Optimizer]
+OptimizerFactory = Callable[[Iterable[dict[str, Any]]], Optimizer]
 
 
 def propagate_faults(loss: Tensor) -> Tensor:
@@ -35,12 +37,15 @@ def propagate_faults(loss: Tensor) -> Tensor:
 
 
 class AdapterTraining(FusedClipping, ABC):
-    """Train the adapter `adapter_name` of a frozen Stable Diffusion model.
+    """Train the adapter `kind` says of a frozen model, and with it those called `helpers`.
 
     A batch holds `pixel_values` float32 [B, 3, H, W] in [-1, 1], `captions` (B strings), `seed` int64 [B] and `weight`
     float32 [B]; or, in place of `pixel_values`, what VAE and text encoder have made of images and captions: `moments`
-    [B, 2, C, h, w] and `text` [B, L, D]. See `lcm_lightning.data`. The mean of weight times loss over all ranks is the
-    mean over the step's samples, each once.
+    [B, 2, C, h, w] and the tensors of a `Condition`. See `lcm_lightning.data`. The mean of weight times loss over all
+    ranks is the mean over the step's samples, each once.
+
+    Several adapters take turns, one an optimizer step, as `turn` says. Each has a parameter group of the one optimizer
+    with settings of its own: an optimizer leaves parameters without a gradient, and its state of them, as they are.
 
     Args:
         model: frozen; its UNet gets the adapter.
@@ -50,11 +55,12 @@ class AdapterTraining(FusedClipping, ABC):
         warmup_steps: optimizer steps over which the learning rate rises from 0.
     """
 
-    adapter_name: ClassVar[str]
+    kind: ClassVar[AdapterKind]
+    helpers: ClassVar[tuple[str, ...]] = ()
 
     def __init__(
         self,
-        model: StableDiffusion,
+        model: LatentDiffusionModel,
         *,
         lora: LoraSettings,
         optimizer: OptimizerFactory,
@@ -71,9 +77,13 @@ class AdapterTraining(FusedClipping, ABC):
         # Lightning's own mean over ranks rounds the mean count of samples down to a whole number.
         self.val_loss = MeanMetric()
         keep_fewer_activations(model.unet)
-        add_lora(model.unet, self.adapter_name, lora)
+        for name in self.adapters:
+            add_lora(model.unet, name, lora)
+        set_active_adapters(model.unet, [self.kind.name])
+        for parameter in self.adapter_parameters():
+            parameter.requires_grad_()  # of those that do not act too
         model.unet.train()
-        self.register_buffer("alphas_cumprod", alphas_cumprod_from_config(model.scheduler_config), persistent=False)
+        self.register_buffer("alphas_cumprod", model.alphas_cumprod(), persistent=False)
 
     @classmethod
     def check_settings(
@@ -86,14 +96,45 @@ class AdapterTraining(FusedClipping, ABC):
             raise UserError(f"method.warmup_steps={warmup_steps}: expected at least 0, such as 100")
 
     @abstractmethod
-    def losses(self, latents: Tensor, text: Tensor, randomness: SampleRandomness) -> Tensor:
-        """Loss of each sample, float32 [B]. `latents` [B, C, h, w] float32, `text` [B, L, D]."""
+    def losses(self, latents: Tensor, condition: Condition, randomness: SampleRandomness) -> Tensor:
+        """Loss of each sample, float32 [B], in what `kind` trains. `latents` [B, C, h, w] float32, B conditions."""
 
-    @abstractmethod
+    def helper_losses(self, helper: str, latents: Tensor, condition: Condition, randomness: SampleRandomness) -> Tensor:
+        """As `losses`, in the adapter `helper`."""
+        raise NotImplementedError(f"{type(self).__name__} trains no {helper}")
+
+    def turn(self, step: int) -> str:
+        """Name of the adapter that optimizer step `step`, from 0, trains."""
+        return self.kind.name
+
+    def optimizer_settings(self, adapter: str) -> Mapping[str, Any]:
+        """What an adapter's parameter group has other than the optimizer's own settings, such as its `lr`."""
+        return {}
+
+    @property
+    def adapters(self) -> tuple[str, ...]:
+        """Names of all that train."""
+        return (self.kind.name, *self.helpers)
+
+    @property
+    def below(self) -> tuple[AdapterKind, str] | None:
+        """The LoRA that is part of the frozen weights, to be kept with the trained one: its kind, and where it lies."""
+        return None
+
     def sampling_setups(
         self, *, teacher_steps: int, guidance_scale: float, student_steps: Sequence[int]
     ) -> list[SamplingSetup]:
-        """The ways of drawing images that show what training has done."""
+        """The ways of drawing images that show what training has done: with and without the adapter."""
+        kind, names = self.kind, (self.kind.name,)
+        if kind.role == "student":
+            tried = [
+                SamplingSetup(kind.label(steps), names, kind.sampler, steps, kind.guidance_scale)
+                for steps in student_steps
+            ]
+        else:
+            tried = [SamplingSetup(kind.label(teacher_steps), names, kind.sampler, teacher_steps, guidance_scale)]
+        before = "teacher" if kind.role == "student" else "base"
+        return [SamplingSetup(f"{before}, {teacher_steps} steps", (), DDIM, teacher_steps, guidance_scale), *tried]
 
     def transfer_batch_to_device(self, batch: dict[str, Any], device: torch.device, dataloader_index: int) -> Any:
         """All but the seeds, which are for generators on the host: to read them back would wait for the device."""
@@ -103,25 +144,42 @@ class AdapterTraining(FusedClipping, ABC):
     def training_step(self, batch: dict[str, Any], batch_index: int) -> Tensor:
         """Weighted mean loss of a batch."""
         torch.manual_seed(batch["seed"].tolist()[0])  # of LoRA dropout, which a resumed run must draw alike
-        loss = propagate_faults((batch["weight"] * self._batch_losses(batch)).mean())
-        self.log("train/loss", loss, batch_size=len(batch["captions"]))
-        return loss
+        adapter = self._in_turn()
+        losses = self._batch_losses(batch, adapter)
+        loss = propagate_faults((batch["weight"] * losses).mean())
+        name = "train/loss" if adapter == self.kind.name else f"train/{adapter}_loss"
+        self.log(name, loss, batch_size=len(batch["captions"]))
+        # DistributedDataParallel waits for a gradient of every parameter.
+        return sum((0.0 * parameter.sum() for parameter in self._resting_parameters()), loss)
+
+    def on_after_backward(self) -> None:
+        """Leave those whose turn it is not without a gradient."""
+        for parameter in self._resting_parameters():
+            parameter.grad = None
+
+    def _in_turn(self) -> str:
+        return self.turn(self.trainer.global_step) if self.helpers else self.kind.name
+
+    def _resting_parameters(self) -> list[nn.Parameter]:
+        resting = [name for name in self.adapters if name != self._in_turn()]
+        return [parameter for name in resting for parameter in lora_parameters(self.model.unet, name)]
 
     def validation_step(self, batch: dict[str, Any], batch_index: int) -> None:
         """Mean loss over the held-out samples. Their seeds do not change, so neither do noise and timesteps."""
-        self.val_loss.update(self._batch_losses(batch), (batch["weight"] > 0).float())
+        self.val_loss.update(self._batch_losses(batch, self.kind.name), (batch["weight"] > 0).float())
         self.log("val/loss", self.val_loss, prog_bar=True, on_epoch=True)
 
-    def _batch_losses(self, batch: dict[str, Any]) -> Tensor:
+    def _batch_losses(self, batch: dict[str, Any], adapter: str) -> Tensor:
+        losses = self.losses if adapter == self.kind.name else partial(self.helper_losses, adapter)
         randomness = SampleRandomness(batch["seed"], self.device)
         if "moments" in batch:
             mean, std = batch["moments"].float().unbind(dim=1)
             latents = self.model.sample_posterior(mean, std, randomness.normal(mean.shape[1:]))
-            return self.losses(latents, batch["text"].to(self.model.dtype), randomness)
+            return losses(latents, Condition.of_batch(batch).to(self.model.dtype), randomness)
         pixel_values = batch["pixel_values"]
         posterior_noise = randomness.normal(self.model.latent_shape(pixel_values.shape[-1]))
         latents = self.model.encode_images(pixel_values, posterior_noise)
-        return self.losses(latents, self.model.encode_text(batch["captions"]), randomness)
+        return losses(latents, self.model.encode_text(batch["captions"]), randomness)
 
     def optimizer_step(self, epoch: int, batch_index: int, optimizer: Any, optimizer_closure: Any = None) -> None:
         """Step, and free the gradients at once: Lightning would keep them while the next step's activations pile up."""
@@ -137,11 +195,16 @@ class AdapterTraining(FusedClipping, ABC):
 
     def adapter_parameters(self) -> list[nn.Parameter]:
         """The trainable parameters."""
-        return lora_parameters(self.model.unet, self.adapter_name)
+        return [parameter for name in self.adapters for parameter in lora_parameters(self.model.unet, name)]
 
     def configure_optimizers(self) -> dict[str, Any]:
         """The optimizer and its schedule, stepped once an optimizer step."""
-        optimizer = self.make_optimizer(self.adapter_parameters())
+        optimizer = self.make_optimizer(
+            [
+                {"params": lora_parameters(self.model.unet, name), **self.optimizer_settings(name)}
+                for name in self.adapters
+            ]
+        )
         schedule = get_scheduler(
             self.lr_scheduler,
             optimizer,

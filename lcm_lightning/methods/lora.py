@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor
@@ -12,8 +11,9 @@ from lcm_lightning.diffusion.schedule import add_noise, min_snr_weight, training
 from lcm_lightning.errors import UserError
 from lcm_lightning.methods.adapter_training import AdapterTraining
 from lcm_lightning.methods.randomness import SampleRandomness
-from lcm_lightning.models.sampling import SamplingSetup
-from lcm_lightning.models.stable_diffusion import StableDiffusion
+from lcm_lightning.models.condition import Condition
+from lcm_lightning.models.kinds import AdapterKind
+from lcm_lightning.models.latent_diffusion import LatentDiffusionModel
 
 
 class LoraFinetuning(AdapterTraining):
@@ -26,10 +26,15 @@ class LoraFinetuning(AdapterTraining):
         **training: see `AdapterTraining`.
     """
 
-    adapter_name = "finetuned"
+    kind = AdapterKind("finetuned", "finetuned", "fine-tuned", "finetuned")
 
     def __init__(
-        self, model: StableDiffusion, *, min_snr_gamma: float | None = None, noise_offset: float = 0.0, **training: Any
+        self,
+        model: LatentDiffusionModel,
+        *,
+        min_snr_gamma: float | None = None,
+        noise_offset: float = 0.0,
+        **training: Any,
     ) -> None:
         self.check_settings(min_snr_gamma=min_snr_gamma, noise_offset=noise_offset)
         super().__init__(model, **training)
@@ -47,7 +52,7 @@ class LoraFinetuning(AdapterTraining):
             raise UserError(f"method.noise_offset={noise_offset}: expected at least 0, such as 0.05")
         super().check_settings(**training)
 
-    def losses(self, latents: Tensor, text: Tensor, randomness: SampleRandomness) -> Tensor:
+    def losses(self, latents: Tensor, condition: Condition, randomness: SampleRandomness) -> Tensor:
         """Squared error per sample on what the UNet predicts, at a uniform timestep."""
         timesteps = randomness.integer(len(self.alphas_cumprod))
         noise = randomness.normal(latents.shape[1:])
@@ -55,19 +60,8 @@ class LoraFinetuning(AdapterTraining):
             noise = noise + self.noise_offset * randomness.normal((latents.shape[1], 1, 1))
         alpha_cumprod = self.alphas_cumprod[timesteps]
         x_t = add_noise(latents, noise, alpha_cumprod)
-        output = self.model.denoise(x_t, timesteps, text).float()
+        output = self.model.denoise(x_t, timesteps, condition).float()
         losses = squared_error(output, training_target(latents, noise, alpha_cumprod, self.model.prediction_type))
         if self.min_snr_gamma is None:
             return losses
         return losses * min_snr_weight(alpha_cumprod, self.min_snr_gamma, self.model.prediction_type)
-
-    def sampling_setups(
-        self, *, teacher_steps: int, guidance_scale: float, student_steps: Sequence[int]
-    ) -> list[SamplingSetup]:
-        """The base model and the fine-tuned one, both guided."""
-        return [
-            SamplingSetup(f"base, {teacher_steps} steps", (), "ddim", teacher_steps, guidance_scale),
-            SamplingSetup(
-                f"fine-tuned, {teacher_steps} steps", (self.adapter_name,), "ddim", teacher_steps, guidance_scale
-            ),
-        ]

@@ -21,7 +21,7 @@ from torch.distributed.tensor import DTensor
 
 from lcm_lightning.errors import UserError, first_line
 from lcm_lightning.models.lora_layers import FUSED_LAYERS
-from lcm_lightning.models.sampling import make_scheduler
+from lcm_lightning.models.sampling import DDIM, make_scheduler
 from lcm_lightning.models.stable_diffusion import StableDiffusion
 from lcm_lightning.output.files import write_atomic
 
@@ -217,6 +217,7 @@ def load_lora(model: StableDiffusion, source: str | Path, name: str, key: str = 
             state_dict, alphas, model.unet, adapter_name=name, metadata=metadata
         )
         if any(tensor.startswith("text_encoder.") for tensor in state_dict):
+            model.load_encoders()
             StableDiffusionPipeline.load_lora_into_text_encoder(
                 state_dict, alphas, model.text_encoder, adapter_name=name, metadata=metadata
             )
@@ -333,13 +334,12 @@ def save_lora(state_dict: dict[str, Tensor], path: Path) -> None:
 
 def as_pipeline(model: StableDiffusion) -> StableDiffusionPipeline:
     """The model's own networks (no copies) as a diffusers pipeline; without those that are still deferred."""
-    networks = dict(model.named_children())
     return StableDiffusionPipeline(
-        vae=networks.get("vae"),
-        text_encoder=networks.get("text_encoder"),
+        vae=model.vae,
+        text_encoder=model.text_encoder,
         tokenizer=model.tokenizer,
         unet=model.unet,
-        scheduler=make_scheduler("ddim", model.scheduler_config),
+        scheduler=make_scheduler(DDIM, model.scheduler_config),
         safety_checker=None,
         feature_extractor=None,
         requires_safety_checker=False,

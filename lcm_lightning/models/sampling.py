@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal, TypeAlias
 
+import diffusers
 import torch
-from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, LCMScheduler, SchedulerMixin
+from diffusers import SchedulerMixin
 from torch import Tensor
 
 from lcm_lightning.errors import UserError
-from lcm_lightning.models.stable_diffusion import StableDiffusion
+from lcm_lightning.models.condition import Condition
+from lcm_lightning.models.latent_diffusion import LatentDiffusionModel
 
-Sampler: TypeAlias = Literal["ddim", "dpmpp", "lcm"]
 Stage: TypeAlias = Literal["text_encoding", "denoising", "vae_decoding"]
 # What a saved scheduler config says of the model. The rest is about walking through its schedule by one class's own
 # method; taken over by another class it would make the same weights draw differently, and some of them worse.
@@ -22,11 +23,34 @@ NOISE_SCHEDULE = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedul
 NOISE_SCHEDULE += ("prediction_type", "rescale_betas_zero_snr", "set_alpha_to_one")
 # diffusers' StableDiffusionPipeline sets the offset too. Latents are not confined to [-1, 1], whatever a config says.
 STABLE_DIFFUSION = {"steps_offset": 1, "set_alpha_to_one": False, "clip_sample": False}
-LCM_STEPS = 50  # diffusers' LCMScheduler picks its steps from so many
-SAMPLERS = {"ddim": DDIMScheduler, "dpmpp": DPMSolverMultistepScheduler, "lcm": LCMScheduler}
-# DDIM as Stable Diffusion's pipelines come, with which its 50 steps are a student's teacher. By the same spacing
-# DPM-Solver++ would start at t = 901 of 1,000 with 10 steps and end in a jump from 91, which its second order loses by.
-SPACING = {"ddim": "leading", "dpmpp": "linspace", "lcm": "leading"}
+
+
+@dataclass(frozen=True)
+class Sampler:
+    """A way from noise to an image: a scheduler of diffusers with settings of its own.
+
+    Attributes:
+        name: what users type.
+        title: in headings.
+        scheduler: name of the class in diffusers.
+        settings: of that class, beside the model's noise schedule.
+        max_steps: it takes at most so many; None for as many as the model was trained on.
+    """
+
+    name: str
+    title: str
+    scheduler: str
+    settings: Mapping[str, Any] = field(default_factory=dict, hash=False)
+    max_steps: int | None = None
+
+
+# Solvers of the teacher's own ODE; students' samplers are said by their methods. DDIM (Song et al. 2020, eta = 0) as
+# Stable Diffusion's pipelines come, with which its 50 steps are a student's teacher. By the same spacing DPM-Solver++
+# 2M (Lu et al. 2022) would start at t = 901 of 1,000 with 10 steps and end in a jump from 91, which its second order
+# loses by.
+DDIM = Sampler("ddim", "DDIM", "DDIMScheduler", {"timestep_spacing": "leading"})
+DPMPP = Sampler("dpmpp", "DPM-Solver++", "DPMSolverMultistepScheduler", {"timestep_spacing": "linspace"})
+SOLVERS = {solver.name: solver for solver in (DDIM, DPMPP)}
 
 
 @dataclass(frozen=True)
@@ -49,17 +73,23 @@ class SamplingSetup:
 def make_scheduler(sampler: Sampler, scheduler_config: Mapping[str, Any]) -> SchedulerMixin:
     """The diffusers scheduler of a sampler, on the model's own noise schedule, whatever class wrote the config.
 
-    "ddim" (Song et al. 2020, eta = 0), "dpmpp" (DPM-Solver++ 2M; Lu et al. 2022) or "lcm" (multistep consistency
-    sampling; Luo et al. 2023a, Algorithm 3). A schedule of zero terminal SNR is walked with trailing spacing, which
-    starts at its last timestep as it must (Lin et al. 2023, section 3.3).
+    A schedule of zero terminal SNR is walked with trailing spacing, which starts at its last timestep as it must
+    (Lin et al. 2023, section 3.3).
+
+    Raises:
+        UserError: diffusers has no such scheduler.
     """
-    if sampler not in SAMPLERS:
-        raise UserError(f"sampler={sampler}: expected one of {', '.join(SAMPLERS)}")
+    scheduler = getattr(diffusers, sampler.scheduler, None)
+    if not (inspect.isclass(scheduler) and issubclass(scheduler, SchedulerMixin)):
+        raise UserError(
+            f"sampler={sampler.name}: this diffusers has no scheduler {sampler.scheduler}; update diffusers"
+        )
     schedule = {key: scheduler_config[key] for key in NOISE_SCHEDULE if key in scheduler_config}
-    spacing = "trailing" if schedule.get("rescale_betas_zero_snr") else SPACING[sampler]
-    wanted = inspect.signature(SAMPLERS[sampler].__init__).parameters
-    settings = {**STABLE_DIFFUSION, **schedule, "timestep_spacing": spacing}
-    return SAMPLERS[sampler].from_config({key: value for key, value in settings.items() if key in wanted})
+    settings = {**STABLE_DIFFUSION, **schedule, **sampler.settings}
+    if schedule.get("rescale_betas_zero_snr"):
+        settings["timestep_spacing"] = "trailing"
+    wanted = inspect.signature(scheduler.__init__).parameters
+    return scheduler.from_config({key: value for key, value in settings.items() if key in wanted})
 
 
 def network_evaluations(steps: int, guidance_scale: float) -> int:
@@ -69,7 +99,7 @@ def network_evaluations(steps: int, guidance_scale: float) -> int:
 
 @torch.no_grad()
 def sample(
-    model: StableDiffusion,
+    model: LatentDiffusionModel,
     prompts: Sequence[str],
     *,
     seeds: Sequence[int],
@@ -99,8 +129,8 @@ def sample(
     """
     if steps < 1:
         raise UserError(f"steps={steps}: expected at least 1")
-    if sampler == "lcm" and steps > LCM_STEPS:
-        raise UserError(f"steps={steps}: multistep consistency sampling takes at most {LCM_STEPS}; 1 to 8 are usual")
+    if sampler.max_steps is not None and steps > sampler.max_steps:
+        raise UserError(f"steps={steps}: the sampler {sampler.title} takes at most {sampler.max_steps}; try 4")
     if len(prompts) != len(seeds):
         raise ValueError(f"{len(prompts)} prompts but {len(seeds)} seeds")
     model.check_resolution(resolution)
@@ -111,13 +141,13 @@ def sample(
     images = []
     for start in range(0, len(prompts), batch_size):
         chunk = prompts[start : start + batch_size]
-        text = model.encode_text(chunk)
+        condition = model.encode_text(chunk)
         if unconditional is not None:
-            text = torch.cat([unconditional.expand(len(chunk), -1, -1), text])
+            condition = Condition.cat([condition.with_caption(unconditional), condition])
         ended("text_encoding")
         generators = [torch.Generator().manual_seed(seed) for seed in seeds[start : start + batch_size]]
         scheduler = make_scheduler(sampler, model.scheduler_config)
-        latents = _denoise(model, scheduler, text, generators, steps, guidance_scale, resolution)
+        latents = _denoise(model, scheduler, condition, generators, steps, guidance_scale, resolution)
         ended("denoising")
         images.append(model.decode_latents(latents, preview=preview).cpu())
         ended("vae_decoding")
@@ -129,25 +159,25 @@ def sample(
 
 
 def _denoise(
-    model: StableDiffusion,
+    model: LatentDiffusionModel,
     scheduler: SchedulerMixin,
-    text: Tensor,
+    condition: Condition,
     generators: list[torch.Generator],
     steps: int,
     guidance_scale: float,
     resolution: int,
 ) -> Tensor:
-    """Latents [B, C, h, w], float32, by `scheduler`; `text` [B or 2B, L, D], unconditional first if guided."""
+    """Latents [B, C, h, w], float32, by `scheduler`; of B conditions, or 2 B if guided, unconditional first."""
     shape = model.latent_shape(resolution)
     latents = torch.stack([torch.randn(shape, generator=generator) for generator in generators]).to(model.device)
     scheduler.set_timesteps(steps)
     latents = latents * scheduler.init_noise_sigma
-    passes = len(text) // len(latents)
+    passes = len(condition) // len(latents)
     stochastic = {"generator": generators} if "generator" in inspect.signature(scheduler.step).parameters else {}
     for timestep in scheduler.timesteps:
         scaled = scheduler.scale_model_input(latents, timestep)
         with torch.autocast(model.device.type, dtype=model.dtype, enabled=model.dtype != torch.float32):
-            output = model.denoise(torch.cat([scaled] * passes), timestep, text).float()
+            output = model.denoise(torch.cat([scaled] * passes), timestep, condition).float()
         if passes == 2:
             unconditional, conditional = output.chunk(2)
             output = unconditional + guidance_scale * (conditional - unconditional)

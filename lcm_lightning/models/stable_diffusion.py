@@ -9,25 +9,32 @@ from typing import Any, Literal
 
 import torch
 from diffusers import AutoencoderKL, AutoencoderTiny, StableDiffusionPipeline, UNet2DConditionModel
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import CLIPTextModel, CLIPTokenizer
 
-from lcm_lightning.diffusion.schedule import PredictionType, unsupported_schedule
+from lcm_lightning.diffusion.schedule import unsupported_schedule
 from lcm_lightning.errors import UserError, first_line
 from lcm_lightning.models.architectures import build_sd15
+from lcm_lightning.models.condition import Condition
 from lcm_lightning.models.deferred import Deferred, deferred_encoders
+from lcm_lightning.models.latent_diffusion import LatentDiffusionModel
 
 
-class StableDiffusion(nn.Module):
-    """The networks of a `StableDiffusionPipeline`, frozen, with the three maps training needs.
+class StableDiffusion(LatentDiffusionModel):
+    """The networks of a `StableDiffusionPipeline`, frozen, with the maps training needs.
 
     Every map runs outside autocast in `dtype`, the type the frozen weights are stored in, so that no weight is cast
     on each pass. VAE and text encoder may be `Deferred`: a training on cached latents needs neither until it draws.
 
     Attributes:
+        text_encoder, vae: None before `load_encoders` where they are deferred.
         folder: the pipeline's folder on this machine; None for networks that come from no file.
-        known_texts: embeddings [L, D] of captions for which the text encoder need not run.
+        known_texts: conditions of single captions for which the text encoder need not run.
     """
+
+    unet: UNet2DConditionModel
+    text_encoder: CLIPTextModel
+    vae: AutoencoderKL
 
     def __init__(
         self,
@@ -51,41 +58,33 @@ class StableDiffusion(nn.Module):
         for name, network in (("text_encoder", text_encoder), ("vae", vae)):
             if isinstance(network, Deferred):
                 self.deferred[name] = network
+                self.register_module(name, None)
             else:
                 self.add_module(name, network)
         self.unet = unet
         self.folder = folder
-        self.known_texts: dict[str, Tensor] = {}
+        self.known_texts: dict[str, Condition] = {}
         self.scheduler_config = dict(scheduler_config)
         self.name_or_path = name_or_path
         self.dtype = dtype
         self.requires_grad_(False).eval()
 
-    def __getattr__(self, name: str) -> Any:
-        # Called for what is not there yet, such as a deferred network.
-        if name in self.__dict__.get("deferred", {}):
-            self._read_deferred(name)
-        return super().__getattr__(name)
-
-    def _read_deferred(self, name: str) -> None:
-        # In Lightning's validation the weights would otherwise be inference tensors, and the random numbers of a
-        # training must not depend on when this happens.
-        with torch.inference_mode(False), torch.random.fork_rng(devices=[]):
-            network = self.deferred[name].read()
-        del self.deferred[name]
-        if self.memory_format is not None:
-            network.to(memory_format=self.memory_format)
-        self.add_module(name, network.requires_grad_(False).eval().to(self.device))
+    def load_encoders(self) -> None:
+        """See `LatentDiffusionModel`."""
+        while self.deferred:
+            name, deferred = self.deferred.popitem()
+            # In Lightning's validation the weights would otherwise be inference tensors, and the random numbers of a
+            # training must not depend on when this happens.
+            with torch.inference_mode(False), torch.random.fork_rng(devices=[]):
+                network = deferred.read()
+            if self.memory_format is not None:
+                network.to(memory_format=self.memory_format)
+            self.add_module(name, network.requires_grad_(False).eval().to(self.device))
 
     def set_memory_format(self, memory_format: torch.memory_format) -> None:
         """Lay out the weights of the convolutions in `memory_format`."""
         self.memory_format = memory_format
         self.to(memory_format=memory_format)
-
-    @property
-    def prediction_type(self) -> PredictionType:
-        """What the UNet predicts."""
-        return self.scheduler_config.get("prediction_type", "epsilon")
 
     @property
     def vae_scale_factor(self) -> int:
@@ -94,13 +93,8 @@ class StableDiffusion(nn.Module):
 
     @property
     def default_resolution(self) -> int:
-        """Side in pixels of the images the UNet was trained on."""
+        """See `LatentDiffusionModel`."""
         return self.unet.config.sample_size * self.vae_scale_factor
-
-    @property
-    def device(self) -> torch.device:
-        """Where the networks are."""
-        return self.unet.conv_in.weight.device
 
     def check_resolution(self, resolution: int, key: str = "data.resolution") -> None:
         """Raise a `UserError` that names `key` unless images of `resolution` px pass VAE and UNet without remainder."""
@@ -113,10 +107,11 @@ class StableDiffusion(nn.Module):
             )
 
     @torch.no_grad()
-    def encode_text(self, captions: Sequence[str]) -> Tensor:
-        """Text embeddings [B, L, D] in `dtype`; captions longer than the tokenizer's limit are cut."""
+    def encode_text(self, captions: Sequence[str]) -> Condition:
+        """See `LatentDiffusionModel`; captions longer than the tokenizer's limit are cut."""
         if self.known_texts.keys() >= set(captions):
-            return torch.stack([self.known_texts[caption] for caption in captions]).to(self.device, self.dtype)
+            return Condition.cat([self.known_texts[caption] for caption in captions]).to(self.device, self.dtype)
+        self.load_encoders()
         tokens = self.tokenizer(
             list(captions),
             padding="max_length",
@@ -125,31 +120,21 @@ class StableDiffusion(nn.Module):
             return_tensors="pt",
         )
         with self._no_autocast():
-            return self.text_encoder(tokens.input_ids.to(self.device, non_blocking=True))[0]
+            return Condition(self.text_encoder(tokens.input_ids.to(self.device, non_blocking=True))[0])
 
-    def denoise(self, x_t: Tensor, timesteps: Tensor, text_embeddings: Tensor) -> Tensor:
-        """The UNet's output, shape of `x_t` [B, C, h, w], with whatever adapters are active.
-
-        `timesteps` int64 [B] or scalar, `text_embeddings` [B, L, D]. Runs under the caller's autocast and gradients.
-        """
+    def denoise(self, x_t: Tensor, timesteps: Tensor, condition: Condition) -> Tensor:
+        """See `LatentDiffusionModel`."""
         return self.unet(
             x_t.to(self.dtype),
             timesteps,
-            encoder_hidden_states=text_embeddings.to(self.dtype),
+            encoder_hidden_states=condition.text.to(self.dtype),
             return_dict=False,
         )[0]
 
     @torch.no_grad()
-    def encode_images(self, pixel_values: Tensor, noise: Tensor) -> Tensor:
-        """Scaled latents [B, C, h, w], float32: a draw from the VAE's posterior with the given standard `noise`.
-
-        `pixel_values` [B, 3, H, W] in [-1, 1]; see `sample_posterior`.
-        """
-        return self.sample_posterior(*self.posterior(pixel_values), noise)
-
-    @torch.no_grad()
     def posterior(self, pixel_values: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean and standard deviation [B, C, h, w], float32, unscaled, of the VAE's posterior of images in [-1, 1]."""
+        """See `LatentDiffusionModel`."""
+        self.load_encoders()
         with self._no_autocast():
             posterior = self.vae.encode(pixel_values.to(self.dtype)).latent_dist
         return posterior.mean.float(), posterior.std.float()
@@ -160,12 +145,14 @@ class StableDiffusion(nn.Module):
 
     @torch.no_grad()
     def decode_latents(self, latents: Tensor, *, preview: bool = False) -> Tensor:
-        """Images [B, 3, H, W] in [0, 1], float32, of scaled `latents`.
+        """See `LatentDiffusionModel`.
 
         A `preview` is decoded by the `preview_vae` if there is one. A distilled autoencoder (`AutoencoderTiny`,
         of TAESD) takes scaled latents as they are and loses fine detail.
         """
         small = preview and self.preview_vae is not None
+        if not small:
+            self.load_encoders()
         vae = self.preview_vae if small else self.vae
         latents = latents.float() / vae.config.scaling_factor + (0.0 if small else self._shift)
         with self._no_autocast():
@@ -180,7 +167,7 @@ class StableDiffusion(nn.Module):
         return torch.autocast(self.device.type, enabled=False)
 
     def latent_shape(self, resolution: int) -> tuple[int, int, int]:
-        """(C, h, w) of the latents of a square image of `resolution` px."""
+        """See `LatentDiffusionModel`."""
         side = resolution // self.vae_scale_factor
         return (self.unet.config.in_channels, side, side)
 

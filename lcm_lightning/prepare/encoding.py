@@ -26,7 +26,7 @@ from torch import Tensor
 
 from lcm_lightning.data.downloads import is_url
 from lcm_lightning.data.images import ImageFault, crop_square, decode_image, normalise, resize_shorter_side
-from lcm_lightning.data.latents import MOMENTS, TEXT, with_transform
+from lcm_lightning.data.latents import MOMENTS, with_transform
 from lcm_lightning.data.plan import stable_hash
 from lcm_lightning.data.records import INDEX_NAME, PARTS_NAME, STARTED_NAME
 from lcm_lightning.data.shards import (
@@ -50,7 +50,8 @@ from lcm_lightning.data.writing import (
     write_samples,
 )
 from lcm_lightning.errors import UserError, first_line
-from lcm_lightning.models.stable_diffusion import StableDiffusion
+from lcm_lightning.models.condition import Condition
+from lcm_lightning.models.latent_diffusion import LatentDiffusionModel
 from lcm_lightning.output.files import write_atomic
 
 FORMAT = 1
@@ -110,7 +111,7 @@ def cache_latents(
     output: Path,
     *,
     images: str,
-    model: StableDiffusion,
+    model: LatentDiffusionModel,
     key: Mapping[str, str],
     settings: CacheSettings,
     batch_size: int = 8,
@@ -159,8 +160,7 @@ def cache_latents(
             if on_shard is not None:
                 on_shard(written[-1], kept is not None)
     if any(shard.samples for shard in written):
-        empty_text = to_half(model.encode_text([""]))[0]
-        write_atomic(output / EMPTY_CAPTION, save({TEXT: empty_text.numpy()}))
+        write_atomic(output / EMPTY_CAPTION, save(rows(model.encode_text([""]).map(to_half), 0)))
     latents = {
         "key": key,
         "crops": settings.crops,
@@ -225,7 +225,7 @@ def earlier_cache(output: Path) -> tuple[dict[str, str] | None, set[str]]:
 class Encoder:
     """VAE and text encoder over the samples of a shard, with threads that decode ahead of them."""
 
-    model: StableDiffusion
+    model: LatentDiffusionModel
     resolution: int
     settings: CacheSettings
     batch_size: int
@@ -282,21 +282,24 @@ class Encoder:
             torch.stack(self.model.posterior(part.to(self.model.device)), dim=1)
             for part in pixel_values.split(self.batch_size)
         ]
-        text = self.model.encode_text([caption for sample in samples for caption in sample.captions])
-        by_sample = zip(
-            samples,
-            to_half(torch.cat(moments)).split([len(sample.pixel_values) for sample in samples]),
-            to_half(text).split([len(sample.captions) for sample in samples]),
-            strict=True,
-        )
-        for sample, sample_moments, sample_text in by_sample:
-            tensors = {MOMENTS: sample_moments.numpy(), TEXT: sample_text.numpy()}
+        condition = self.model.encode_text([caption for sample in samples for caption in sample.captions]).map(to_half)
+        of_samples = to_half(torch.cat(moments)).split([len(sample.pixel_values) for sample in samples])
+        first = 0
+        for sample, sample_moments in zip(samples, of_samples, strict=True):
+            captions = slice(first, first + len(sample.captions))
+            tensors = {MOMENTS: sample_moments.numpy(), **rows(condition, captions)}
+            first = captions.stop
             if all(np.isfinite(tensor).all() for tensor in tensors.values()):
                 described = {"captions": sample.captions, "image_shard": shard}
                 content = json.dumps(described, ensure_ascii=False).encode()
                 yield sample.key, [("json", content), ("safetensors", save(tensors))]
             else:
                 yield Skipped(sample.key, shard, "", "latents not finite", f"in {self.settings.dtype}")
+
+
+def rows(condition: Condition, chosen: int | slice) -> dict[str, np.ndarray]:
+    """Those rows of each tensor of a condition, by name, as shards keep them."""
+    return {name: tensor[chosen].contiguous().numpy() for name, tensor in condition.tensors().items()}
 
 
 def to_half(tensor: Tensor) -> Tensor:

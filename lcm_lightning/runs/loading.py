@@ -13,6 +13,7 @@ from omegaconf import DictConfig
 
 from lcm_lightning.errors import UserError, innermost
 from lcm_lightning.models.adapters import load_lora, set_active_adapters
+from lcm_lightning.models.kinds import AdapterKind
 from lcm_lightning.models.stable_diffusion import StableDiffusion
 from lcm_lightning.runs.records import read_config, read_manifest
 
@@ -23,7 +24,7 @@ class LoadedRun:
 
     model: StableDiffusion
     config: DictConfig
-    adapters: tuple[str, ...]
+    adapters: tuple[AdapterKind, ...]
 
 
 def load_run(run: Path, *, dtype: torch.dtype = torch.float32, **model_overrides: Any) -> LoadedRun:
@@ -41,7 +42,7 @@ def load_run(run: Path, *, dtype: torch.dtype = torch.float32, **model_overrides
             raise UserError(f"run={run}: {cause}; model=sd15 model.path=... gives another copy of its model") from error
         raise
     for adapter in adapters:
-        load_lora(model, run / "lora" / adapter.file, adapter.name)
-    names = tuple(adapter.name for adapter in adapters)
-    set_active_adapters(model, names)  # loading one switches those before it off
-    return LoadedRun(model.requires_grad_(False), config, names)
+        load_lora(model, run / "lora" / adapter.file, adapter.kind.name)
+    kinds = tuple(adapter.kind for adapter in adapters)
+    set_active_adapters(model, [kind.name for kind in kinds])  # loading one switches those before it off
+    return LoadedRun(model.requires_grad_(False), config, kinds)

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from lightning.pytorch.loggers import Logger
 from omegaconf import DictConfig, OmegaConf
 
-from lcm_lightning.errors import UserError
+from lcm_lightning.errors import UserError, first_line
+from lcm_lightning.methods import adapter_kinds
 from lcm_lightning.models.adapters import LORA_FILE
+from lcm_lightning.models.kinds import AdapterKind
 from lcm_lightning.output.files import write_atomic
 from lcm_lightning.runs.folders import OVERRIDES
 
@@ -20,16 +23,16 @@ MANIFEST = "adapters.json"
 
 @dataclass(frozen=True)
 class Adapter:
-    """One exported LoRA: its name in the model and its file, relative to the run's `lora/` folder."""
+    """One exported LoRA: what it is for, and its file, relative to the run's `lora/` folder."""
 
-    name: str
+    kind: AdapterKind
     file: str = LORA_FILE
 
 
 def write_manifest(folder: Path, adapters: list[Adapter]) -> None:
     """Say which files in `folder` (a run's `lora/`) make up its model, in the order they were trained."""
-    content = json.dumps({"adapters": [asdict(adapter) for adapter in adapters]}, indent=2) + "\n"
-    write_atomic(folder / MANIFEST, content.encode())
+    entries = [{"file": adapter.file, **adapter.kind.to_json()} for adapter in adapters]
+    write_atomic(folder / MANIFEST, (json.dumps({"adapters": entries}, indent=2) + "\n").encode())
 
 
 def read_config(run: Path) -> DictConfig:
@@ -47,15 +50,23 @@ def read_config(run: Path) -> DictConfig:
 
 
 def read_manifest(run: Path) -> list[Adapter]:
-    """The adapters of a run, in training order ("finetuned" before "lcm").
+    """The adapters of a run, in training order: a teacher's before its student's.
 
     Raises:
-        UserError: the run has exported none.
+        UserError: the run has exported none, or what says so is damaged.
     """
     path = run / "lora" / MANIFEST
     if not path.is_file():
         raise UserError(f"run={run}: no lora/{MANIFEST} there; the run ended before its first export, train it again")
-    return [Adapter(**entry) for entry in json.loads(path.read_text())["adapters"]]
+    try:
+        return [Adapter(_kind(entry), entry["file"]) for entry in json.loads(path.read_text())["adapters"]]
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"run={run}: lora/{MANIFEST} is damaged ({first_line(error)}); export the run again") from error
+
+
+def _kind(entry: dict[str, Any]) -> AdapterKind:
+    """What a manifest says of an adapter; version 0.1 wrote its name alone."""
+    return AdapterKind.from_json(entry) if "role" in entry else adapter_kinds()[entry["name"]]
 
 
 def record_settings(cfg: DictConfig, overrides: Sequence[str], run_dir: Path, loggers: Sequence[Logger]) -> None:

@@ -1,0 +1,90 @@
+"""What distillations of a guided teacher into a student's adapter share."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lcm_lightning.diffusion.consistency import Denoiser, GuidedDenoiser
+from lcm_lightning.errors import UserError
+from lcm_lightning.methods.adapter_training import AdapterTraining
+from lcm_lightning.methods.lora import LoraFinetuning
+from lcm_lightning.models.adapters import active_adapters, fuse_lora, locate_lora
+from lcm_lightning.models.condition import Condition
+from lcm_lightning.models.kinds import AdapterKind
+from lcm_lightning.models.latent_diffusion import LatentDiffusionModel
+
+
+class Distillation(AdapterTraining):
+    """One UNet plays both roles: with the adapter off it is the teacher, with it on the student.
+
+    The teacher's guidance scale is drawn for every sample, so the student learns to give guided images in one unguided
+    pass.
+
+    Args:
+        w_min, w_max: range of the guidance scale in LCM's form (`diffusion.solver.guide`).
+        teacher_lora: run folder, .safetensors file or hub id of a LoRA that belongs to the teacher; it is fused into
+            the frozen weights.
+        **training: see `AdapterTraining`.
+    """
+
+    def __init__(
+        self,
+        model: LatentDiffusionModel,
+        *,
+        w_min: float = 5.0,
+        w_max: float = 15.0,
+        teacher_lora: str | None = None,
+        **training: Any,
+    ) -> None:
+        Distillation.check_settings(w_min=w_min, w_max=w_max)
+        if teacher_lora is not None:
+            fuse_lora(model, teacher_lora, key="method.teacher_lora")
+        super().__init__(model, **training)
+        self.w_min, self.w_max = w_min, w_max
+        self.teacher_lora = teacher_lora
+        unconditional = model.encode_text([""]).tensors()
+        self._unconditional = tuple(unconditional)
+        for name, tensor in unconditional.items():
+            self.register_buffer(f"unconditional_{name}", tensor, persistent=False)
+
+    @classmethod
+    def check_settings(
+        cls, *, w_min: float = 5.0, w_max: float = 15.0, teacher_lora: str | None = None, **training: Any
+    ) -> None:
+        """See `AdapterTraining.check_settings`; a teacher's LoRA must be there."""
+        if not 0 <= w_min <= w_max:
+            raise UserError(
+                f"method.w_min={w_min}, method.w_max={w_max}: expected 0 <= w_min <= w_max, such as 5 and 15"
+            )
+        if teacher_lora is not None:
+            locate_lora(teacher_lora, "method.teacher_lora")
+        super().check_settings(**training)
+
+    @property
+    def below(self) -> tuple[AdapterKind, str] | None:
+        """The teacher's LoRA."""
+        return None if self.teacher_lora is None else (LoraFinetuning.kind, self.teacher_lora)
+
+    @property
+    def unconditional(self) -> Condition:
+        """The condition of one empty caption."""
+        return Condition(**{name: getattr(self, f"unconditional_{name}") for name in self._unconditional})
+
+    def student(self, condition: Condition) -> Denoiser:
+        """The network with its adapter, given the condition."""
+        return lambda x_t, timesteps: self.model.denoise(x_t, timesteps, condition)
+
+    def teacher(self, condition: Condition) -> GuidedDenoiser:
+        """The network without adapters, with and without the caption, both in one pass."""
+        both = Condition.cat([condition, condition.with_caption(self.unconditional)])
+
+        def guided(x_t: Tensor, timesteps: Tensor) -> tuple[Tensor, Tensor]:
+            with active_adapters(self.model.unet, ()):
+                output = self.model.denoise(torch.cat([x_t, x_t]), torch.cat([timesteps, timesteps]), both)
+            conditional, unconditional = output.chunk(2)
+            return conditional, unconditional
+
+        return guided

@@ -1,0 +1,60 @@
+"""What a network is told of the image it is to draw."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Condition:
+    """Embeddings of captions and, where a base model takes them, sizes. Each tensor's first dimension is the batch.
+
+    Attributes:
+        text: of each token [B, L, D].
+        pooled: of a caption as a whole [B, P]; None where the model takes none.
+        time_ids: original size, crop corner and target size in pixels [B, 6] (Podell et al. 2023, arXiv 2307.01952,
+            section 2.2); None where the model takes none.
+    """
+
+    text: Tensor
+    pooled: Tensor | None = None
+    time_ids: Tensor | None = None
+
+    @classmethod
+    def of_batch(cls, batch: Mapping[str, Any]) -> Condition:
+        """The condition among the parts of a batch of cached embeddings."""
+        return cls(**{field.name: batch[field.name] for field in fields(cls) if field.name in batch})
+
+    @staticmethod
+    def cat(conditions: Sequence[Condition]) -> Condition:
+        """Several batches as one."""
+        tensors = [condition.tensors() for condition in conditions]
+        return Condition(**{name: torch.cat([parts[name] for parts in tensors]) for name in tensors[0]})
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Those that are there, by name."""
+        return {f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name) is not None}
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> Condition:
+        """`function` of each tensor."""
+        return Condition(**{name: function(tensor) for name, tensor in self.tensors().items()})
+
+    def to(self, *to: Any) -> Condition:
+        """All tensors on a device, in a type, or both, as `Tensor.to` takes them."""
+        return self.map(lambda tensor: tensor.to(*to))
+
+    def expand(self, batch_size: int) -> Condition:
+        """One condition for each of `batch_size` samples, without a copy."""
+        return self.map(lambda tensor: tensor.expand(batch_size, *tensor.shape[1:]))
+
+    def with_caption(self, caption: Condition) -> Condition:
+        """The same sizes under one caption, such as the empty one of guidance's unconditional branch."""
+        return replace(caption.expand(len(self)), time_ids=self.time_ids)
+
+    def __len__(self) -> int:
+        return len(self.text)

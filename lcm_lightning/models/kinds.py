@@ -1,0 +1,54 @@
+"""What LoRAs are for, and how a model is drawn from with them: said by the method that trains them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from typing import Any, Literal, TypeAlias
+
+from lcm_lightning.models.sampling import DDIM, Sampler
+
+Role: TypeAlias = Literal["base", "finetuned", "student"]
+
+
+@dataclass(frozen=True)
+class AdapterKind:
+    """The kind of an adapter. Its defaults are how a model is drawn from that was not distilled.
+
+    Attributes:
+        name: of the adapter in a model, and what users type: ``lora_role=lcm``, ``models=[lcm:FILE]``.
+        result: name of its rows in metrics.json.
+        title: of its rows and columns where people look.
+        role: "student" for one that was distilled, and is held against its teacher.
+        sampler, steps, guidance_scale: see `lcm_lightning.models.sampling.sample`; where nothing else is asked for.
+    """
+
+    name: str
+    result: str
+    title: str
+    role: Role
+    sampler: Sampler = DDIM
+    steps: int = 50
+    guidance_scale: float = 7.5
+
+    def to_json(self) -> dict[str, Any]:
+        """What `from_json` reads."""
+        return {**asdict(self), "sampler": {**asdict(self.sampler), "settings": dict(self.sampler.settings)}}
+
+    @classmethod
+    def from_json(cls, content: Mapping[str, Any]) -> AdapterKind:
+        """The kind that `to_json` wrote; keys of later versions are passed over.
+
+        Raises:
+            KeyError, TypeError: it lacks something.
+        """
+        known = {field.name: content[field.name] for field in fields(cls)}
+        sampler = {field.name: content["sampler"][field.name] for field in fields(Sampler)}
+        return cls(**{**known, "sampler": Sampler(**sampler)})
+
+    def label(self, steps: int) -> str:
+        """Heading of what is drawn in so many steps."""
+        return f"{self.title}, {steps} step{'s' * (steps > 1)}"
+
+
+BASE = AdapterKind("", "base", "base", "base")

@@ -1,0 +1,94 @@
+"""What training, sampling and caching need of a base model."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lcm_lightning.diffusion.schedule import PredictionType, alphas_cumprod_from_config
+from lcm_lightning.models.condition import Condition
+
+
+class LatentDiffusionModel(nn.Module, ABC):
+    """A frozen latent diffusion model (Rombach et al. 2022): a UNet on the latents of a VAE, told what by captions.
+
+    Another base model is another subclass; nothing that trains or draws asks which.
+
+    Attributes:
+        unet: takes the adapters.
+        scheduler_config: diffusers' description of the noise schedule.
+        vae_config: the VAE's, whether or not it has been read.
+        dtype: what the frozen weights are stored in and compute in.
+        name_or_path: where the model came from, for messages.
+    """
+
+    unet: nn.Module
+    scheduler_config: Mapping[str, Any]
+    vae_config: Any
+    dtype: torch.dtype
+    name_or_path: str
+
+    @abstractmethod
+    def load_encoders(self) -> None:
+        """Read VAE and text encoders if that was put off. The maps below do it where they need one."""
+
+    @abstractmethod
+    def encode_text(self, captions: Sequence[str]) -> Condition:
+        """The condition of B captions, without sizes, in `dtype`."""
+
+    @abstractmethod
+    def denoise(self, x_t: Tensor, timesteps: Tensor, condition: Condition) -> Tensor:
+        """The UNet's output, shape of `x_t` [B, C, h, w], with whatever adapters are active.
+
+        `timesteps` int64 [B] or scalar. Runs under the caller's autocast and gradients.
+        """
+
+    @abstractmethod
+    def posterior(self, pixel_values: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and standard deviation [B, C, h, w], float32, unscaled, of the VAE's posterior of images in [-1, 1]."""
+
+    @abstractmethod
+    def sample_posterior(self, mean: Tensor, std: Tensor, noise: Tensor) -> Tensor:
+        """Scaled latents of a posterior drawn from with standard normal `noise`."""
+
+    @abstractmethod
+    def decode_latents(self, latents: Tensor, *, preview: bool = False) -> Tensor:
+        """Images [B, 3, H, W] in [0, 1], float32, of scaled `latents`; as a `preview` quicker and coarser."""
+
+    @property
+    @abstractmethod
+    def default_resolution(self) -> int:
+        """Side in pixels of the images the model was trained on."""
+
+    @abstractmethod
+    def latent_shape(self, resolution: int) -> tuple[int, int, int]:
+        """(C, h, w) of the latents of a square image of `resolution` px."""
+
+    @abstractmethod
+    def check_resolution(self, resolution: int, key: str = "data.resolution") -> None:
+        """Raise a `UserError` that names `key` unless the model takes images of `resolution` px."""
+
+    def encode_images(self, pixel_values: Tensor, noise: Tensor) -> Tensor:
+        """Scaled latents [B, C, h, w], float32: a draw from the VAE's posterior with the given standard `noise`.
+
+        `pixel_values` [B, 3, H, W] in [-1, 1]; see `sample_posterior`.
+        """
+        return self.sample_posterior(*self.posterior(pixel_values), noise)
+
+    def alphas_cumprod(self) -> Tensor:
+        """The noise schedule ``a_t``, float32 [T]; see `alphas_cumprod_from_config`."""
+        return alphas_cumprod_from_config(self.scheduler_config)
+
+    @property
+    def prediction_type(self) -> PredictionType:
+        """What the UNet predicts."""
+        return self.scheduler_config.get("prediction_type", "epsilon")
+
+    @property
+    def device(self) -> torch.device:
+        """Where the networks are."""
+        return next(self.unet.parameters()).device
