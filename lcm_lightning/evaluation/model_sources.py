@@ -131,9 +131,9 @@ def _lora(cfg: DictConfig, lora: str, role: str | None, spec: str, dtype: torch.
     elif role in kinds:
         files = {kinds[role]: locate_lora(lora)}
     else:
-        students = [f"lora_role={kind.name} for a {kind.title}" for kind in kinds.values() if kind.role == "student"]
+        students = [f"lora_role={kind.name} ({kind.title})" for kind in kinds.values() if kind.role == "student"]
         raise UserError(
-            f"lora_role={role}: say what lora={lora} is: {', '.join(students)}, which is drawn in few steps without "
+            f"lora_role={role}: say what lora={lora} is: {' or '.join(students)}, which is drawn in few steps without "
             "guidance, or lora_role=finetuned for one that was not distilled"
         )
     return SubjectSource(_lora_name(lora), spec, lambda: _with_adapters(cfg, files, dtype), _data_of(run))

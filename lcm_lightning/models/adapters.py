@@ -79,7 +79,11 @@ class LoraSettings:
 
         A preset keeps those that occur: a UNet without `conv_shortcut` is no error. A name given by hand must occur.
         """
-        layers = [name for name, module in unet.named_modules() if isinstance(module, nn.Linear | nn.Conv2d)]
+        layers = [
+            name.removesuffix(".base_layer")  # of a layer that carries another adapter
+            for name, module in unet.named_modules()
+            if isinstance(module, nn.Linear | nn.Conv2d) and ".lora_" not in name
+        ]
         if isinstance(self.target_modules, str):
             if self.target_modules not in TARGET_PRESETS:
                 raise UserError(
