@@ -31,6 +31,13 @@ def program() -> str:
     return path.name if path.name.startswith("lcm-") else f"python {path.name}"
 
 
+def command_line(name: str) -> str:
+    """How to start the program `name`, in the way this one was: `lcm-train`, or `python train.py`."""
+    if program().startswith("lcm-"):
+        return f"lcm-{name}"
+    return f"python {name}.py" if name in ("train", "evaluate") else f"python -m lcm_lightning.{name}"
+
+
 SHOW_KEYS = f"{program()} --cfg job"
 
 

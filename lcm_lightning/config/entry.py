@@ -30,7 +30,7 @@ class ConfigurationsHere(SearchPathPlugin):
     def manipulate_search_path(self, search_path: ConfigSearchPath) -> None:
         """Add the folder."""
         here = Path.cwd() / "conf"
-        if here.is_dir() and here != configurations():
+        if here.is_dir() and not here.samefile(configurations()):
             search_path.append(provider="working-folder", path=f"file://{here}")
 
 

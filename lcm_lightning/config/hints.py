@@ -7,6 +7,7 @@ from pathlib import Path
 from omegaconf import DictConfig, OmegaConf
 
 from lcm_lightning.config.resolvers import package_file
+from lcm_lightning.errors import command_line
 from lcm_lightning.runs.records import MANIFEST
 
 
@@ -18,8 +19,8 @@ def next_commands(cfg: DictConfig, run_dir: Path) -> str:
         lines.append(f"  look at   {shown}/samples/")
     if (run_dir / "lora" / MANIFEST).is_file():
         protocol = " evaluation=quick" if is_embedded(cfg) else ""
-        lines.append(f"  evaluate  python evaluate.py run={shown}{protocol}")
-        lines.append(f'  generate  python -m lcm_lightning.generate run={shown} prompt="..."')
+        lines.append(f"  evaluate  {command_line('evaluate')} run={shown}{protocol}")
+        lines.append(f'  generate  {command_line("generate")} run={shown} prompt="..."')
     return "\n".join(lines)
 
 

@@ -14,7 +14,7 @@ from rich.console import Console
 
 from lcm_lightning.config.checks import check_types, check_values, interpolate
 from lcm_lightning.config.entry import command
-from lcm_lightning.errors import UserError
+from lcm_lightning.errors import UserError, command_line
 from lcm_lightning.prepare.images import prepare_images
 
 EXPERIMENTS = ("flickr8k", "flickr30k")  # data sets with experiments of their own
@@ -62,8 +62,8 @@ def next_lines(name: str, place: list[str]) -> list[str]:
         options += [f"name=lora_{name}", *overrides_of("data.name")]
     options += place
     if torch.cuda.is_available() or torch.backends.mps.is_available():
-        return [f"Ready: python train.py {shlex.join(options)}"]
-    lines = [f"Ready: python train.py {shlex.join([*options, 'trainer=cpu'])}"]
+        return [f"Ready: {command_line('train')} {shlex.join(options)}"]
+    lines = [f"Ready: {command_line('train')} {shlex.join([*options, 'trainer=cpu'])}"]
     if not overrides_of("model="):
         lines.append("(no GPU here: model=tiny data.resolution=64 tries it on the small embedded pipeline)")
     return lines
