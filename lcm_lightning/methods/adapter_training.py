@@ -71,7 +71,7 @@ class AdapterTraining(FusedClipping, ABC):
         # Lightning's own mean over ranks rounds the mean count of samples down to a whole number.
         self.val_loss = MeanMetric()
         keep_fewer_activations(model.unet)
-        add_lora(model.unet, self.adapter_name, lora)
+        self.dropout_seeds = add_lora(model.unet, self.adapter_name, lora)
         model.unet.train()
         self.register_buffer("alphas_cumprod", alphas_cumprod_from_config(model.scheduler_config), persistent=False)
 
@@ -102,7 +102,7 @@ class AdapterTraining(FusedClipping, ABC):
 
     def training_step(self, batch: dict[str, Any], batch_index: int) -> Tensor:
         """Weighted mean loss of a batch."""
-        torch.manual_seed(batch["seed"].tolist()[0])  # of LoRA dropout, which a resumed run must draw alike
+        self.dropout_seeds[:] = batch["seed"].tolist()
         loss = propagate_faults((batch["weight"] * self._batch_losses(batch)).mean())
         self.log("train/loss", loss, batch_size=len(batch["captions"]))
         return loss

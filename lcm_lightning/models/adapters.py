@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from lcm_lightning.errors import UserError, first_line
+from lcm_lightning.models.dropout import SampleDropout
 from lcm_lightning.models.lora_layers import FUSED_LAYERS
 from lcm_lightning.models.sampling import make_scheduler
 from lcm_lightning.models.stable_diffusion import StableDiffusion
@@ -58,7 +59,7 @@ class LoraSettings:
         rank: of each update ``B A``, >= 1.
         alpha: the update is scaled by ``alpha / rank``.
         target_modules: a preset ("attention", "lcm_lora") or the endings of the names of Linear and Conv2d layers.
-        dropout: on the adapter's input, in [0, 1).
+        dropout: on the adapter's input, in [0, 1); see `SampleDropout`.
     """
 
     rank: int = 64
@@ -101,18 +102,29 @@ def _ending_matches(ending: str, names: Sequence[str]) -> bool:
     return any(name == ending or name.endswith("." + ending) for name in names)
 
 
-def add_lora(unet: UNet2DConditionModel, name: str, settings: LoraSettings) -> None:
-    """Add a trainable adapter, float32 whatever the frozen weights are, that changes nothing yet (B = 0)."""
+def add_lora(unet: UNet2DConditionModel, name: str, settings: LoraSettings, *, fused: bool = True) -> list[int]:
+    """Add a trainable adapter, float32 whatever the frozen weights are, that changes nothing yet (B = 0).
+
+    With `fused` in layers of our own, otherwise in peft's. Returns the list that wants the seeds of each step's
+    samples, of which dropout is drawn (`SampleDropout`).
+    """
     config = LoraConfig(
         r=settings.rank,
         lora_alpha=settings.alpha,
         lora_dropout=settings.dropout,
         target_modules=settings.layer_names(unet),
     )
-    config._register_custom_module(FUSED_LAYERS)  # peft's way of giving layers of one's own
+    if fused:
+        config._register_custom_module(FUSED_LAYERS)  # peft's way of giving layers of one's own
     unet.add_adapter(config, adapter_name=name)
     for parameter in lora_parameters(unet, name):
         parameter.data = parameter.data.float()
+    seeds: list[int] = []
+    if settings.dropout > 0:
+        for number, layer in enumerate(lora_layers(unet)):
+            if name in layer.lora_dropout:
+                layer.lora_dropout[name] = SampleDropout(settings.dropout, number, seeds)
+    return seeds
 
 
 def lora_layers(module: nn.Module) -> Iterator[LoraLayer]:
