@@ -18,8 +18,8 @@ from lcm_lightning.diffusion.schedule import alphas_cumprod_from_config
 from lcm_lightning.errors import UserError
 from lcm_lightning.methods.clipping import FusedClipping
 from lcm_lightning.methods.randomness import SampleRandomness
-from lcm_lightning.models.activations import keep_fewer_activations
 from lcm_lightning.models.adapters import LoraSettings, add_lora, lora_parameters
+from lcm_lightning.models.lora_layers import fit_installed_versions
 from lcm_lightning.models.sampling import SamplingSetup
 from lcm_lightning.models.stable_diffusion import StableDiffusion
 
@@ -70,8 +70,13 @@ class AdapterTraining(FusedClipping, ABC):
         self.warmup_steps = warmup_steps
         # Lightning's own mean over ranks rounds the mean count of samples down to a whole number.
         self.val_loss = MeanMetric()
-        keep_fewer_activations(model.unet)
-        self.dropout_seeds = add_lora(model.unet, self.adapter_name, lora)
+        fused = model.fused and fit_installed_versions()
+        if fused:
+            # Imported here: other versions may have no such blocks to import.
+            from lcm_lightning.models.activations import keep_fewer_activations
+
+            keep_fewer_activations(model.unet)
+        self.dropout_seeds = add_lora(model.unet, self.adapter_name, lora, fused=fused)
         model.unet.train()
         self.register_buffer("alphas_cumprod", alphas_cumprod_from_config(model.scheduler_config), persistent=False)
 
