@@ -148,7 +148,7 @@ def test_the_same_command_finds_its_folder_again(composed, tmp_path: Path):
         return composed("model=tiny", "data=twemoji", *overrides).run_dir
 
     assert folder().startswith("outputs/evaluate/")
-    assert folder() == folder("devices=2", "accelerator=cpu", "logger=none", "evaluation.latency_repeats=3")
+    assert folder() == folder("devices=2", "accelerator=cpu", "logger=csv", "evaluation.latency_repeats=3")
     assert len({folder(), folder("evaluation=quick"), folder("seed=1"), folder("model.path=x")}) == 4
     assert composed(f"run={tmp_path}", "evaluation=quick").run_dir == f"{tmp_path}/evaluation/quick"
 

@@ -704,7 +704,7 @@ def photos(folder: Path) -> Path:
 
 SMALL = (
     "trainer=debug",
-    "logger=none",
+    "logger=csv",
     "method.lora.rank=4",
     "data.batch_size=2",
     "data.num_workers=0",
@@ -778,5 +778,5 @@ def test_a_mistake_is_one_message(command: Callable[..., str], tmp_path: Path, o
 
 
 def test_what_trains_the_networks_themselves_wants_images(command: Callable[..., str], square_latents: Path):
-    said = command("train", "experiment=pretrain_vae", f"data.source={square_latents}", "trainer=debug", "logger=none")
+    said = command("train", "experiment=pretrain_vae", f"data.source={square_latents}", "trainer=debug", "logger=csv")
     assert said.startswith("2 ") and "holds cached latents" in said
