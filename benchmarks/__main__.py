@@ -28,18 +28,7 @@ from lcm_lightning.evaluation.latency import machine_info, matrix_peak, package_
 register_resolvers()
 
 PARTS = ("tiny", "sd15", "drawing", "growth")
-BENCH_KEYS = (
-    "peer",
-    "pipeline",
-    "parts",
-    "rounds",
-    "steps",
-    "resolution",
-    "batch_size",
-    "rank",
-    "cached",
-    "student_steps",
-)
+BENCH_KEYS = ("peer", "pipeline", "parts", "rounds", "steps", "resolution", "batch_size", "rank", "cached")
 BENCH_KEYS += ("student_steps", "teacher_steps", "drawings", "growth_model", "minutes", "work", "output")
 # The experiment both trainers stand for; ours at one optimizer step a batch, as the peer.
 OURS = ("experiment=lcm_flickr8k", "trainer.accumulate_grad_batches=1", "data.caption_dropout=0")

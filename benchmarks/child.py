@@ -78,7 +78,7 @@ class DataWait(L.Callback):
 
 def composed(overrides: list[str]) -> DictConfig:
     """The configuration ``train.py OVERRIDE...`` would see, without validation."""
-    fixed = ["logger=none", "data.val_limit=0", "val_every=1000000", "name=benchmark", f"run_dir={os.devnull}"]
+    fixed = ["logger=csv", "data.val_limit=0", "val_every=1000000", "name=benchmark", f"run_dir={os.devnull}"]
     with initialize_config_dir(str(CONF), version_base="1.3"):
         cfg = compose("train", overrides=fixed + overrides)
     resolve(cfg, tuple(cfg))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -32,6 +33,8 @@ def main(cfg: DictConfig) -> None:
     data = evaluation_data(cfg, sources)
     real = RealImages(data.name, data.source, protocol.split, protocol.num_images, data.resolution, data.cache_dir)
     check_size(real)  # before there are other processes that would wait for one that gave up
+    if real.resolution is None:
+        real = replace(real, resolution=sources[0].load().model.default_resolution)
     fabric = make_fabric(cfg.accelerator, cfg.devices)
     threads = torch.get_num_threads()  # launching several processes shares the cores out between them
     fabric.launch()

@@ -42,6 +42,7 @@ def main(cfg: DictConfig) -> float | None:
     check_settings(cfg)
     data.prepare_data()
     module = build_module(cfg, trainer.precision, data.cache)
+    data.resolution = cfg.data.resolution  # where it was null, known with the model
     trainer.ckpt_path = checkpoint  # not an argument of fit, which tells callbacks when it is being loaded
     try:
         trainer.fit(module, datamodule=data, weights_only=True)

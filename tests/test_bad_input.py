@@ -42,10 +42,10 @@ TRAIN = (
     "data.val_limit=2",
     "method.lora.rank=4",
     "trainer=debug",
-    "logger=none",
+    "logger=csv",
 )
 GENERATE = ("accelerator=cpu", "prompt=a")
-EVALUATE = ("accelerator=cpu", "logger=none", "evaluation=quick")
+EVALUATE = ("accelerator=cpu", "logger=csv", "evaluation=quick")
 
 Case = tuple[str, str]
 # In each case W stands for the folder of `world`. The pattern must be found in the message.

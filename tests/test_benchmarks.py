@@ -146,3 +146,9 @@ def test_the_tables_say_ratio_spread_and_utilisation(tmp_path: Path):
     assert written.startswith("before\n") and written.endswith("\nafter\n") and "old" not in written
     assert written.count(text) == 1 and "(page.png)" in written
     assert (tmp_path / "page.png").stat().st_size > 1000
+
+
+def test_every_key_of_the_configuration_is_listed_once():
+    assert sorted(benchmarks.BENCH_KEYS) == sorted(
+        set(OmegaConf.load(ROOT / "conf" / "bench.yaml")) - {"defaults", "hydra"}
+    )

@@ -415,7 +415,7 @@ def test_every_configuration_builds_the_data_module(shards, name):
     with initialize_config_dir(str(Path(__file__).parents[1] / "conf"), version_base="1.3"):
         config = compose("prepare", [f"data={name}", f"data.source={shards}", "seed=5"])
     module = instantiate(config.data)
-    assert isinstance(module, CaptionedImages) and module.seed == 5 and module.resolution == 512
+    assert isinstance(module, CaptionedImages) and module.seed == 5 and module.resolution is None
     assert module.train_samples == 23
 
 

@@ -25,7 +25,7 @@ STRATEGIES = {
     "fsdp": ("trainer=fsdp", "trainer.accelerator=cpu", "trainer.devices=2"),
 }
 COMMON = (
-    "logger=none",
+    "logger=csv",
     "trainer.precision=32-true",
     "trainer.accumulate_grad_batches=1",
     "trainer.log_every_n_steps=1",

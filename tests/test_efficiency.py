@@ -22,11 +22,10 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from lcm_lightning.diffusion.consistency import ConsistencyDistillation
-from lcm_lightning.methods import adapter_training
 from lcm_lightning.methods.lcm_lora import LcmLoraDistillation
-from lcm_lightning.models import adapters
+from lcm_lightning.models import activations, adapters, lora_layers
 from lcm_lightning.models.activations import SPARING, SiluOfNorm, keep_fewer_activations
-from lcm_lightning.models.adapters import LoraSettings, active_adapters, lora_layers
+from lcm_lightning.models.adapters import LoraSettings, active_adapters
 from lcm_lightning.models.lora_layers import FUSED_LAYERS
 from lcm_lightning.models.stable_diffusion import load_stable_diffusion
 
@@ -103,13 +102,52 @@ def test_activations_computed_anew_keep_the_curve(
     pipeline_folder: Path, monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, tolerance: float
 ):
     found = loss_curve(pipeline_folder, dtype)
-    monkeypatch.setattr(adapter_training, "keep_fewer_activations", lambda unet: None)
+    monkeypatch.setattr(activations, "keep_fewer_activations", lambda unet: None)
     assert_same_curve(found, loss_curve(pipeline_folder, dtype), tolerance)
 
 
-def kept_for_backward(folder: Path) -> Counter[tuple[int, ...]]:
+def own_layers(folder: Path, **options: object) -> int:
+    """How many layers of the UNet in training are neither peft's nor diffusers'."""
+    modules = distillation(folder, **options).model.unet.modules()
+    return sum(type(module) in (*FUSED_LAYERS.values(), *SPARING.values()) for module in modules)
+
+
+def test_fused_false_trains_through_the_libraries_own_layers(pipeline_folder: Path, caplog: pytest.LogCaptureFixture):
+    assert own_layers(pipeline_folder) > 10 and own_layers(pipeline_folder, fused=False) == 0
+    assert not caplog.records
+
+
+@pytest.mark.parametrize(
+    ("installed", "warned"),
+    [
+        ({}, False),
+        ({"diffusers": "0.40.0"}, False),
+        ({"diffusers": "0.43.0.dev0"}, True),
+        ({"diffusers": "1.40"}, True),
+        ({"peft": "0.22.0"}, True),
+        ({"peft": "0.9.0"}, True),
+    ],
+    ids=str,
+)
+def test_versions_they_were_not_made_for_train_through_their_own_layers(
+    pipeline_folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    installed: dict[str, str],
+    warned: bool,
+):
+    versions = {"diffusers": "0.42.1", "peft": "0.21.2"} | installed
+    monkeypatch.setattr(lora_layers, "version", versions.__getitem__)
+    assert (own_layers(pipeline_folder) == 0) == warned
+    assert len(caplog.records) == warned
+    assert all(f"{name} {number}: " in caplog.text for name, number in installed.items() if warned)
+    caplog.clear()
+    assert own_layers(pipeline_folder, fused=False) == 0 and not caplog.records
+
+
+def kept_for_backward(folder: Path, **options: object) -> Counter[tuple[int, ...]]:
     """How many tensors of each shape, other than parameters, a bf16 step keeps for its backward pass."""
-    module = distillation(folder, torch.bfloat16)
+    module = distillation(folder, torch.bfloat16, **options)
     module.log = lambda *_, **__: None
     parameters = {p.untyped_storage().data_ptr() for p in module.parameters()}
     kept: dict[int, Tensor] = {}
@@ -125,11 +163,8 @@ def kept_for_backward(folder: Path) -> Counter[tuple[int, ...]]:
     return Counter(tuple(tensor.shape) for pointer, tensor in kept.items() if pointer not in parameters)
 
 
-def test_neither_activations_nor_casts_of_the_adapter_are_kept(pipeline_folder: Path, monkeypatch: pytest.MonkeyPatch):
-    lean = kept_for_backward(pipeline_folder)
-    monkeypatch.setattr(adapter_training, "keep_fewer_activations", lambda unet: None)
-    monkeypatch.setattr(adapters, "FUSED_LAYERS", {})
-    plain = kept_for_backward(pipeline_folder)
+def test_neither_activations_nor_casts_of_the_adapter_are_kept(pipeline_folder: Path):
+    lean, plain = (kept_for_backward(pipeline_folder, fused=fused) for fused in (True, False))
     unet = distillation(pipeline_folder).model.unet
     adapter_shapes = {tuple(p.shape) for name, p in unet.named_parameters() if "lora_" in name and p.dim() == 4}
     assert adapter_shapes & plain.keys()
@@ -370,9 +405,11 @@ def test_switching_adapters_changes_nothing_that_trains(pipeline_folder: Path):
     adapters.add_lora(model.unet, "lcm", LoraSettings(rank=4, alpha=4))
     trainable = {name: p.requires_grad for name, p in model.named_parameters()}
     with active_adapters(model.unet, ()):
-        assert all(layer.disable_adapters for layer in lora_layers(model.unet))
+        assert all(layer.disable_adapters for layer in adapters.lora_layers(model.unet))
         assert trainable == {name: p.requires_grad for name, p in model.named_parameters()}
-    assert all(layer.active_adapters == ["lcm"] and not layer.disable_adapters for layer in lora_layers(model.unet))
+    assert all(
+        layer.active_adapters == ["lcm"] and not layer.disable_adapters for layer in adapters.lora_layers(model.unet)
+    )
 
 
 def test_gradients_are_freed_with_the_step_and_kept_until_then(pipeline_folder: Path):

@@ -115,7 +115,7 @@ def assert_complete(run: Path, steps: int) -> None:
 
 @pytest.mark.parametrize("experiment", ["lora_flickr8k", "lcm_flickr8k"])
 def test_an_experiment_leaves_a_complete_run_folder(run: Run, experiment: str, capfd: pytest.CaptureFixture[str]):
-    folder = run("first", f"experiment={experiment}", "trainer=debug", "logger=none")
+    folder = run("first", f"experiment={experiment}", "trainer=debug", "logger=csv")
     assert_complete(folder, steps=2)
     said = "".join(capfd.readouterr())
     assert "evaluate.py run=first" in said
@@ -124,10 +124,8 @@ def test_an_experiment_leaves_a_complete_run_folder(run: Run, experiment: str, c
 
 
 def test_a_finetuned_run_is_distilled_and_both_adapters_are_in_the_student_s_folder(run: Run):
-    teacher = run("teacher", "experiment=lora_flickr8k", "trainer=debug", "logger=none", "method.warmup_steps=0")
-    student = run(
-        "student", "experiment=lcm_flickr8k", "trainer=debug", "logger=none", f"method.teacher_lora={teacher}"
-    )
+    teacher = run("teacher", "experiment=lora_flickr8k", "trainer=debug", "logger=csv", "method.warmup_steps=0")
+    student = run("student", "experiment=lcm_flickr8k", "trainer=debug", "logger=csv", f"method.teacher_lora={teacher}")
     assert_complete(student, steps=2)
     assert [adapter.kind.name for adapter in read_manifest(student)] == ["finetuned", "lcm"]
     original = load_file(teacher / "lora" / "pytorch_lora_weights.safetensors")
@@ -142,7 +140,7 @@ def test_two_processes_leave_one_run_folder(
     in_folder: Path, pipeline_folder: Path, flickr_shards: Path, train_command: Command, experiment: str
 ):
     places = (f"model.path={pipeline_folder}", f"data.source={flickr_shards}", "hydra.run.dir=ddp")
-    options = (f"experiment={experiment}", "trainer=ddp_sim", "logger=none", *DEBUG)
+    options = (f"experiment={experiment}", "trainer=ddp_sim", "logger=csv", *DEBUG)
     finished = train_command(*places, *SMALL, *options)
     assert finished.returncode == 0, finished.stderr
     assert finished.stdout.count("evaluate.py run=ddp") == 1
@@ -156,7 +154,7 @@ def test_a_full_disk_costs_files_and_not_the_run(
     """Of what a run writes, only its configuration and figures are below the limit."""
     folder = in_folder / "full"
     places = (f"model.path={pipeline_folder}", f"data.source={flickr_shards}", f"hydra.run.dir={folder}")
-    options = (*SMALL, "experiment=lcm_flickr8k", "trainer=debug", "logger=none", "resume=auto")
+    options = (*SMALL, "experiment=lcm_flickr8k", "trainer=debug", "logger=csv", "resume=auto")
     options += ("callbacks.checkpoint.every_n_steps=1", "data.val_limit=1")
 
     def train_to(step: int) -> subprocess.CompletedProcess[str]:
@@ -181,7 +179,7 @@ def test_a_full_disk_costs_files_and_not_the_run(
 
 
 def test_a_run_ends_with_a_validation_samples_and_an_export(run: Run):
-    folder = run("odd", "trainer=debug", "logger=none", "trainer.max_steps=3", "method.warmup_steps=0")
+    folder = run("odd", "trainer=debug", "logger=csv", "trainer.max_steps=3", "method.warmup_steps=0")
     validated = [row["step"] for row in metrics(folder) if "val/loss" in row]
     assert validated == [1, 2]  # Lightning counts from 0: after the second step and after the third
     assert sorted(path.name for path in (folder / "samples").iterdir()) == ["step_000002.png", "step_000003.png"]
@@ -194,7 +192,7 @@ def test_a_run_ends_with_a_validation_samples_and_an_export(run: Run):
 
 
 def test_a_run_that_ends_on_a_validation_does_not_validate_twice(run: Run):
-    folder = run("even", "trainer=debug", "logger=none", "trainer.max_steps=2")
+    folder = run("even", "trainer=debug", "logger=csv", "trainer.max_steps=2")
     assert [row["step"] for row in metrics(folder) if "val/loss" in row] == [1]
 
 
@@ -202,7 +200,7 @@ def test_every_figure_is_logged_at_the_interval_over_epochs_and_accumulation(run
     folder = run(
         "logged",
         "trainer=debug",
-        "logger=none",
+        "logger=csv",
         "data.batch_size=4",
         "trainer.accumulate_grad_batches=2",  # 6 batches, 3 optimizer steps an epoch
         "trainer.log_every_n_steps=2",
@@ -219,7 +217,7 @@ def test_every_figure_is_logged_at_the_interval_over_epochs_and_accumulation(run
 
 def test_figures_are_logged_one_below_the_step_that_checkpoints_and_pictures_are_called_by(run: Run):
     """As docs/scaling.md says."""
-    folder = run("named", "method=lora", "trainer=debug", "logger=none")
+    folder = run("named", "method=lora", "trainer=debug", "logger=csv")
     assert {row["step"] for row in metrics(folder) if "val/loss" in row} == {1}
     assert max(row["step"] for row in metrics(folder) if "train/loss" in row) == 1
     assert (folder / "checkpoints" / "step_000002.ckpt").is_file()
@@ -227,7 +225,7 @@ def test_figures_are_logged_one_below_the_step_that_checkpoints_and_pictures_are
 
 
 def test_the_progress_bar_counts_optimizer_steps(run: Run, capfd: pytest.CaptureFixture[str]):
-    options = ("method=lora", "trainer=debug", "logger=none", "callbacks.samples=null")
+    options = ("method=lora", "trainer=debug", "logger=csv", "callbacks.samples=null")
     steps = (*options, "trainer.accumulate_grad_batches=5", "trainer.val_check_interval=100")
     run("steps", *steps, "trainer.max_steps=3")  # 15 batches, 12 of which are an epoch
     assert re.search(r"Step +\S* 3/3 ", shown := capfd.readouterr().out) and "Epoch" not in shown
@@ -238,7 +236,7 @@ def test_the_progress_bar_counts_optimizer_steps(run: Run, capfd: pytest.Capture
 
 
 def test_the_end_of_a_run_names_what_it_left(run: Run, capfd: pytest.CaptureFixture[str]):
-    small = ("method=lora", "trainer=debug", "logger=none")
+    small = ("method=lora", "trainer=debug", "logger=csv")
     run("drawn", *small)
     said = capfd.readouterr().out
     assert "look at   drawn/samples/\n" in said and "python evaluate.py run=drawn\n" in said
@@ -265,7 +263,7 @@ def test_the_quick_evaluation_is_proposed_for_the_embedded_pipeline_and_data(
 
 def test_resuming_goes_on_where_the_run_stopped(run: Run):
     """5 steps at once are 3 steps, a new process' worth of forgetting, and 2 more; the second stop is in epoch 2."""
-    options = ("trainer=debug", "logger=none", "method.lr_scheduler=constant", "method.warmup_steps=0")
+    options = ("trainer=debug", "logger=csv", "method.lr_scheduler=constant", "method.warmup_steps=0")
     options += ("data.batch_size=6", "trainer.limit_val_batches=0")  # 4 steps an epoch
     whole = run("whole", *options, "trainer.max_steps=5")
     run("part", *options, "trainer.max_steps=3")
@@ -280,19 +278,19 @@ def test_a_sweep_without_an_experiment_is_named_by_its_method(
     in_folder: Path, pipeline_folder: Path, flickr_shards: Path
 ):
     places = (f"model.path={pipeline_folder}", f"data.source={flickr_shards}")
-    in_process("-m", *places, *SMALL, "trainer=debug", "trainer.max_steps=1", "logger=none", "seed=1,2")
+    in_process("-m", *places, *SMALL, "trainer=debug", "trainer.max_steps=1", "logger=csv", "seed=1,2")
     configs = sorted(in_folder.glob("outputs/lcm_lora/*/*/config.yaml"))
     assert [OmegaConf.load(path).seed for path in configs] == [1, 2]
     assert len({path.parents[1] for path in configs}) == 1
 
 
 def test_resuming_another_adapter_is_refused(run: Run, capfd: pytest.CaptureFixture[str]):
-    run("part", "trainer=debug", "logger=none", "trainer.max_steps=1")
+    run("part", "trainer=debug", "logger=csv", "trainer.max_steps=1")
     refused(capfd, run, "resume: the checkpoint's adapter differs", "resume=part", "method.lora.rank=8")
 
 
 def test_a_refused_command_leaves_the_record_of_the_run_it_would_go_on_with(run: Run):
-    options = ("trainer=debug", "logger=none", "resume=auto")
+    options = ("trainer=debug", "logger=csv", "resume=auto")
     part = run("part", *options, "trainer.max_steps=1")
     record = [(part / name).read_bytes() for name in ("config.yaml", "overrides.yaml")]
     with pytest.raises(SystemExit):
@@ -310,7 +308,7 @@ def refused(capfd: pytest.CaptureFixture[str], run: Run, message: str, *override
     """The run ends with a status other than 0, and says `message` and no traceback; returns what it said."""
     capfd.readouterr()
     with pytest.raises(SystemExit) as exit_:
-        run("refused", "trainer=debug", "logger=none", *overrides)
+        run("refused", "trainer=debug", "logger=csv", *overrides)
     assert exit_.value.code not in (0, None)
     said = capfd.readouterr().err
     assert message in said
@@ -407,7 +405,7 @@ def test_without_the_model_it_says_how_to_get_it(run: Run, capfd: pytest.Capture
 # ---- loggers -------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("logger", ["csv", "none", "tensorboard"])
+@pytest.mark.parametrize("logger", ["csv", "tensorboard"])
 def test_loggers(run: Run, logger: str):
     if logger == "tensorboard":
         pytest.importorskip("tensorboard", reason="the extra `tensorboard` is not installed")

@@ -55,7 +55,7 @@ SMALL = (
     "evaluation.latency_batch_sizes=[1,2]",
     "evaluation.bootstrap_samples=5",
     "evaluation.shown=3",
-    "logger=none",
+    "logger=csv",
 )
 
 
@@ -347,7 +347,7 @@ def test_generate_draws_several_prompts_into_one_sheet(tmp_path: Path):
 )
 def test_mistakes_are_one_message(tmp_path: Path, program: str, overrides: tuple[str, ...], said: str):
     start = (str(ROOT / "evaluate.py"),) if program == "evaluate" else ("-m", "lcm_lightning.generate")
-    finished = python(*start, *overrides, *(("logger=none",) if program == "evaluate" else ()), cwd=tmp_path)
+    finished = python(*start, *overrides, *(("logger=csv",) if program == "evaluate" else ()), cwd=tmp_path)
     assert finished.returncode not in (0, None)
     assert said in finished.stderr and "Traceback" not in finished.stderr
     assert not [path for path in tmp_path.rglob("*") if path.name != "cache" and "cache" not in path.parts]

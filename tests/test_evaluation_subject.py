@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,9 +13,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 from hydra import compose, initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf, open_dict
 
+from lcm_lightning import evaluate
 from lcm_lightning.config.resolvers import register_resolvers
 from lcm_lightning.data.shards import Shard
 from lcm_lightning.errors import UserError
@@ -150,7 +153,7 @@ def test_the_same_command_finds_its_folder_again(composed, tmp_path: Path):
         return composed("model=tiny", "data=twemoji", *overrides).run_dir
 
     assert folder().startswith("outputs/evaluate/")
-    assert folder() == folder("devices=2", "accelerator=cpu", "logger=none", "evaluation.latency_repeats=3")
+    assert folder() == folder("devices=2", "accelerator=cpu", "logger=csv", "evaluation.latency_repeats=3")
     assert len({folder(), folder("evaluation=quick"), folder("seed=1"), folder("model.path=x")}) == 4
     assert composed(f"run={tmp_path}", "evaluation=quick").run_dir == f"{tmp_path}/evaluation/quick"
 
@@ -309,3 +312,20 @@ def test_a_base_found_first_without_its_run_knows_the_fine_tuned_model_made_from
 def test_nothing_below_the_entry_points_composes_or_reads_a_configuration():
     for module in (CONF.parent / "lcm_lightning" / "evaluation").glob("*.py"):
         assert not re.search(r"^(from|import) (hydra|omegaconf)", module.read_text(), re.MULTILINE), module.name
+
+
+@pytest.mark.parametrize(("option", "side"), [("data.resolution=null", 32), ("data.resolution=64", 64)])
+def test_photos_are_of_the_first_model_s_own_size_unless_told(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, pipeline_folder: Path, flickr_shards: Path, option: str, side: int
+):
+    found = []
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(evaluate, "evaluate_models", lambda sources, **settings: found.append(settings["real"]) or {})
+    monkeypatch.setattr(evaluate, "console_tables", lambda metrics: [])
+    places = (f"model.path={pipeline_folder}", f"data.source={flickr_shards}", "run_dir=here")
+    options = ("models=[sd15,tiny]", "model=sd15", "data=flickr8k", "logger=csv", "accelerator=cpu", *places, option)
+    monkeypatch.setattr(sys, "argv", ["evaluate.py", f"--config-path={CONF}", *options])
+    GlobalHydra.instance().clear()
+    evaluate.main()
+    GlobalHydra.instance().clear()
+    assert [real.resolution for real in found] == [side]

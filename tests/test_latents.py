@@ -709,7 +709,7 @@ def photos(folder: Path) -> Path:
 
 SMALL = (
     "trainer=debug",
-    "logger=none",
+    "logger=csv",
     "method.lora.rank=4",
     "data.batch_size=2",
     "data.num_workers=0",
@@ -729,7 +729,7 @@ def test_from_photos_to_a_run_on_latents(
     source = f"data.source={photos(tmp_path / 'photos')}"
     options = ("data=folder", source, "prepare.workers=1", "data.resolution=32", "cache=latents", "cache.dtype=float32")
     said = command("prepare", *options, *model)
-    ready = "experiment=lora_flickr8k data=folder name=lora_folder data.source=data/folder-latents data.resolution=32"
+    ready = "experiment=lora_folder data.source=data/folder-latents data.resolution=32"
     assert f"Ready: python train.py {ready} model=sd15 " in said
     again = command("prepare", "data=folder", "data.resolution=32", "cache=latents", "cache.dtype=float32", *model)
     assert "2 shards kept" in again
@@ -765,6 +765,41 @@ def test_from_photos_to_a_run_on_latents(
     assert "resolution: the cache has 32, this run 64" in said
 
 
+def test_latents_and_training_are_of_the_model_s_own_size_unless_told(
+    command: Callable[..., str], tmp_path: Path, pipeline_folder: Path
+):
+    model = ("model=sd15", f"model.path={pipeline_folder}")
+    options = ("data=folder", f"data.source={photos(tmp_path / 'photos')}", "prepare.workers=1")
+    said = command("prepare", *options, "cache=latents", "cache.dtype=float32", *model)
+    assert "experiment=lora_folder data.source=data/folder-latents model=sd15 " in said
+    index = json.loads((tmp_path / "data" / "folder-latents" / "index.json").read_text())
+    assert index["latents"]["key"]["resolution"] == "32"
+    small = [option for option in SMALL if not option.startswith("data.resolution")]
+    command(
+        "train", "experiment=lora_folder", *small, *model, "data.source=data/folder-latents", "hydra.run.dir=latents"
+    )
+    command("train", "experiment=lcm_folder", *small, *model, "hydra.run.dir=images")
+    for run in ("latents", "images"):
+        assert OmegaConf.load(tmp_path / run / "config.yaml").data.resolution == 32
+        with Image.open(tmp_path / run / "samples" / "step_000002.png") as grid:
+            assert grid.width == 200 + 2 * (128 + 8) + 8  # enlarged from 32
+
+
+def test_photos_are_trained_on_at_64_px_by_the_embedded_pipeline(command: Callable[..., str], tmp_path: Path):
+    command("prepare", "data=folder", f"data.source={photos(tmp_path / 'photos')}", "prepare.workers=1")
+    small = [option for option in SMALL if not option.startswith("data.resolution")]
+    options = ("model=tiny", "hydra.run.dir=run", "max_steps=1", "callbacks.samples=null")
+    said = command("train", "experiment=lora_folder", *small, *options)
+    assert "run folder: run" in said
+    assert OmegaConf.load(tmp_path / "run" / "config.yaml").data.resolution == 64
+
+
+def test_a_method_without_a_model_wants_a_size(command: Callable[..., str], flickr_shards: Path):
+    options = ("trainer=debug", "data=flickr8k", f"data.source={flickr_shards}", "data.num_workers=0")
+    said = command("train", "experiment=pretrain_vae", *options)
+    assert said.startswith("2 ") and "error: data.resolution=null: method pretrain_vae has no model" in said
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -783,5 +818,5 @@ def test_a_mistake_is_one_message(command: Callable[..., str], tmp_path: Path, o
 
 
 def test_what_trains_the_networks_themselves_wants_images(command: Callable[..., str], square_latents: Path):
-    said = command("train", "experiment=pretrain_vae", f"data.source={square_latents}", "trainer=debug", "logger=none")
+    said = command("train", "experiment=pretrain_vae", f"data.source={square_latents}", "trainer=debug", "logger=csv")
     assert said.startswith("2 ") and "holds cached latents" in said

@@ -184,8 +184,8 @@ def test_flickr8k_of_kaggle_gets_splits_of_its_own_and_says_so(run, tmp_path):
 def test_where_the_next_command_finds_the_shards(run, tmp_path, monkeypatch):
     text_beside_images(tmp_path / "in")
     _, out, _ = run("data=folder", "data.name=cats", f"data.source={tmp_path / 'in'}")
-    assert "python train.py experiment=lora_flickr8k data=folder name=lora_cats data.name=cats trainer=cpu\n" in out
-    assert "(no GPU here: model=tiny data.resolution=64 " in out
+    assert "python train.py experiment=lora_folder name=lora_cats data.name=cats trainer=cpu\n" in out
+    assert "(no GPU here: model=tiny tries " in out
     instantiate(next_run(out).data, resolution=32, num_workers=0).prepare_data()
     _, out, _ = run("data=folder", f"data.source={tmp_path / 'in'}", "prepare.output='some where/else'")
     assert next_run(out).data.source == "some where/else"

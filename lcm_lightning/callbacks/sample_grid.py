@@ -30,7 +30,7 @@ class SampleGrid(L.Callback):
 
     Args:
         folder: gets `step_<n>.png`.
-        resolution: side of the images, px.
+        resolution: side of the images, px; None for that of the training images.
         prompts: what to draw; the first held-out captions if None.
         num_prompts: how many of these.
         seed: row i starts from the noise of ``seed + i``.
@@ -42,7 +42,7 @@ class SampleGrid(L.Callback):
     def __init__(
         self,
         folder: str,
-        resolution: int,
+        resolution: int | None = None,
         *,
         prompts: Sequence[str] | None = None,
         num_prompts: int = 4,
@@ -107,7 +107,7 @@ class SampleGrid(L.Callback):
                 steps=setup.steps,
                 guidance_scale=setup.guidance_scale,
                 sampler=setup.sampler,
-                resolution=self.resolution,
+                resolution=self.resolution or trainer.datamodule.resolution,  # type: ignore[attr-defined]
                 batch_size=self.batch_size,
                 preview=True,
             )

@@ -70,6 +70,7 @@ def build_module(cfg: DictConfig, precision: str, cache: LatentCache | None = No
     """The method of a composed run, on its model where it takes one, with its optimizer.
 
     Args:
+        cfg: its ``data.resolution``, where null, becomes the model's own.
         cache: the cached latents to train on; VAE and text encoder are then not read before they are needed.
 
     Raises:
@@ -79,9 +80,15 @@ def build_module(cfg: DictConfig, precision: str, cache: LatentCache | None = No
     if cfg.get("model") is None:
         if cache is not None:
             raise UserError(f"data.source={cache.source}: holds cached latents, and method {cfg.name} trains on images")
+        if cfg.data.resolution is None:
+            raise UserError(
+                f"data.resolution=null: method {cfg.name} has no model to take it from; set it, such as to 64"
+            )
         return instantiate_group(cfg, "method", optimizer=optimizer)
     deferred = {"defer_encoders": True} if cache is not None else {}
     model = instantiate_group(cfg, "model", dtype=frozen_dtype(precision), **deferred)
+    if cfg.data.resolution is None:
+        cfg.data.resolution = model.default_resolution
     model.check_resolution(cfg.data.resolution)
     if cfg.data.resolution >= 2 * model.default_resolution:
         log.warning(

@@ -113,7 +113,7 @@ class CaptionedImages(LightningDataModule):
         name: str,
         source: str | None = None,
         *,
-        resolution: int = 512,
+        resolution: int | None = None,
         batch_size: int = 8,
         seed: int = 0,
         num_workers: int | None = None,
@@ -130,7 +130,7 @@ class CaptionedImages(LightningDataModule):
         Args:
             name: name of the data set; shards are looked for in `data/<name>` when `source` is None.
             source: folder of shards, shard paths or addresses with `{a..b}`, or the id of a hub data set of shards.
-            resolution: side of the training images in pixels.
+            resolution: side of the training images in pixels; None must become the model's own before one is read.
             batch_size: samples per batch on each rank.
             seed: run seed of the shuffling and of every sample's random numbers.
             num_workers: loading processes per rank; None for one per core, at most 4.

@@ -18,11 +18,11 @@ from torchmetrics import MeanMetric
 from lcm_lightning.errors import UserError
 from lcm_lightning.methods.clipping import FusedClipping
 from lcm_lightning.methods.randomness import SampleRandomness
-from lcm_lightning.models.activations import keep_fewer_activations
 from lcm_lightning.models.adapters import LoraSettings, add_lora, lora_parameters, set_active_adapters
 from lcm_lightning.models.condition import Condition
 from lcm_lightning.models.kinds import AdapterKind
 from lcm_lightning.models.latent_diffusion import LatentDiffusionModel
+from lcm_lightning.models.lora_layers import fit_installed_versions
 from lcm_lightning.models.sampling import DDIM, SamplingSetup
 
 # Piecewise constant ones would need rules of their own.
@@ -76,9 +76,15 @@ class AdapterTraining(FusedClipping, ABC):
         self.warmup_steps = warmup_steps
         # Lightning's own mean over ranks rounds the mean count of samples down to a whole number.
         self.val_loss = MeanMetric()
-        keep_fewer_activations(model.unet)
+        fused = model.fused and fit_installed_versions()
+        if fused:
+            # Imported here: other versions may have no such blocks to import.
+            from lcm_lightning.models.activations import keep_fewer_activations
+
+            keep_fewer_activations(model.unet)
+        self.dropout_seeds: list[int] = []
         for name in self.adapters:
-            add_lora(model.unet, name, lora)
+            add_lora(model.unet, name, lora, fused=fused, seeds=self.dropout_seeds)
         set_active_adapters(model.unet, [self.kind.name])
         for parameter in self.adapter_parameters():
             parameter.requires_grad_()  # of those that do not act too
@@ -143,7 +149,7 @@ class AdapterTraining(FusedClipping, ABC):
 
     def training_step(self, batch: dict[str, Any], batch_index: int) -> Tensor:
         """Weighted mean loss of a batch."""
-        torch.manual_seed(batch["seed"].tolist()[0])  # of LoRA dropout, which a resumed run must draw alike
+        self.dropout_seeds[:] = batch["seed"].tolist()
         adapter = self._in_turn()
         losses = self._batch_losses(batch, adapter)
         loss = propagate_faults((batch["weight"] * losses).mean())

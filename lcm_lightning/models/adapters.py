@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from lcm_lightning.errors import UserError, first_line
+from lcm_lightning.models.dropout import SampleDropout
 from lcm_lightning.models.lora_layers import FUSED_LAYERS
 from lcm_lightning.models.sampling import DDIM, make_scheduler
 from lcm_lightning.models.stable_diffusion import StableDiffusion
@@ -58,7 +59,7 @@ class LoraSettings:
         rank: of each update ``B A``, >= 1.
         alpha: the update is scaled by ``alpha / rank``.
         target_modules: a preset ("attention", "lcm_lora") or the endings of the names of Linear and Conv2d layers.
-        dropout: on the adapter's input, in [0, 1).
+        dropout: on the adapter's input, in [0, 1); see `SampleDropout`.
     """
 
     rank: int = 64
@@ -105,18 +106,36 @@ def _ending_matches(ending: str, names: Sequence[str]) -> bool:
     return any(name == ending or name.endswith("." + ending) for name in names)
 
 
-def add_lora(unet: UNet2DConditionModel, name: str, settings: LoraSettings) -> None:
-    """Add a trainable adapter, float32 whatever the frozen weights are, that changes nothing yet (B = 0)."""
+def add_lora(
+    unet: UNet2DConditionModel,
+    name: str,
+    settings: LoraSettings,
+    *,
+    fused: bool = True,
+    seeds: list[int] | None = None,
+) -> None:
+    """Add a trainable adapter, float32 whatever the frozen weights are, that changes nothing yet (B = 0).
+
+    Args:
+        fused: in layers of our own, otherwise in peft's.
+        seeds: will hold those of each step's samples, by which dropout is drawn (`SampleDropout`).
+    """
     config = LoraConfig(
         r=settings.rank,
         lora_alpha=settings.alpha,
         lora_dropout=settings.dropout,
         target_modules=settings.layer_names(unet),
     )
-    config._register_custom_module(FUSED_LAYERS)  # peft's way of giving layers of one's own
+    if fused:
+        config._register_custom_module(FUSED_LAYERS)  # peft's way of giving layers of one's own
     unet.add_adapter(config, adapter_name=name)
     for parameter in lora_parameters(unet, name):
         parameter.data = parameter.data.float()
+    if settings.dropout > 0:
+        seeds = [] if seeds is None else seeds
+        for number, layer in enumerate(lora_layers(unet)):
+            if name in layer.lora_dropout:
+                layer.lora_dropout[name] = SampleDropout(settings.dropout, number, seeds)
 
 
 def lora_layers(module: nn.Module) -> Iterator[LoraLayer]:

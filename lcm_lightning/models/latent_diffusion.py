@@ -24,6 +24,7 @@ class LatentDiffusionModel(nn.Module, ABC):
         vae_config: the VAE's, whether or not it has been read.
         dtype: what the frozen weights are stored in and compute in.
         name_or_path: where the model came from, for messages.
+        fused: whether training replaces layers of the UNet by faster ones that keep less.
     """
 
     unet: nn.Module
@@ -31,6 +32,7 @@ class LatentDiffusionModel(nn.Module, ABC):
     vae_config: Any
     dtype: torch.dtype
     name_or_path: str
+    fused: bool = True
 
     @abstractmethod
     def load_encoders(self) -> None:

@@ -10,8 +10,11 @@ the backward pass instead of being kept for it: at rank 64 the casts of Stable D
 
 from __future__ import annotations
 
+import logging
+import re
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from importlib.metadata import version
 from typing import Any, Protocol, TypeAlias
 
 import torch
@@ -21,7 +24,12 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
+log = logging.getLogger(__name__)
+
 Pullback: TypeAlias = Callable[[Tensor], Tensor]
+
+# First and last (major, minor) with whose own layers those here and in `activations` were compared.
+MADE_FOR = {"diffusers": ((0, 40), (0, 42)), "peft": ((0, 20), (0, 21))}
 
 
 class Inner(Protocol):
@@ -37,6 +45,24 @@ class Inner(Protocol):
 
         Autocast is off.
         """
+
+
+def fit_installed_versions() -> bool:
+    """Whether the layers here stand in for those of the diffusers and peft that are installed; a warning if not."""
+    found = {name: version(name) for name in MADE_FOR}
+    new = [
+        f"{name} {found[name]}"
+        for name, (first, last) in MADE_FOR.items()
+        if not first <= tuple(map(int, re.findall(r"\d+", found[name])[:2])) <= last
+    ]
+    if new:
+        ranges = (f"{name} {a}.{b} to {c}.{d}" for name, ((a, b), (c, d)) in MADE_FOR.items())
+        log.warning(
+            "%s: peft's and diffusers' own layers train, slower and with more memory; the faster ones were made for %s",
+            " and ".join(new),
+            " and ".join(ranges),
+        )
+    return not new
 
 
 def applied_to(layer: nn.Module, inner: Inner, z: Tensor) -> Tensor:

@@ -182,6 +182,7 @@ def load_stable_diffusion(
     gradient_checkpointing: bool = False,
     defer_encoders: bool = False,
     compile: bool = False,
+    fused: bool = True,
     preview_vae: str | None = None,
 ) -> StableDiffusion:
     """Read a `StableDiffusionPipeline` from a local diffusers folder or the Hugging Face hub.
@@ -196,6 +197,8 @@ def load_stable_diffusion(
         defer_encoders: read VAE and text encoder on first use only.
         compile: let torch.compile fuse the UNet. One graph for each use (teacher, target, student) and batch size, made
             on first use: minutes at the size of Stable Diffusion, which only long runs win back.
+        fused: train through layers of our own, faster and keeping less, where diffusers and peft are of versions these
+            were made for; else through theirs.
         preview_vae: folder or hub id of an `AutoencoderTiny` for the same latents, such as `madebyollin/taesd`, to
             decode previews with.
 
@@ -209,6 +212,7 @@ def load_stable_diffusion(
     else:
         raise UserError(f"model.unet_init={unet_init}: expected pretrained or random")
     wrapped = StableDiffusion(**model, dtype=dtype, preview_vae=_read_preview_vae(preview_vae, dtype))
+    wrapped.fused = fused
     if reason := unsupported_schedule(wrapped.scheduler_config):
         raise UserError(f"model.path={path}: {reason}; give a pipeline whose scheduler config is one of those")
     if channels_last:

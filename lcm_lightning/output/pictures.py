@@ -10,9 +10,9 @@ from torch import Tensor
 
 GAP = 8
 HEADING = 30
-LINE = 18
+HEADING_LINE = 18
 CAPTION = 200
-LINE = 24
+CAPTION_LINE = 24
 SMALLEST_CELL = 128
 
 
@@ -26,7 +26,7 @@ def contact_sheet(images: Tensor, columns: int = 4, captions: Sequence[str] = ()
     side = images.shape[-1] * max(1, SMALLEST_CELL // images.shape[-1])
     columns = min(columns, len(images))
     rows = -(-len(images) // columns)
-    height = side + (LINE if captions else GAP)
+    height = side + (CAPTION_LINE if captions else GAP)
     sheet = Image.new("RGB", (columns * (side + GAP) + GAP, rows * height + GAP), "white")
     draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(12)
     for number, image in enumerate(images):
@@ -47,7 +47,7 @@ def labelled_grid(columns: Sequence[Tensor], headings: Sequence[str], captions: 
     font = ImageFont.load_default(14)
     width = CAPTION + len(columns) * (cell + GAP) + GAP
     wrapped = [textwrap.fill(heading, max(1, cell // 8)) for heading in headings]
-    top = HEADING + LINE * max((heading.count("\n") for heading in wrapped), default=0)
+    top = HEADING + HEADING_LINE * max((heading.count("\n") for heading in wrapped), default=0)
     grid = Image.new("RGB", (width, top + len(captions) * (cell + GAP)), "white")
     draw = ImageDraw.Draw(grid)
     for j, (images, heading) in enumerate(zip(columns, wrapped, strict=True)):

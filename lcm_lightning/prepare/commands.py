@@ -17,7 +17,7 @@ from lcm_lightning.config.entry import command
 from lcm_lightning.errors import UserError, command_line
 from lcm_lightning.prepare.images import prepare_images
 
-EXPERIMENTS = ("flickr8k", "flickr30k")  # data sets with experiments of their own
+EXPERIMENTS = ("flickr8k", "flickr30k", "folder")  # data sets with experiments of their own
 
 
 @command("prepare")
@@ -65,7 +65,7 @@ def next_lines(name: str, place: list[str]) -> list[str]:
         return [f"Ready: {command_line('train')} {shlex.join(options)}"]
     lines = [f"Ready: {command_line('train')} {shlex.join([*options, 'trainer=cpu'])}"]
     if not overrides_of("model="):
-        lines.append("(no GPU here: model=tiny data.resolution=64 tries it on the small embedded pipeline)")
+        lines.append("(no GPU here: model=tiny tries it on the small embedded pipeline)")
     return lines
 
 

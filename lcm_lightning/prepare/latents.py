@@ -39,10 +39,11 @@ def prepare_latents(config: DictConfig, console: Console) -> Path:
     settings = CacheSettings(options.crops, flips, options.dtype)
     device = make_fabric(options.accelerator, 1).device
     model: StableDiffusion = instantiate_group(config, "model", dtype=parse_dtype(options.dtype))
-    model.check_resolution(data.resolution)
+    resolution = model.default_resolution if data.resolution is None else data.resolution
+    model.check_resolution(resolution)
     if options.teacher_lora is not None:
         fuse_lora(model, options.teacher_lora, key="cache.teacher_lora")
-    key = cache_key(model, data.resolution, options.teacher_lora)
+    key = cache_key(model, resolution, options.teacher_lora)
     images = image_shards(config, console)
     index = locate_images(data.name, images)
     output = Path(options.output or Path("data") / f"{data.name}-latents").expanduser()

@@ -1,0 +1,17 @@
+"""Images side by side with words."""
+
+import torch
+
+from lcm_lightning.output.pictures import GAP, HEADING, contact_sheet, labelled_grid
+
+IMAGES = torch.rand(2, 3, 128, 128)
+
+
+def test_a_heading_takes_18_px_for_every_further_line():
+    heights = [labelled_grid([IMAGES], [heading], ["a", "b"]).height for heading in ("base", "fine-tuned, 50 steps")]
+    assert heights == [HEADING + 2 * (128 + GAP), HEADING + 18 + 2 * (128 + GAP)]
+
+
+def test_a_caption_of_a_sheet_takes_24_px():
+    assert contact_sheet(IMAGES, captions=["a", "b"]).height == 128 + 24 + GAP
+    assert contact_sheet(IMAGES).height == 128 + GAP + GAP
