@@ -19,6 +19,7 @@ from lcm_lightning.methods.adapter_training import AdapterTraining
 from lcm_lightning.methods.lcm_lora import LcmLoraDistillation
 from lcm_lightning.methods.lora import LoraFinetuning
 from lcm_lightning.models.adapters import LoraSettings, active_adapters, add_lora, lora_layers
+from lcm_lightning.models.condition import Condition
 from lcm_lightning.models.dropout import SampleDropout
 from lcm_lightning.models.stable_diffusion import load_stable_diffusion
 
@@ -79,7 +80,7 @@ def test_checkpointing_computes_the_same_masks_anew(pipeline_folder: Path, metho
 def test_student_and_target_pass_have_the_same_mask_and_a_teacher_pass_has_none(pipeline_folder: Path):
     trained = module(METHODS[1], pipeline_folder)
     trained.dropout_seeds[:] = [1, 2]
-    x, text = torch.randn(2, 4, 8, 8), torch.randn(2, 16, 32)
+    x, text = torch.randn(2, 4, 8, 8), Condition(torch.randn(2, 16, 32))
     t = torch.tensor([3, 500])
     student = trained.model.denoise(x, t, text)
     with torch.no_grad():
