@@ -19,7 +19,7 @@ from lcm_lightning.config.instantiate import make_fabric
 from lcm_lightning.config.quiet import quiet_known_warnings
 from lcm_lightning.errors import UserError
 from lcm_lightning.evaluation.contenders import STUDENT
-from lcm_lightning.evaluation.model_sources import load_subject
+from lcm_lightning.evaluation.model_sources import load_model
 from lcm_lightning.models.adapters import merged_adapters
 from lcm_lightning.models.sampling import sample
 from lcm_lightning.output.pictures import contact_sheet, to_pil
@@ -79,9 +79,9 @@ def main(cfg: DictConfig) -> None:
     quiet_known_warnings()
     resolve(cfg, GENERATE_KEYS)
     device = make_fabric(cfg.accelerator, 1).device
-    subject = load_subject(cfg)
-    model = subject.model.to(device)
-    distilled = STUDENT in subject.adapters
+    loaded = load_model(cfg)
+    model = loaded.model.to(device)
+    distilled = STUDENT in loaded.adapters
     default_sampler, default_steps, default_guidance = ("lcm", 4, 1.0) if distilled else ("ddim", 50, 7.5)
     steps = default_steps if cfg.steps is None else cfg.steps
     guidance_scale = default_guidance if cfg.guidance_scale is None else cfg.guidance_scale
@@ -97,7 +97,7 @@ def main(cfg: DictConfig) -> None:
     check_writable("output", Path(cfg.output))
     if cfg.preview and model.preview_vae is None:
         raise UserError("preview=true: needs a small decoder; set model.preview_vae=madebyollin/taesd beside model=...")
-    with image_progress() as progress, merged_adapters(model, subject.adapters):
+    with image_progress() as progress, merged_adapters(model, loaded.adapters):
         bar = progress.add_task("drawing", total=len(prompts))
         images = sample(
             model,

@@ -21,11 +21,11 @@ from lcm_lightning.evaluation.figures import Grid, curves, frontier
 from lcm_lightning.evaluation.report import SCHEMA_VERSION, console_tables, publish, write_report
 from lcm_lightning.evaluation.tables import (
     Cell,
+    compared_pairs,
     comparison_table,
     estimate_cell,
     quality_table,
     source_table,
-    telling_pairs,
 )
 
 SCHEMA = Path(__file__).parent.parent / "lcm_lightning" / "evaluation" / "metrics.schema.json"
@@ -164,21 +164,21 @@ def differences(metrics: dict[str, Any]) -> dict[str, dict[str, Cell]]:
 def test_a_difference_is_good_or_bad_only_where_its_interval_excludes_zero(metrics: dict[str, Any]):
     teacher = differences(metrics)["fine-tuned, DDIM 50 steps"]
     fid, clip = teacher["FID"], teacher["CLIP score"]
-    assert (str(fid), fid.look) == ("2.00 [1.00, 3.00]", "worse")  # student minus teacher, lower is better
-    assert (str(clip), clip.look) == ("-0.500 [-0.600, -0.400]", "worse")  # higher is better
-    assert teacher["KID ×1000"].look == "worse" and str(teacher["KID ×1000"]) == "20.0 [10.0, 30.0]"
-    assert differences(metrics)["fine-tuned, DPM-Solver++ 10 steps"]["FID"].look == "open"
+    assert (str(fid), fid.verdict) == ("2.00 [1.00, 3.00]", "worse")  # student minus teacher, lower is better
+    assert (str(clip), clip.verdict) == ("-0.500 [-0.600, -0.400]", "worse")  # higher is better
+    assert teacher["KID ×1000"].verdict == "worse" and str(teacher["KID ×1000"]) == "20.0 [10.0, 30.0]"
+    assert differences(metrics)["fine-tuned, DPM-Solver++ 10 steps"]["FID"].verdict == "open"
 
 
 def test_fid_names_no_winner_that_its_limit_does_not_name(metrics: dict[str, Any]):
     rival = differences(metrics)["fine-tuned, DDIM 10 steps"]
-    assert (str(rival["FID"]), rival["FID"].look) == ("-2.00 [-3.00, -1.00]", "open")
-    assert rival["FID∞"].look == "open"
+    assert (str(rival["FID"]), rival["FID"].verdict) == ("-2.00 [-3.00, -1.00]", "open")
+    assert rival["FID∞"].verdict == "open"
 
 
 def test_too_few_images_for_the_limit_leave_every_difference_of_fid_open(metrics: dict[str, Any], tmp_path: Path):
     metrics["comparisons"] = [c for c in metrics["comparisons"] if c["metric"] != "fid_infinity"]
-    assert {cells["FID, biased"].look for cells in differences(metrics).values()} == {"open"}
+    assert {cells["FID, biased"].verdict for cells in differences(metrics).values()} == {"open"}
     folder = write(metrics, tmp_path)
     assert "FID, biased" in (folder / "report.html").read_text() and "FID, biased" in (folder / "report.md").read_text()
     buffer = io.StringIO()
@@ -188,7 +188,7 @@ def test_too_few_images_for_the_limit_leave_every_difference_of_fid_open(metrics
 
 
 def test_pairs_worth_reading_set_a_student_against_the_rivals_of_its_time(metrics: dict[str, Any]):
-    pairs = {(a["slug"], b["slug"]) for a, b in telling_pairs(metrics["models"])}
+    pairs = {(a["slug"], b["slug"]) for a, b in compared_pairs(metrics["models"])}
     assert pairs == {
         (TEACHER, "base_ddim_50"),
         ("undistilled_ddim_4", TEACHER),
@@ -197,9 +197,9 @@ def test_pairs_worth_reading_set_a_student_against_the_rivals_of_its_time(metric
         ("lcm_lora_4", "finetuned_dpmpp_10"),
     }
     metrics["models"][0] |= {"teacher": "base_ddim_50", "teachers": ["base_ddim_50", TEACHER]}  # first found alone
-    assert {(a["slug"], b["slug"]) for a, b in telling_pairs(metrics["models"])} == pairs
+    assert {(a["slug"], b["slug"]) for a, b in compared_pairs(metrics["models"])} == pairs
     other = {**metrics["models"][6], "slug": "lcm_lora-b_4"}
-    assert (other, metrics["models"][6]) in telling_pairs([*metrics["models"], other])
+    assert (other, metrics["models"][6]) in compared_pairs([*metrics["models"], other])
 
 
 def test_no_comparisons_no_table(metrics: dict[str, Any], tmp_path: Path):

@@ -51,11 +51,11 @@ STAGES = {"text_encoding": "text encoding", "denoising": "denoising", "vae_decod
 
 @dataclass(frozen=True)
 class Cell:
-    """A figure, its interval in brackets, and a word for its look: "better", "worse", "open" or nothing."""
+    """A figure, its interval in brackets, and a verdict: "better", "worse", "open" or nothing."""
 
     value: str
     interval: str = ""
-    look: str = ""
+    verdict: str = ""
 
     def __str__(self) -> str:
         return f"{self.value} {self.interval}".strip()
@@ -84,14 +84,14 @@ def is_known(estimate: Any, key: str = "value") -> bool:
     return isinstance(value, int | float) and math.isfinite(value)
 
 
-def estimate_cell(estimate: Any, factor: float = 1.0, key: str = "value", look: str = "") -> Cell:
+def estimate_cell(estimate: Any, factor: float = 1.0, key: str = "value", verdict: str = "") -> Cell:
     """Value and interval of an estimate, to three digits; a dash where it was not measured."""
     if not is_known(estimate, key):
         return Cell("–")
     bounds = ""
     if is_known(estimate, "low") and is_known(estimate, "high"):
         bounds = f"[{three_digits(estimate['low'] * factor)}, {three_digits(estimate['high'] * factor)}]"
-    return Cell(three_digits(estimate[key] * factor), bounds, look)
+    return Cell(three_digits(estimate[key] * factor), bounds, verdict)
 
 
 def three_digits(value: float) -> str:
@@ -169,10 +169,10 @@ def comparison_table(metrics: Mapping[str, Any]) -> Table | None:
     found |= {(c["b"], c["a"], c["metric"]): _turned(c["difference"]) for c in comparisons}
     columns = [metric for metric in METRICS if any(key == metric.key for _, _, key in found)]
     rows = []
-    for a, b in telling_pairs(metrics["models"]):
+    for a, b in compared_pairs(metrics["models"]):
         cells = {m.key: _difference_cell(found.get((a["slug"], b["slug"], m.key)), m) for m in columns}
-        if "fid" in cells and cells["fid"].look != cells.get("fid_infinity", Cell("–")).look:
-            cells["fid"] = replace(cells["fid"], look="open")
+        if "fid" in cells and cells["fid"].verdict != cells.get("fid_infinity", Cell("–")).verdict:
+            cells["fid"] = replace(cells["fid"], verdict="open")
         rows.append(Row(a["role"], f"{a['label']} − {b['label']}", tuple(cells.values())))
     limited = any(metric.key == "fid_infinity" for metric in columns)
     headings = [("", ""), *(_comparison_heading(metric, limited) for metric in columns)]
@@ -186,7 +186,7 @@ def _comparison_heading(metric: Metric, limited: bool) -> tuple[str, str]:
     return metric.title, f"{metric.better} is better"
 
 
-def telling_pairs(models: Sequence[Mapping[str, Any]]) -> list[tuple[Mapping[str, Any], Mapping[str, Any]]]:
+def compared_pairs(models: Sequence[Mapping[str, Any]]) -> list[tuple[Mapping[str, Any], Mapping[str, Any]]]:
     """Of all pairs those a reader asks for; metrics.json has the others.
 
     Fine-tuned against base; hurried and distilled ones against their teacher; a student against each fast solver's
