@@ -23,7 +23,7 @@ from lcm_lightning.evaluation import evaluation, reference
 from lcm_lightning.evaluation.contenders import Contender, Lineup
 from lcm_lightning.evaluation.drawing import Drawing, Drawn, ModelImages, distinguish, image_folder
 from lcm_lightning.evaluation.model_sources import LoadedModel, ModelSource, evaluation_data, find_models
-from lcm_lightning.evaluation.protocol import Protocol
+from lcm_lightning.evaluation.protocol import Protocol, PublishedTable
 from lcm_lightning.evaluation.reference import RealImages, check_size
 from lcm_lightning.models.adapters import LoraSettings, add_lora, lora_layers, lora_parameters
 from lcm_lightning.models.identity import adapter_digest, model_digest, token_embeddings_digest
@@ -178,6 +178,7 @@ def test_more_images_than_the_split_holds_are_refused(monkeypatch: pytest.Monkey
         (lambda: Protocol("p", "c", latency_batch_sizes=[]), r"latency_batch_sizes=\[\]: expected numbers from 1"),
         (lambda: Lineup(rivals={"lcm": [4]}), "rivals.lcm: no teacher's solver; there are ddim and dpmpp"),
         (lambda: Lineup(rivals={"ddim": [0]}), r"rivals.ddim=\[0\]: expected numbers from 1"),
+        (lambda: PublishedTable("t", "c", "n", [{"title": "a"}]), "a row of 't' is .*expected the keys title"),
         (lambda: Lineup(student_steps=[64]), r"student_steps=\[64\]: expected numbers from 1 to 50"),
     ],
 )
@@ -195,6 +196,8 @@ def test_every_protocol_composes(composed, protocol: str):
     resolve(cfg, cfg.keys())
     built = instantiate_group(cfg, "evaluation")
     assert built.name == protocol and built.lineup.rivals and built.latency_batch_sizes[0] == 1
+    (published,) = built.published.values()
+    assert (published.datasets is None) == (protocol == "report") and len(published.rows) == 4
 
 
 def with_lora(model: StableDiffusion, name: str, seed: int, alpha: float = 4) -> StableDiffusion:

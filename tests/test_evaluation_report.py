@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,23 +14,28 @@ import jsonschema
 import pytest
 import torch
 import wandb
+from hydra.utils import instantiate
 from lightning.pytorch.loggers import WandbLogger
+from omegaconf import OmegaConf
 from rich.console import Console
 
 from lcm_lightning.evaluation.dashboard import log_evaluation
 from lcm_lightning.evaluation.figures import Grid, curves, frontier
-from lcm_lightning.evaluation.report import SCHEMA_VERSION, console_tables, publish, write_report
+from lcm_lightning.evaluation.protocol import PublishedTable
+from lcm_lightning.evaluation.report import SCHEMA_VERSION, console_tables, publish, report_content, write_report
 from lcm_lightning.evaluation.tables import (
     Cell,
     compared_pairs,
     comparison_table,
     estimate_cell,
+    published_table,
     quality_table,
-    source_table,
 )
 
 SCHEMA = Path(__file__).parent.parent / "lcm_lightning" / "evaluation" / "metrics.schema.json"
 TEACHER = "finetuned_ddim_50"
+STANDARD = OmegaConf.load(Path(__file__).parent.parent / "conf" / "evaluation" / "standard.yaml")
+TABLE_1: PublishedTable = instantiate(STANDARD.published.lcm_lora_distillation)
 
 
 def estimate(value: float, half: float = 1.0) -> dict[str, Any]:
@@ -97,7 +103,7 @@ def metrics() -> dict[str, Any]:
 def write(metrics: dict[str, Any], folder: Path) -> Path:
     images = torch.rand(2, 3, 64, 64)
     grid = Grid("Models", [images, images], ["real", "LCM-LoRA 4 steps"], ["a <b>dog</b>", "cats"], [0, 1])
-    write_report(folder, metrics, [grid], "seed: 0\n")
+    write_report(folder, metrics, [grid], "seed: 0\n", [TABLE_1])
     return folder
 
 
@@ -209,7 +215,7 @@ def test_no_comparisons_no_table(metrics: dict[str, Any], tmp_path: Path):
 
 
 def test_table_1_puts_measured_beside_printed(metrics: dict[str, Any]):
-    rows = {row.title: [str(cell) for cell in row.cells] for row in source_table(metrics["models"]).rows}
+    rows = {row.title: [str(cell) for cell in row.cells] for row in published_table(metrics["models"], TABLE_1).rows}
     assert rows["Base"] == ["1.68", "20.0 [19.0, 21.0]", "2.07", "2.00 [1.80, 2.20]", "base, DDIM 50 steps"]
     assert rows["LoRA fine-tuned"][:4] == ["1.49", "10.0 [9.00, 11.0]", "0.91", "2.00 [1.80, 2.20]"]
     assert rows["LCM-LoRA (Flickr8k)"] == [
@@ -222,6 +228,7 @@ def test_table_1_is_shown_where_it_belongs(metrics: dict[str, Any], tmp_path: Pa
     assert "26.95" in (write(metrics, tmp_path / "a") / "report.html").read_text()
     metrics |= {"protocol": "quick", "dataset": "twemoji/train"}
     assert "26.95" not in (write(metrics, tmp_path / "b") / "report.html").read_text()
+    assert report_content(metrics, "", [replace(TABLE_1, datasets=None)])["published"]
 
 
 def test_notes_assume_nothing_of_the_source_and_say_what_fids_interval_is_about(
@@ -229,7 +236,7 @@ def test_notes_assume_nothing_of_the_source_and_say_what_fids_interval_is_about(
 ):
     folder = write(metrics, tmp_path)
     for page in ("report.html", "report.md"):
-        text = (folder / page).read_text().replace("&rsquo;", "'")
+        text = (folder / page).read_text().replace("&rsquo;", "'").replace("&#39;", "'")
         assert re.search(r"If its features are Inception's 2,048, [^.]*rank 99[^.]*1\.68", text)
         assert "FID's bracket is about its mean at 100 images, which is biased upward" in text
 

@@ -86,7 +86,8 @@ def evaluate_models(
         ],
         "comparisons": measured.comparisons,
     }
-    write_report(folder, metrics, make_grids(drawn.images, drawing, reference, protocol), config)
+    grids = make_grids(drawn.images, drawing, reference, protocol)
+    write_report(folder, metrics, grids, config, list(protocol.published.values()))
     return metrics
 
 

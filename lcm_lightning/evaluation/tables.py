@@ -7,6 +7,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
+from lcm_lightning.evaluation.protocol import PublishedRow, PublishedTable
+
 
 @dataclass(frozen=True)
 class Metric:
@@ -258,49 +260,30 @@ def teacher_table(models: Sequence[Mapping[str, Any]]) -> Table | None:
     return Table(tuple(headings), tuple(rows)) if columns else None
 
 
-@dataclass(frozen=True)
-class Printed:
-    """A row of Table 1 of "Enhancing Image Generation with LCM LoRA Distillation", and who takes its place here."""
-
-    title: str
-    fid: float
-    seconds: float
-    role: str
-    trained_on: str | None = None
-
-
-TABLE_1 = (
-    Printed("Base", 1.68, 2.07, "base"),
-    Printed("LoRA fine-tuned", 1.49, 0.91, "finetuned"),
-    Printed("LCM-LoRA (Flickr8k)", 26.95, 0.86, "student", "flickr8k"),
-    Printed("LCM-LoRA (Flickr30k)", 24.85, 0.86, "student", "flickr30k"),
-)
-
-
-def source_table(models: Sequence[Mapping[str, Any]]) -> Table:
-    """The source's Table 1, its figures beside those measured here."""
+def published_table(models: Sequence[Mapping[str, Any]], published: PublishedTable) -> Table:
+    """One row a published one: the printed figures beside those measured here."""
     rows = []
-    for printed in TABLE_1:
-        model = _stand_in(models, printed)
+    for printed in published.rows:
+        model = _counterpart(models, printed)
         cells = [Cell("–")] * 4 + [Cell("not evaluated")]
-        cells[0], cells[2] = Cell(f"{printed.fid:.2f}"), Cell(f"{printed.seconds:.2f}")
+        cells[0], cells[2] = Cell(f"{printed['fid']:.2f}"), Cell(f"{printed['seconds']:.2f}")
         if model is not None:
             cells[1] = estimate_cell(model.get("fid"))
             cells[3] = estimate_cell(model["seconds_per_image"], key="median")
             cells[4] = Cell(model["label"])
-        rows.append(Row(printed.role, printed.title, tuple(cells)))
+        rows.append(Row(printed["role"], printed["title"], tuple(cells)))
     headings = ("", "FID, printed", "FID, here", "s / image, printed", "s / image, here", "measured here on")
     return Table(tuple((heading, "") for heading in headings), tuple(rows))
 
 
-def _stand_in(models: Sequence[Mapping[str, Any]], printed: Printed) -> Mapping[str, Any] | None:
+def _counterpart(models: Sequence[Mapping[str, Any]], printed: PublishedRow) -> Mapping[str, Any] | None:
     """Of the contenders of the printed row's kind that with 4 steps, or the nearest number; of teachers the longest."""
     fitting = [
         model
         for model in models
-        if model["role"] == printed.role and printed.trained_on in (None, model.get("trained_on"))
+        if model["role"] == printed["role"] and printed["trained_on"] in (None, model.get("trained_on"))
     ]
-    if printed.role == "student":
+    if printed["role"] == "student":
         return min(fitting, key=lambda model: abs(model["steps"] - 4), default=None)
     return max(fitting, key=lambda model: (model["sampler"] == "ddim", model["steps"]), default=None)
 
