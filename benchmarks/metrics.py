@@ -19,13 +19,14 @@ import torch
 from lightning.fabric import Fabric
 
 from lcm_lightning.evaluation.contenders import Lineup
+from lcm_lightning.evaluation.drawing import Drawing, ModelImages, draw_missing, image_file, latents_file
 from lcm_lightning.evaluation.features import Clip, ClipPatches
 from lcm_lightning.evaluation.frechet import FrechetDistance
-from lcm_lightning.evaluation.generation import Drawing, draw_missing, image_file, latents_file
 from lcm_lightning.evaluation.kernel_distances import kid
 from lcm_lightning.evaluation.manifold import Manifold
 from lcm_lightning.evaluation.measurement import measure
 from lcm_lightning.evaluation.metrics import Resampling
+from lcm_lightning.evaluation.model_sources import LoadedModel, ModelSource
 from lcm_lightning.evaluation.protocol import Protocol
 from lcm_lightning.evaluation.reference import RealImages, read_reference
 from lcm_lightning.methods.lcm_lora import LcmLoraDistillation
@@ -86,18 +87,19 @@ def measuring_against_drawing(images: int = 300, drawn: int = 20) -> None:
         reference = read_reference(real, [ClipPatches(clip), clip], progress)
         drawing = Drawing(reference.prompts(1), 0, 64, drawn)
         first = replace(drawing, prompts=drawing.prompts[:drawn])
-        folders = [Path(scratch) / "images" / contender.slug for contender in contenders]
+        source = ModelSource("tiny", "tiny", lambda: LoadedModel(model, ()))
+        images_of = [ModelImages(c, source, "tiny", Path(scratch) / "images" / c.slug) for c in contenders]
 
         def draw() -> None:
-            for contender, folder in zip(contenders, folders, strict=True):
-                draw_missing(model, contender, first, folder, fabric, progress)
+            for entry in images_of:
+                draw_missing(model, entry.contender, first, entry.folder, fabric, progress)
 
         one_batch = cpu_seconds(f"drawing {drawn} of {images} images, {len(contenders)} contenders", draw)
-        for folder in folders:
-            repeat_batch(folder, drawing)
+        for entry in images_of:
+            repeat_batch(entry.folder, drawing)
         measuring = cpu_seconds(
             f"measuring {images} images each",
-            lambda: measure(contenders, folders, drawing, reference, ClipPatches(clip), clip, protocol, progress),
+            lambda: measure(images_of, drawing, reference, ClipPatches(clip), clip, protocol, progress),
         )
     print(f"measuring takes {100 * measuring * drawn / images / one_batch:.1f} % of the time of drawing")
 

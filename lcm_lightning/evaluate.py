@@ -14,9 +14,9 @@ from lcm_lightning.config.entry import command
 from lcm_lightning.config.instantiate import instantiate_each, instantiate_group, make_fabric
 from lcm_lightning.config.quiet import quiet_known_warnings
 from lcm_lightning.evaluation.dashboard import log_evaluation
-from lcm_lightning.evaluation.evaluation import check_size, evaluate_models
-from lcm_lightning.evaluation.model_sources import evaluation_data, find_subjects
-from lcm_lightning.evaluation.reference import RealImages
+from lcm_lightning.evaluation.evaluation import evaluate_models
+from lcm_lightning.evaluation.model_sources import evaluation_data, find_models
+from lcm_lightning.evaluation.reference import RealImages, check_size
 from lcm_lightning.evaluation.report import console_tables, publish
 
 EVALUATE_KEYS = ("models", "run", "model", "lora", "lora_role", "data", "evaluation", "logger", "seed")
@@ -29,7 +29,7 @@ def main(cfg: DictConfig) -> None:
     quiet_known_warnings()
     resolve(cfg, EVALUATE_KEYS)
     protocol = instantiate_group(cfg, "evaluation")
-    sources = find_subjects(cfg)
+    sources = find_models(cfg)
     data = evaluation_data(cfg, sources)
     real = RealImages(data.name, data.source, protocol.split, protocol.num_images, data.resolution, data.cache_dir)
     check_size(real)  # before there are other processes that would wait for one that gave up

@@ -18,7 +18,7 @@ from lcm_lightning.config.entry import command
 from lcm_lightning.config.instantiate import make_fabric
 from lcm_lightning.config.quiet import quiet_known_warnings
 from lcm_lightning.errors import UserError
-from lcm_lightning.evaluation.model_sources import load_subject
+from lcm_lightning.evaluation.model_sources import load_model
 from lcm_lightning.methods import adapter_kinds
 from lcm_lightning.models.adapters import merged_adapters
 from lcm_lightning.models.kinds import BASE, AdapterKind
@@ -93,10 +93,10 @@ def main(cfg: DictConfig) -> None:
     quiet_known_warnings()
     resolve(cfg, GENERATE_KEYS)
     device = make_fabric(cfg.accelerator, 1).device
-    subject = load_subject(cfg)
-    model = subject.model.to(device)
-    usual = subject.adapters[-1] if subject.adapters else BASE
-    sampler = usual.sampler if cfg.sampler is None else find_sampler(cfg.sampler, subject.adapters)
+    loaded = load_model(cfg)
+    model = loaded.model.to(device)
+    usual = loaded.adapters[-1] if loaded.adapters else BASE
+    sampler = usual.sampler if cfg.sampler is None else find_sampler(cfg.sampler, loaded.adapters)
     steps = usual.steps if cfg.steps is None else cfg.steps
     guidance_scale = usual.guidance_scale if cfg.guidance_scale is None else cfg.guidance_scale
     if cfg.negative_prompt and guidance_scale <= 1:
@@ -111,7 +111,7 @@ def main(cfg: DictConfig) -> None:
     check_writable("output", Path(cfg.output))
     if cfg.preview and model.preview_vae is None:
         raise UserError("preview=true: needs a small decoder; set model.preview_vae=madebyollin/taesd beside model=...")
-    with image_progress() as progress, merged_adapters(model, [kind.name for kind in subject.adapters]):
+    with image_progress() as progress, merged_adapters(model, [kind.name for kind in loaded.adapters]):
         bar = progress.add_task("drawing", total=len(prompts))
         images = sample(
             model,

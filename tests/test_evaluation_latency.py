@@ -9,7 +9,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from lcm_lightning.evaluation.contenders import Contender
-from lcm_lightning.evaluation.generation import Drawing
+from lcm_lightning.evaluation.drawing import Drawing
 from lcm_lightning.evaluation.latency import (
     STAGES,
     Rounds,

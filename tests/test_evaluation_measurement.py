@@ -12,12 +12,20 @@ from rich.console import Console
 from safetensors.torch import load_file, save_file
 
 from lcm_lightning.evaluation.contenders import Contender
+from lcm_lightning.evaluation.drawing import (
+    Drawing,
+    ModelImages,
+    draw_missing,
+    image_file,
+    latents_file,
+    read_latents,
+)
 from lcm_lightning.evaluation.features import Clip, ClipPatches
 from lcm_lightning.evaluation.frechet import FrechetDistance, frechet_distance, frechet_infinity
-from lcm_lightning.evaluation.generation import Drawing, draw_missing, image_file, latents_file, read_latents
 from lcm_lightning.evaluation.kernel_distances import kid
-from lcm_lightning.evaluation.measurement import COMPARED, Judge, compare, measure, teachers_of
+from lcm_lightning.evaluation.measurement import COMPARED, MetricSuite, compare, measure, teachers_of
 from lcm_lightning.evaluation.metrics import Resampling, estimate
+from lcm_lightning.evaluation.model_sources import ModelSource
 from lcm_lightning.evaluation.protocol import Protocol
 from lcm_lightning.evaluation.reference import RealImages, Reference, read_reference
 from lcm_lightning.methods.lcm_lora import LCM
@@ -115,10 +123,12 @@ def test_measured_figures_of_a_teacher_a_copy_of_it_and_a_stranger(clip: Clip, t
     ]
     teacher = contender("base", "base", steps=50)
     students = [contender("lcm_lora", "student", "lcm", steps=k, teacher=teacher.slug) for k in (4, 1)]
+    source = ModelSource("a", "a", lambda: None)
+    drawn = [ModelImages(c, source, "w", f) for c, f in zip([teacher, *students], folders, strict=True)]
     protocol = Protocol("test", "unused", captions_per_image=2, bootstrap_samples=40)
     with image_progress(disable=True) as progress:
-        found = measure([teacher, *students], folders, drawing, reference, extractor, clip, protocol, progress)
-    entries = dict(zip(("teacher", "copy", "stranger"), found.models, strict=True))
+        found = measure(drawn, drawing, reference, extractor, clip, protocol, progress)
+    entries = dict(zip(("teacher", "copy", "stranger"), found.metrics, strict=True))
     metrics = {"fid", "kid", "cmmd", "clip_score", "precision", "recall", "density", "coverage"}
     for entry in entries.values():
         assert metrics <= set(entry) and "fid_infinity" not in entry  # 12 photos say nothing of a limit
@@ -144,7 +154,8 @@ def test_measured_figures_of_a_teacher_a_copy_of_it_and_a_stranger(clip: Clip, t
     compared = set(COMPARED) - {"fid_infinity"}
     assert len(found.comparisons) == 3 * len(compared) and {c["metric"] for c in found.comparisons} == compared
     for comparison in found.comparisons:
-        gap, entry = comparison["difference"], {e["slug"]: e for e in found.models}
+        gap = comparison["difference"]
+        entry = {images.contender.slug: e for images, e in zip(drawn, found.metrics, strict=True)}
         a, b = (entry[comparison[side]][comparison["metric"]]["value"] for side in ("a", "b"))
         assert gap["value"] == pytest.approx(a - b) and gap["low"] <= gap["value"] <= gap["high"]
     same = [c["difference"] for c in found.comparisons if (c["a"], c["b"]) == (teacher.slug, students[0].slug)]
@@ -157,9 +168,9 @@ def test_differences_of_fid_and_of_its_limit_are_paired_on_the_same_halves():
     real, x = rng.normal(size=(n, d)), rng.normal(size=(n, d)) + 1
     names = {"features": "f", "clip": "f"}
     reference = Reference(tuple(("a",) for _ in range(n)), {"f": real}, torch.empty(0), ())
-    judge = Judge(Resampling.of(np.arange(n), n, 30), reference, rng.normal(size=(n, d)), **names)
+    suite = MetricSuite(Resampling.of(np.arange(n), n, 30), reference, rng.normal(size=(n, d)), **names)
     moved = x + np.eye(d)[0]
-    (estimates, a), (_, b) = judge.assess({"f": moved}), judge.assess({"f": x})
+    (estimates, a), (_, b) = suite.compute({"f": moved}), suite.compute({"f": x})
     found = {c["metric"]: c["difference"] for c in compare({"a": a, "b": b}, n)}
     assert set(found) == set(COMPARED) and found["fid_infinity"]["low"] > 0
     assert found["fid"]["standard_error"] < estimates["fid"]["standard_error"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,23 +14,28 @@ import jsonschema
 import pytest
 import torch
 import wandb
+from hydra.utils import instantiate
 from lightning.pytorch.loggers import WandbLogger
+from omegaconf import OmegaConf
 from rich.console import Console
 
 from lcm_lightning.evaluation.dashboard import log_evaluation
 from lcm_lightning.evaluation.figures import Grid, curves, frontier
-from lcm_lightning.evaluation.report import SCHEMA_VERSION, console_tables, publish, write_report
+from lcm_lightning.evaluation.protocol import PublishedTable
+from lcm_lightning.evaluation.report import SCHEMA_VERSION, console_tables, publish, report_content, write_report
 from lcm_lightning.evaluation.tables import (
     Cell,
+    compared_pairs,
     comparison_table,
     estimate_cell,
+    published_table,
     quality_table,
-    source_table,
-    telling_pairs,
 )
 
 SCHEMA = Path(__file__).parent.parent / "lcm_lightning" / "evaluation" / "metrics.schema.json"
 TEACHER = "finetuned_ddim_50"
+STANDARD = OmegaConf.load(Path(__file__).parent.parent / "conf" / "evaluation" / "standard.yaml")
+TABLE_1: PublishedTable = instantiate(STANDARD.published.lcm_lora_distillation)
 
 
 def estimate(value: float, half: float = 1.0) -> dict[str, Any]:
@@ -97,7 +103,7 @@ def metrics() -> dict[str, Any]:
 def write(metrics: dict[str, Any], folder: Path) -> Path:
     images = torch.rand(2, 3, 64, 64)
     grid = Grid("Models", [images, images], ["real", "LCM-LoRA 4 steps"], ["a <b>dog</b>", "cats"], [0, 1])
-    write_report(folder, metrics, [grid], "seed: 0\n")
+    write_report(folder, metrics, [grid], "seed: 0\n", [TABLE_1])
     return folder
 
 
@@ -164,21 +170,21 @@ def differences(metrics: dict[str, Any]) -> dict[str, dict[str, Cell]]:
 def test_a_difference_is_good_or_bad_only_where_its_interval_excludes_zero(metrics: dict[str, Any]):
     teacher = differences(metrics)["fine-tuned, DDIM 50 steps"]
     fid, clip = teacher["FID"], teacher["CLIP score"]
-    assert (str(fid), fid.look) == ("2.00 [1.00, 3.00]", "worse")  # student minus teacher, lower is better
-    assert (str(clip), clip.look) == ("-0.500 [-0.600, -0.400]", "worse")  # higher is better
-    assert teacher["KID ×1000"].look == "worse" and str(teacher["KID ×1000"]) == "20.0 [10.0, 30.0]"
-    assert differences(metrics)["fine-tuned, DPM-Solver++ 10 steps"]["FID"].look == "open"
+    assert (str(fid), fid.verdict) == ("2.00 [1.00, 3.00]", "worse")  # student minus teacher, lower is better
+    assert (str(clip), clip.verdict) == ("-0.500 [-0.600, -0.400]", "worse")  # higher is better
+    assert teacher["KID ×1000"].verdict == "worse" and str(teacher["KID ×1000"]) == "20.0 [10.0, 30.0]"
+    assert differences(metrics)["fine-tuned, DPM-Solver++ 10 steps"]["FID"].verdict == "open"
 
 
 def test_fid_names_no_winner_that_its_limit_does_not_name(metrics: dict[str, Any]):
     rival = differences(metrics)["fine-tuned, DDIM 10 steps"]
-    assert (str(rival["FID"]), rival["FID"].look) == ("-2.00 [-3.00, -1.00]", "open")
-    assert rival["FID∞"].look == "open"
+    assert (str(rival["FID"]), rival["FID"].verdict) == ("-2.00 [-3.00, -1.00]", "open")
+    assert rival["FID∞"].verdict == "open"
 
 
 def test_too_few_images_for_the_limit_leave_every_difference_of_fid_open(metrics: dict[str, Any], tmp_path: Path):
     metrics["comparisons"] = [c for c in metrics["comparisons"] if c["metric"] != "fid_infinity"]
-    assert {cells["FID, biased"].look for cells in differences(metrics).values()} == {"open"}
+    assert {cells["FID, biased"].verdict for cells in differences(metrics).values()} == {"open"}
     folder = write(metrics, tmp_path)
     assert "FID, biased" in (folder / "report.html").read_text() and "FID, biased" in (folder / "report.md").read_text()
     buffer = io.StringIO()
@@ -188,7 +194,7 @@ def test_too_few_images_for_the_limit_leave_every_difference_of_fid_open(metrics
 
 
 def test_pairs_worth_reading_set_a_student_against_the_rivals_of_its_time(metrics: dict[str, Any]):
-    pairs = {(a["slug"], b["slug"]) for a, b in telling_pairs(metrics["models"])}
+    pairs = {(a["slug"], b["slug"]) for a, b in compared_pairs(metrics["models"])}
     assert pairs == {
         (TEACHER, "base_ddim_50"),
         ("undistilled_ddim_4", TEACHER),
@@ -197,9 +203,9 @@ def test_pairs_worth_reading_set_a_student_against_the_rivals_of_its_time(metric
         ("lcm_lora_4", "finetuned_dpmpp_10"),
     }
     metrics["models"][0] |= {"teacher": "base_ddim_50", "teachers": ["base_ddim_50", TEACHER]}  # first found alone
-    assert {(a["slug"], b["slug"]) for a, b in telling_pairs(metrics["models"])} == pairs
+    assert {(a["slug"], b["slug"]) for a, b in compared_pairs(metrics["models"])} == pairs
     other = {**metrics["models"][6], "slug": "lcm_lora-b_4"}
-    assert (other, metrics["models"][6]) in telling_pairs([*metrics["models"], other])
+    assert (other, metrics["models"][6]) in compared_pairs([*metrics["models"], other])
 
 
 def test_no_comparisons_no_table(metrics: dict[str, Any], tmp_path: Path):
@@ -209,7 +215,7 @@ def test_no_comparisons_no_table(metrics: dict[str, Any], tmp_path: Path):
 
 
 def test_table_1_puts_measured_beside_printed(metrics: dict[str, Any]):
-    rows = {row.title: [str(cell) for cell in row.cells] for row in source_table(metrics["models"]).rows}
+    rows = {row.title: [str(cell) for cell in row.cells] for row in published_table(metrics["models"], TABLE_1).rows}
     assert rows["Base"] == ["1.68", "20.0 [19.0, 21.0]", "2.07", "2.00 [1.80, 2.20]", "base, DDIM 50 steps"]
     assert rows["LoRA fine-tuned"][:4] == ["1.49", "10.0 [9.00, 11.0]", "0.91", "2.00 [1.80, 2.20]"]
     assert rows["LCM-LoRA (Flickr8k)"] == [
@@ -222,6 +228,7 @@ def test_table_1_is_shown_where_it_belongs(metrics: dict[str, Any], tmp_path: Pa
     assert "26.95" in (write(metrics, tmp_path / "a") / "report.html").read_text()
     metrics |= {"protocol": "quick", "dataset": "twemoji/train"}
     assert "26.95" not in (write(metrics, tmp_path / "b") / "report.html").read_text()
+    assert report_content(metrics, "", [replace(TABLE_1, datasets=None)])["published"]
 
 
 def test_notes_assume_nothing_of_the_source_and_say_what_fids_interval_is_about(
@@ -229,7 +236,7 @@ def test_notes_assume_nothing_of_the_source_and_say_what_fids_interval_is_about(
 ):
     folder = write(metrics, tmp_path)
     for page in ("report.html", "report.md"):
-        text = (folder / page).read_text().replace("&rsquo;", "'")
+        text = (folder / page).read_text().replace("&rsquo;", "'").replace("&#39;", "'")
         assert re.search(r"If its features are Inception's 2,048, [^.]*rank 99[^.]*1\.68", text)
         assert "FID's bracket is about its mean at 100 images, which is biased upward" in text
 

@@ -10,18 +10,18 @@ from scipy.ndimage import gaussian_filter
 
 from lcm_lightning.evaluation.teacher import (
     ALEXNET_FILE,
+    ImageBatch,
     Lpips,
     PatchDistance,
-    Picture,
     distances,
     perceptual_distance,
 )
 
 
-def picture(seed: int, n: int = 3, side: int = 64) -> Picture:
+def picture(seed: int, n: int = 3, side: int = 64) -> ImageBatch:
     generator = torch.Generator().manual_seed(seed)
     images = torch.randint(0, 256, (n, 3, side, side), dtype=torch.uint8, generator=generator)
-    return Picture(images, torch.randn(n, 4, 8, 8, generator=generator), torch.randn(n, 16, 32, generator=generator))
+    return ImageBatch(images, torch.randn(n, 4, 8, 8, generator=generator), torch.randn(n, 16, 32, generator=generator))
 
 
 def structural_similarity(a: np.ndarray, b: np.ndarray) -> float:
@@ -40,7 +40,7 @@ def structural_similarity(a: np.ndarray, b: np.ndarray) -> float:
 def test_distances_equal_their_definitions():
     a = picture(0)
     noisy = (a.images.int() + torch.randint(-40, 41, a.images.shape)).clamp(0, 255).to(torch.uint8)
-    b = Picture(noisy, picture(1).latents, picture(1).patches)
+    b = ImageBatch(noisy, picture(1).latents, picture(1).patches)
     found = distances(a, b, PatchDistance("clip:x"))
     first, second = a.images.double().numpy(), b.images.double().numpy()
     errors = ((first - second) ** 2).mean(axis=(1, 2, 3))

@@ -24,7 +24,7 @@ from uuid import uuid4
 from huggingface_hub import HfApi, hf_hub_download
 from rich.progress import Progress
 
-from lcm_lightning.errors import UserError
+from lcm_lightning.errors import UserError, first_line
 from lcm_lightning.output.files import sha256_of
 
 log = logging.getLogger(__name__)
@@ -244,8 +244,3 @@ def fetch_json(address: str) -> Any:
         raise UserError(f"{error}; no index of prepared shards there") from error
     except ValueError as error:
         raise UserError(f"data.source={address}: no index of prepared shards there ({error})") from error
-
-
-def first_line(error: Exception) -> str:
-    """The first line of an error's message."""
-    return (str(error).splitlines() or [""])[0]

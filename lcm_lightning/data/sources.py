@@ -19,7 +19,7 @@ from lcm_lightning.data.shards import (
     read_samples,
     sample_captions,
 )
-from lcm_lightning.errors import UserError
+from lcm_lightning.errors import UserError, first_line
 
 
 def read_source(source: str | None, name: str) -> Source:
@@ -119,8 +119,7 @@ def read_hub(source: str) -> Source:
     try:
         splits = datasets.load_dataset(source)
     except Exception as error:  # network, authentication, not-found and format errors of several libraries
-        message = (str(error).splitlines() or [""])[0]
-        raise UserError(f"data.source={source}: the data set cannot be loaded ({message})") from error
+        raise UserError(f"data.source={source}: the data set cannot be loaded ({first_line(error)})") from error
     columns = {split: image_column(part.features, source, datasets) for split, part in splits.items()}
     published = len(splits) > 1 and set(splits) <= set(SPLIT_NAMES)
 

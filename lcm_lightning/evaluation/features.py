@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import math
 import tempfile
@@ -17,6 +16,7 @@ from torch.nn import functional as F
 from transformers import CLIPModel, CLIPTokenizer, ImageProcessingMixin
 
 from lcm_lightning.errors import UserError, first_line
+from lcm_lightning.models.identity import tensors_digest
 
 log = logging.getLogger(__name__)
 
@@ -247,8 +247,4 @@ def weights_digest(extractor: FeatureExtractor) -> str:
     if isinstance(extractor, ClipPatches):
         return weights_digest(extractor.clip)
     network = extractor.model if isinstance(extractor, Clip) else extractor.network  # type: ignore[attr-defined]
-    digest = hashlib.sha256()
-    for key, tensor in sorted(network.state_dict().items()):
-        digest.update(key.encode())
-        digest.update(tensor.detach().cpu().contiguous().view(-1).numpy().tobytes())
-    return digest.hexdigest()
+    return tensors_digest(sorted(network.state_dict().items()))

@@ -9,13 +9,20 @@ from dataclasses import dataclass
 from itertools import cycle
 from typing import Any
 
+import numpy as np
+import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 from PIL import Image
 from torch import Tensor
 
+from lcm_lightning.evaluation.contenders import Contender
+from lcm_lightning.evaluation.drawing import Drawing, ModelImages, read_images
+from lcm_lightning.evaluation.protocol import Protocol
+from lcm_lightning.evaluation.reference import Reference, evenly
 from lcm_lightning.evaluation.tables import METRICS, Metric, is_known
+from lcm_lightning.models.sampling import DDIM
 from lcm_lightning.output.pictures import labelled_grid
 
 SOLVER_COLORS = {"ddim": "#2563eb", "dpmpp": "#d97706"}
@@ -24,6 +31,7 @@ MARKERS = ("o", "s", "^", "D", "v", "P")
 DASHES = ("-", "--", ":", "-.")
 PANELS = ("fid", "cmmd", "kid", "clip_score")  # the first two that were measured
 GREY = "#4b5563"
+COLUMNS = 8  # of a grid beside the real images
 
 
 @dataclass(frozen=True)
@@ -48,6 +56,32 @@ class Grid:
         """All of it in one picture; see `lcm_lightning.output.pictures.labelled_grid`."""
         words = [f"{caption}\nseed {seed}" for caption, seed in zip(self.captions, self.seeds, strict=True)]
         return labelled_grid(self.columns, self.headings, words)
+
+
+def make_grids(images: Sequence[ModelImages], drawing: Drawing, reference: Reference, protocol: Protocol) -> list[Grid]:
+    """The first prompt of some photos: the photo, then every contender's image, fast solvers apart."""
+    rows = evenly(len(reference.shown), protocol.shown)
+    starts = np.cumsum([0] + [len(captions[: protocol.captions_per_image]) for captions in reference.captions])
+    firsts = starts[[reference.places[row] for row in rows]]
+    real = reference.shown[rows].float() / 255
+    titles = {False: "Models", True: "The teacher by fast solvers"}
+    grids = []
+    for rivals, title in titles.items():
+        shown = [entry for entry in images if is_rival(entry.contender, protocol) == rivals]
+        for start in range(0, len(shown), COLUMNS):
+            chunk = shown[start : start + COLUMNS]
+            drawn = [torch.cat([read_images(e.folder, range(i, i + 1)) for i in firsts.tolist()]) for e in chunk]
+            headings = ["real", *(entry.contender.label for entry in chunk)]
+            columns = [real, *(column.float() / 255 for column in drawn)]
+            captions, seeds = ([of[i] for i in firsts.tolist()] for of in (drawing.prompts, drawing.seeds))
+            grids.append(Grid(title, columns, headings, captions, seeds))
+    return grids
+
+
+def is_rival(contender: Contender, protocol: Protocol) -> bool:
+    """Whether it is a teacher in a hurry, of the lineup's `rivals`."""
+    full = (DDIM, protocol.lineup.teacher_steps)
+    return contender.role in ("base", "finetuned") and (contender.sampler, contender.steps) != full
 
 
 def frontier(models: Sequence[Mapping[str, Any]]) -> Figure:

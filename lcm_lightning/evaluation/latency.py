@@ -1,4 +1,4 @@
-"""What a contender costs: seconds of each stage, memory, floating-point operations, share of the machine's peak."""
+"""The third stage, timing: what a contender costs in seconds, memory, operations, share of the machine's peak."""
 
 from __future__ import annotations
 
@@ -20,7 +20,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from lcm_lightning.evaluation.contenders import Contender
-from lcm_lightning.evaluation.generation import Drawing
+from lcm_lightning.evaluation.drawing import Drawing, ModelImages
+from lcm_lightning.evaluation.model_sources import ModelLoader, ModelSource
+from lcm_lightning.evaluation.protocol import Protocol
 from lcm_lightning.models.adapters import active_adapters, merged_adapters
 from lcm_lightning.models.sampling import Stage, sample
 from lcm_lightning.models.stable_diffusion import StableDiffusion
@@ -66,6 +68,33 @@ class Stopwatch:
     def _now(self) -> float:
         _synchronise(self.device)
         return time.perf_counter()
+
+
+def time_models(
+    sources: Sequence[ModelSource],
+    images: Sequence[ModelImages],
+    loader: ModelLoader,
+    drawing: Drawing,
+    protocol: Protocol,
+    peak: float,
+    progress: Progress,
+) -> list[dict[str, Any]]:
+    """What each contender costs; see `measure_latency`. Starts with the model that was loaded last."""
+    costs: dict[str, dict[str, Any]] = {}
+    for source in reversed(sources):
+        contenders = [entry.contender for entry in images if entry.source is source]
+        if contenders:
+            timed = measure_latency(
+                loader.load(source).model,
+                contenders,
+                drawing,
+                progress,
+                repeats=protocol.latency_repeats,
+                batch_sizes=protocol.latency_batch_sizes,
+                peak=peak,
+            )
+            costs |= {contender.slug: cost for contender, cost in zip(contenders, timed, strict=True)}
+    return [costs[entry.contender.slug] for entry in images]
 
 
 def measure_latency(

@@ -1,11 +1,10 @@
-"""Every figure of an evaluation but its timing, from the files that were drawn."""
+"""The second stage, measuring: every metric of an evaluation, from the files that were drawn."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from itertools import combinations
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,9 +12,9 @@ import torch
 from rich.progress import Progress
 
 from lcm_lightning.evaluation.contenders import Contender
+from lcm_lightning.evaluation.drawing import Drawing, ModelImages, read_images, read_latents
 from lcm_lightning.evaluation.features import Clip, FeatureExtractor, InceptionFeatures, extract_features
 from lcm_lightning.evaluation.frechet import FrechetDistance, frechet_infinity
-from lcm_lightning.evaluation.generation import Drawing, read_images, read_latents
 from lcm_lightning.evaluation.kernel_distances import Cmmd, kid, unit_scale
 from lcm_lightning.evaluation.manifold import Manifold
 from lcm_lightning.evaluation.metrics import (
@@ -28,7 +27,7 @@ from lcm_lightning.evaluation.metrics import (
 )
 from lcm_lightning.evaluation.protocol import Protocol
 from lcm_lightning.evaluation.reference import Reference
-from lcm_lightning.evaluation.teacher import PerceptualDistance, Picture, distances, perceptual_distance
+from lcm_lightning.evaluation.teacher import ImageBatch, PerceptualDistance, distances, perceptual_distance
 
 COMPARED = ("fid", "fid_infinity", "kid", "cmmd", "clip_score")
 CORRECTED = ("fid", "fid_infinity")  # see metrics.standard_error
@@ -42,31 +41,30 @@ class Measurements:
     """Parts of metrics.json.
 
     Attributes:
-        models: an entry a contender, in their order.
+        metrics: of each contender, in their order.
         comparisons: a paired difference, a minus b, for every two contenders and those metrics of `COMPARED`
             that both have.
     """
 
-    models: list[dict[str, Any]]
+    metrics: list[dict[str, Any]]
     comparisons: list[dict[str, Any]]
 
 
-@dataclass
-class Sight:
-    """What the judges' networks saw of one contender.
+@dataclass(frozen=True)
+class ImageFeatures:
+    """Features of one contender's images.
 
     Attributes:
         features: [N, D] by name of the features.
         to_teacher: [N] by name of the distance; empty for a teacher.
     """
 
-    features: dict[str, np.ndarray] = field(default_factory=dict)
-    to_teacher: dict[str, np.ndarray] = field(default_factory=dict)
+    features: dict[str, np.ndarray]
+    to_teacher: dict[str, np.ndarray]
 
 
 def measure(
-    contenders: Sequence[Contender],
-    folders: Sequence[Path],
+    images: Sequence[ModelImages],
     drawing: Drawing,
     reference: Reference,
     extractor: FeatureExtractor,
@@ -74,23 +72,22 @@ def measure(
     protocol: Protocol,
     progress: Progress,
 ) -> Measurements:
-    """Measure what was drawn into `folders`, one a contender, against the reference and against its teacher."""
+    """Measure the images of every contender against the reference and against its teacher's."""
     perceptual = perceptual_distance(clip.name, clip.device)
-    sights = look(contenders, folders, drawing, extractor, clip, perceptual, progress)
+    features = extract_image_features(images, drawing, extractor, clip, perceptual, progress)
     photos = photo_of_each_image(reference, protocol.captions_per_image)
     resampling = Resampling.of(photos, len(reference.captions), protocol.bootstrap_samples, protocol.seed)
     texts = torch.cat([clip.text_features([drawing.prompts[i] for i in batch]) for batch in drawing.batches()]).numpy()
-    judge = Judge(resampling, reference, texts, extractor.name, clip.name)
-    bar = progress.add_task("intervals", total=len(contenders) * len(resampling.real), counts_images=False)
-    entries, draws = [], {}
-    for contender, folder, sight in zip(contenders, folders, sights, strict=True):
-        estimates, draws[contender.slug] = judge.assess(sight.features, lambda: progress.advance(bar))
-        entry = _description(contender, folder, len(drawing.prompts)) | estimates
-        entry["clip_score"]["clip"] = clip.name
-        if sight.to_teacher:
-            entry["to_teacher"] = _teacher_entry(sight.to_teacher, contender, perceptual, resampling)
-        entries.append(entry)
-    return Measurements(entries, compare(draws, len(drawing.prompts)))
+    suite = MetricSuite(resampling, reference, texts, extractor.name, clip.name)
+    bar = progress.add_task("intervals", total=len(images) * len(resampling.real), counts_images=False)
+    metrics, draws = [], {}
+    for contender, found in zip([entry.contender for entry in images], features, strict=True):
+        estimates, draws[contender.slug] = suite.compute(found.features, lambda: progress.advance(bar))
+        estimates["clip_score"]["clip"] = clip.name
+        if found.to_teacher:
+            estimates["to_teacher"] = _teacher_entry(found.to_teacher, contender, perceptual, resampling)
+        metrics.append(estimates)
+    return Measurements(metrics, compare(draws, len(drawing.prompts)))
 
 
 def photo_of_each_image(reference: Reference, captions_per_image: int | None) -> np.ndarray:
@@ -99,30 +96,30 @@ def photo_of_each_image(reference: Reference, captions_per_image: int | None) ->
     return np.repeat(np.arange(len(prompts)), prompts)
 
 
-def look(
-    contenders: Sequence[Contender],
-    folders: Sequence[Path],
+def extract_image_features(
+    images: Sequence[ModelImages],
     drawing: Drawing,
     extractor: FeatureExtractor,
     clip: Clip,
     perceptual: PerceptualDistance,
     progress: Progress,
-) -> list[Sight]:
-    """One pass of the networks over all images; a batch of everyone at a time: no teacher is looked at twice."""
-    bar = progress.add_task("measuring", total=len(contenders) * len(drawing.prompts))
-    teachers = teachers_of(contenders)
-    features: list[dict[str, list[np.ndarray]]] = [{} for _ in contenders]
-    apart: list[dict[str, list[np.ndarray]]] = [{} for _ in contenders]
-    for batch in drawing.batches():
-        pictures = []
-        for folder, found in zip(folders, features, strict=True):
-            picture, seen = _look_at(folder, batch, extractor, clip)
-            pictures.append(picture)
-            _append(found, seen)
-            progress.advance(bar, len(batch))
+) -> list[ImageFeatures]:
+    """One pass of the networks over all images; a batch of everyone at a time: no teacher's is read twice."""
+    bar = progress.add_task("measuring", total=len(images) * len(drawing.prompts))
+    teachers = teachers_of([entry.contender for entry in images])
+    features: list[dict[str, list[np.ndarray]]] = [{} for _ in images]
+    apart: list[dict[str, list[np.ndarray]]] = [{} for _ in images]
+    for indices in drawing.batches():
+        batches = []
+        for entry, found in zip(images, features, strict=True):
+            pixels = read_images(entry.folder, indices)
+            extracted, patches = extract_features(pixels, (extractor, clip))
+            batches.append(ImageBatch(pixels, read_latents(entry.folder, indices), patches[clip.name]))
+            _append(found, extracted)
+            progress.advance(bar, len(indices))
         for student, teacher in teachers.items():
-            _append(apart[student], distances(pictures[student], pictures[teacher], perceptual))
-    return [Sight(_joined(found), _joined(far)) for found, far in zip(features, apart, strict=True)]
+            _append(apart[student], distances(batches[student], batches[teacher], perceptual))
+    return [ImageFeatures(_joined(found), _joined(far)) for found, far in zip(features, apart, strict=True)]
 
 
 def teachers_of(contenders: Sequence[Contender]) -> dict[int, int]:
@@ -139,14 +136,6 @@ def teachers_of(contenders: Sequence[Contender]) -> dict[int, int]:
     return found
 
 
-def _look_at(
-    folder: Path, batch: range, extractor: FeatureExtractor, clip: Clip
-) -> tuple[Picture, Mapping[str, torch.Tensor]]:
-    images = read_images(folder, batch)
-    seen, patches = extract_features(images, (extractor, clip))
-    return Picture(images, read_latents(folder, batch), patches[clip.name]), seen
-
-
 def _append(lists: dict[str, list[np.ndarray]], new: Mapping[str, torch.Tensor]) -> None:
     for name, values in new.items():
         lists.setdefault(name, []).append(values.numpy())
@@ -156,7 +145,7 @@ def _joined(lists: Mapping[str, list[np.ndarray]]) -> dict[str, np.ndarray]:
     return {name: np.concatenate(parts) for name, parts in lists.items()}
 
 
-class Judge:
+class MetricSuite:
     """All metrics of images against photos and prompts, under one resampling. What concerns photos is computed once.
 
     Args:
@@ -174,7 +163,7 @@ class Judge:
         self._cmmd = Cmmd(reference.features[clip], resampling)
         self._manifold = Manifold(self._real, resampling)
 
-    def assess(
+    def compute(
         self, features: Mapping[str, np.ndarray], advance: Callable[[], None] | None = None
     ) -> tuple[dict[str, dict[str, Any]], dict[str, np.ndarray]]:
         """Estimates by metric, as metrics.json has them, and the draws behind them.
@@ -198,21 +187,6 @@ class Judge:
 
 def _estimate(name: str, draws: np.ndarray, n: int) -> Estimate:
     return estimate(draws, n, BOUNDS.get(name, (-np.inf, np.inf)), corrected=name in CORRECTED)
-
-
-def _description(contender: Contender, folder: Path, n: int) -> dict[str, Any]:
-    return {
-        "name": contender.name,
-        "slug": contender.slug,
-        "role": contender.role,
-        "label": contender.label,
-        "sampler": contender.sampler.name,
-        "steps": contender.steps,
-        "guidance_scale": contender.guidance_scale,
-        "network_evaluations": contender.network_evaluations,
-        "n_images": n,
-        "images": str(folder.relative_to(folder.parent.parent)),
-    }
 
 
 def _teacher_entry(

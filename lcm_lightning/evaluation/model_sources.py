@@ -1,10 +1,11 @@
-"""Find the models that an entry point's configuration names: `models`, `run`, `model` with or without `lora`."""
+"""The models that an entry point's configuration names: `models`, `run`, `model` with or without `lora`."""
 
 from __future__ import annotations
 
+import gc
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -15,9 +16,9 @@ from omegaconf import DictConfig, OmegaConf
 
 from lcm_lightning.config.instantiate import instantiate_group, parse_dtype
 from lcm_lightning.errors import UserError
-from lcm_lightning.evaluation.subject import DataChoice, Subject, SubjectSource
 from lcm_lightning.methods import adapter_kinds
 from lcm_lightning.models.adapters import load_lora, locate_lora, set_active_adapters
+from lcm_lightning.models.identity import adapter_digest, model_digest
 from lcm_lightning.models.kinds import AdapterKind
 from lcm_lightning.models.stable_diffusion import StableDiffusion
 from lcm_lightning.runs.loading import load_run
@@ -26,16 +27,82 @@ from lcm_lightning.runs.records import MANIFEST, read_config, read_manifest
 SPECS = "the name of a file in conf/model, run:FOLDER, or lora:, lcm: or another lora_role: with a file or hub id"
 
 
-def load_subject(cfg: DictConfig) -> Subject:
+@dataclass(frozen=True)
+class LoadedModel:
+    """A model with loaded adapters.
+
+    Attributes:
+        model: on the CPU, in evaluation mode.
+        adapters: their kinds in training order.
+    """
+
+    model: StableDiffusion
+    adapters: tuple[AdapterKind, ...]
+
+    def identities(self) -> dict[str, str]:
+        """Hex digest of the weights without adapters (under the empty name) and of each adapter by name."""
+        names = [kind.name for kind in self.adapters]
+        return {"": model_digest(self.model)} | {name: adapter_digest(self.model, name) for name in names}
+
+
+@dataclass(frozen=True)
+class DataChoice:
+    """A data set as a configuration names it.
+
+    Attributes:
+        name, source, resolution, cache_dir: see `lcm_lightning.data.datamodule.CaptionedImages`.
+    """
+
+    name: str
+    source: str | None
+    resolution: int
+    cache_dir: str | None = None
+
+
+@dataclass(frozen=True)
+class ModelSource:
+    """Where a model comes from; nothing is loaded before `load`.
+
+    Attributes:
+        name: short, unique in an evaluation.
+        spec: what the user wrote.
+        load: reads model and adapters.
+        data: of the run it comes from; None for a model without a run.
+    """
+
+    name: str
+    spec: str
+    load: Callable[[], LoadedModel]
+    data: DataChoice | None = None
+
+
+class ModelLoader:
+    """Loads models onto a device, one at a time; the last one stays until another is asked for."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self._loaded: tuple[ModelSource, LoadedModel] | None = None
+
+    def load(self, source: ModelSource) -> LoadedModel:
+        """The model on the device; the one that lay there is dropped before another is read."""
+        if self._loaded is None or self._loaded[0] is not source:
+            self._loaded = None
+            gc.collect()
+            self._loaded = source, source.load()
+            self._loaded[1].model.to(self.device)
+        return self._loaded[1]
+
+
+def load_model(cfg: DictConfig) -> LoadedModel:
     """The one model that an entry point's `run`, or its `model`, `lora` and `lora_role`, name.
 
     Raises:
         UserError: both or neither, or it cannot be loaded.
     """
-    return find_subjects(cfg)[0].load()
+    return find_models(cfg)[0].load()
 
 
-def find_subjects(cfg: DictConfig) -> list[SubjectSource]:
+def find_models(cfg: DictConfig) -> list[ModelSource]:
     """Everything that the entry point's `models` name; `run`, or `model` with or without `lora`, stand for one of them.
 
     Raises:
@@ -75,7 +142,7 @@ def _specs(cfg: DictConfig) -> list[str]:
     return [_chosen_model()]
 
 
-def _find(cfg: DictConfig, spec: str, dtype: torch.dtype) -> SubjectSource:
+def _find(cfg: DictConfig, spec: str, dtype: torch.dtype) -> ModelSource:
     kind, colon, place = spec.partition(":")
     if not colon:
         return _named_model(cfg, spec, dtype)
@@ -91,7 +158,7 @@ def _chosen_model() -> str:
     return HydraConfig.get().runtime.choices.get("model") or "model"
 
 
-def _named_model(cfg: DictConfig, name: str, dtype: torch.dtype) -> SubjectSource:
+def _named_model(cfg: DictConfig, name: str, dtype: torch.dtype) -> ModelSource:
     """A file of conf/model; with the changes made on the command line where `model=` chooses the same."""
     part = cfg
     if cfg.get("model") is None or name != _chosen_model():
@@ -101,10 +168,10 @@ def _named_model(cfg: DictConfig, name: str, dtype: torch.dtype) -> SubjectSourc
             looks = f"; a run is written run:{name}" if (Path(name).expanduser() / "config.yaml").is_file() else ""
             raise UserError(f"models: no model is called {name}; expected {SPECS}{looks}") from error
         part = OmegaConf.create({"model": OmegaConf.to_container(composed.model, resolve=True)})
-    return SubjectSource(name, name, lambda: Subject(instantiate_group(part, "model", dtype=dtype).eval(), ()))
+    return ModelSource(name, name, lambda: LoadedModel(instantiate_group(part, "model", dtype=dtype).eval(), ()))
 
 
-def _run(cfg: DictConfig, run: str, spec: str, dtype: torch.dtype) -> SubjectSource:
+def _run(cfg: DictConfig, run: str, spec: str, dtype: torch.dtype) -> ModelSource:
     """The base model of a run with every adapter the run exported."""
     folder = Path(run).expanduser()
     config = read_config(folder)
@@ -113,14 +180,14 @@ def _run(cfg: DictConfig, run: str, spec: str, dtype: torch.dtype) -> SubjectSou
     if cfg.get("models") is None and cfg.get("model") is not None:
         overrides = {key: value for key, value in cfg.model.items() if key != "_target_"}
 
-    def load() -> Subject:
+    def load() -> LoadedModel:
         loaded = load_run(folder, dtype=dtype, **overrides)
-        return Subject(loaded.model.eval(), loaded.adapters)
+        return LoadedModel(loaded.model.eval(), loaded.adapters)
 
-    return SubjectSource(str(config.get("name") or folder.name), spec, load, _data_choice(config.data))
+    return ModelSource(str(config.get("name") or folder.name), spec, load, _data_choice(config.data))
 
 
-def _lora(cfg: DictConfig, lora: str, role: str | None, spec: str, dtype: torch.dtype) -> SubjectSource:
+def _lora(cfg: DictConfig, lora: str, role: str | None, spec: str, dtype: torch.dtype) -> ModelSource:
     """`model=` with the LoRA at `lora`: a run folder, which knows what its LoRAs are, a file or a hub id."""
     if cfg.get("model") is None:
         raise UserError(f"{spec}: a LoRA needs the model it belongs on; add model=sd15")
@@ -136,15 +203,15 @@ def _lora(cfg: DictConfig, lora: str, role: str | None, spec: str, dtype: torch.
             f"lora_role={role}: say what lora={lora} is: {' or '.join(students)}, which is drawn in few steps without "
             "guidance, or lora_role=finetuned for one that was not distilled"
         )
-    return SubjectSource(_lora_name(lora), spec, lambda: _with_adapters(cfg, files, dtype), _data_of(run))
+    return ModelSource(_lora_name(lora), spec, lambda: _with_adapters(cfg, files, dtype), _data_of(run))
 
 
-def _with_adapters(cfg: DictConfig, files: Mapping[AdapterKind, Path], dtype: torch.dtype) -> Subject:
+def _with_adapters(cfg: DictConfig, files: Mapping[AdapterKind, Path], dtype: torch.dtype) -> LoadedModel:
     model: StableDiffusion = instantiate_group(cfg, "model", dtype=dtype)
     for kind, file in files.items():
         load_lora(model, file, kind.name)
     set_active_adapters(model, [kind.name for kind in files])
-    return Subject(model.eval(), tuple(files))
+    return LoadedModel(model.eval(), tuple(files))
 
 
 def _lora_name(lora: str) -> str:
@@ -164,7 +231,7 @@ def _data_choice(data: DictConfig | None) -> DataChoice | None:
     return None if not data else DataChoice(data.name, data.source, data.resolution, data.get("cache_dir"))
 
 
-def evaluation_data(cfg: DictConfig, sources: Sequence[SubjectSource]) -> DataChoice:
+def evaluation_data(cfg: DictConfig, sources: Sequence[ModelSource]) -> DataChoice:
     """The data set everyone is measured on: `data`, or else what the runs were trained on.
 
     Raises:

@@ -2,11 +2,49 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import TypedDict
 
 from lcm_lightning.errors import UserError
-from lcm_lightning.evaluation.contenders import Lineup
+from lcm_lightning.evaluation.contenders import ROLES, Lineup, Role
+
+
+class PublishedRow(TypedDict):
+    """Printed FID and seconds per image, and which contender stands beside them: its role, and its run's data set."""
+
+    title: str
+    fid: float
+    seconds: float
+    role: Role
+    trained_on: str | None
+
+
+@dataclass(frozen=True)
+class PublishedTable:
+    """Figures printed elsewhere, to be shown beside those measured here.
+
+    Attributes:
+        title: its heading.
+        citation: where they were printed.
+        note: what a reader must know before comparing.
+        datasets: on which they are shown; None for all.
+        rows: each with every key of `PublishedRow`.
+    """
+
+    title: str
+    citation: str
+    note: str
+    rows: Sequence[PublishedRow]
+    datasets: Sequence[str] | None = None
+
+    def __post_init__(self) -> None:
+        for row in self.rows:
+            if set(row) != set(PublishedRow.__annotations__) or row["role"] not in ROLES:
+                raise UserError(
+                    f"evaluation.published: a row of {self.title!r} is {dict(row)}; expected the keys "
+                    f"{', '.join(PublishedRow.__annotations__)}, and as role one of {', '.join(ROLES)}"
+                )
 
 
 @dataclass(frozen=True)
@@ -28,6 +66,7 @@ class Protocol:
         latency_repeats: timed rounds.
         latency_batch_sizes: images at a time while timing; the first one's figures stand in the table.
         shown: rows of the grid.
+        published: tables printed elsewhere, by names of their own.
     """
 
     name: str
@@ -44,6 +83,7 @@ class Protocol:
     latency_repeats: int = 10
     latency_batch_sizes: Sequence[int] = (1,)
     shown: int = 8
+    published: Mapping[str, PublishedTable] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         at_least = {"batch_size": 1, "latency_repeats": 1, "shown": 1, "bootstrap_samples": 0}

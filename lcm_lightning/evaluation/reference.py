@@ -17,7 +17,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from lcm_lightning.data.datamodule import iterate_split, locate_images
+from lcm_lightning.data.datamodule import iterate_split, locate, locate_images
 from lcm_lightning.data.images import crop_square, resize_shorter_side
 from lcm_lightning.data.shards import Sample, cache_folder, content_digest, open_split
 from lcm_lightning.errors import UserError
@@ -80,6 +80,18 @@ class Reference:
     def prompts(self, captions_per_image: int | None) -> list[str]:
         """Captions to draw, photo by photo: of each its first so many, or all."""
         return [caption for captions in self.captions for caption in captions[:captions_per_image]]
+
+
+def check_size(real: RealImages) -> None:
+    """Raise a `UserError` where more real images are asked for than the split holds."""
+    if real.num_images is None:
+        return
+    available = sum(shard.samples for shard in open_split(locate(real.name, real.source), real.split, real.cache_dir))
+    if real.num_images > available:
+        raise UserError(
+            f"evaluation.num_images={real.num_images}: {real.name}/{real.split} holds {available} images; set it to "
+            "that or less, or null for all, or choose another evaluation.split"
+        )
 
 
 def read_reference(

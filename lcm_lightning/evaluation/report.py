@@ -19,6 +19,7 @@ from torch import Tensor
 
 from lcm_lightning.evaluation import tables
 from lcm_lightning.evaluation.figures import Grid, as_bytes, frontier
+from lcm_lightning.evaluation.protocol import PublishedTable
 from lcm_lightning.output.files import write_atomic
 from lcm_lightning.output.pictures import to_pil
 
@@ -27,12 +28,23 @@ SCHEMA_VERSION = 1  # of metrics.schema.json
 LARGEST_THUMBNAIL = 256  # px
 
 
-def write_report(folder: Path, metrics: Mapping[str, Any], grids: Sequence[Grid], config: str) -> None:
-    """Write metrics.json, report.html, report.md, frontier.png and a picture of each grid into `folder`, each whole."""
+def write_report(
+    folder: Path,
+    metrics: Mapping[str, Any],
+    grids: Sequence[Grid],
+    config: str,
+    published: Sequence[PublishedTable] = (),
+) -> None:
+    """Write metrics.json, report.html, report.md, frontier.png and a picture of each grid into `folder`, each whole.
+
+    Args:
+        config: YAML to show.
+        published: tables to show where they are for the data set of `metrics`.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     plot = frontier(metrics["models"])
     pictures = {_grid_name(number): _png(grid.picture()) for number, grid in enumerate(grids)}
-    content = report_content(metrics, config) | {"pictures": list(zip(pictures, grids, strict=True))}
+    content = report_content(metrics, config, published) | {"pictures": list(zip(pictures, grids, strict=True))}
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(TEMPLATES), autoescape=False, trim_blocks=True, lstrip_blocks=True
     )
@@ -63,10 +75,10 @@ def publish(folder: Path, place: Path) -> None:
     write_atomic(place / "metrics.json", (json.dumps(metrics, indent=2) + "\n").encode())
 
 
-def report_content(metrics: Mapping[str, Any], config: str) -> dict[str, Any]:
+def report_content(metrics: Mapping[str, Any], config: str, published: Sequence[PublishedTable] = ()) -> dict[str, Any]:
     """What both templates show."""
-    models = metrics["models"]
-    of_source = metrics["protocol"] == "report" or metrics["dataset"].startswith("flickr")
+    models, dataset = metrics["models"], metrics["dataset"].rpartition("/")[0]
+    fitting = [table for table in published if table.datasets is None or dataset in table.datasets]
     return {
         "metrics": metrics,
         "config": config,
@@ -76,7 +88,7 @@ def report_content(metrics: Mapping[str, Any], config: str) -> dict[str, Any]:
         "costs": tables.cost_table(models),
         "comparisons": tables.comparison_table(metrics),
         "to_teacher": tables.teacher_table(models),
-        "table_1": tables.source_table(models) if of_source else None,
+        "published": [(table, tables.published_table(models, table)) for table in fitting],
         "stages": {model["label"]: tables.share_of_stages(model) for model in models},
         "batches": [timed["batch_size"] for timed in models[0]["latency"]],
         "repeats": models[0]["seconds_per_image"]["repeats"],

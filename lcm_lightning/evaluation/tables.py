@@ -7,6 +7,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
+from lcm_lightning.evaluation.protocol import PublishedRow, PublishedTable
+
 
 @dataclass(frozen=True)
 class Metric:
@@ -51,11 +53,11 @@ STAGES = {"text_encoding": "text encoding", "denoising": "denoising", "vae_decod
 
 @dataclass(frozen=True)
 class Cell:
-    """A figure, its interval in brackets, and a word for its look: "better", "worse", "open" or nothing."""
+    """A figure, its interval in brackets, and a verdict: "better", "worse", "open" or nothing."""
 
     value: str
     interval: str = ""
-    look: str = ""
+    verdict: str = ""
 
     def __str__(self) -> str:
         return f"{self.value} {self.interval}".strip()
@@ -84,14 +86,14 @@ def is_known(estimate: Any, key: str = "value") -> bool:
     return isinstance(value, int | float) and math.isfinite(value)
 
 
-def estimate_cell(estimate: Any, factor: float = 1.0, key: str = "value", look: str = "") -> Cell:
+def estimate_cell(estimate: Any, factor: float = 1.0, key: str = "value", verdict: str = "") -> Cell:
     """Value and interval of an estimate, to three digits; a dash where it was not measured."""
     if not is_known(estimate, key):
         return Cell("–")
     bounds = ""
     if is_known(estimate, "low") and is_known(estimate, "high"):
         bounds = f"[{three_digits(estimate['low'] * factor)}, {three_digits(estimate['high'] * factor)}]"
-    return Cell(three_digits(estimate[key] * factor), bounds, look)
+    return Cell(three_digits(estimate[key] * factor), bounds, verdict)
 
 
 def three_digits(value: float) -> str:
@@ -169,10 +171,10 @@ def comparison_table(metrics: Mapping[str, Any]) -> Table | None:
     found |= {(c["b"], c["a"], c["metric"]): _turned(c["difference"]) for c in comparisons}
     columns = [metric for metric in METRICS if any(key == metric.key for _, _, key in found)]
     rows = []
-    for a, b in telling_pairs(metrics["models"]):
+    for a, b in compared_pairs(metrics["models"]):
         cells = {m.key: _difference_cell(found.get((a["slug"], b["slug"], m.key)), m) for m in columns}
-        if "fid" in cells and cells["fid"].look != cells.get("fid_infinity", Cell("–")).look:
-            cells["fid"] = replace(cells["fid"], look="open")
+        if "fid" in cells and cells["fid"].verdict != cells.get("fid_infinity", Cell("–")).verdict:
+            cells["fid"] = replace(cells["fid"], verdict="open")
         rows.append(Row(a["role"], f"{a['label']} − {b['label']}", tuple(cells.values())))
     limited = any(metric.key == "fid_infinity" for metric in columns)
     headings = [("", ""), *(_comparison_heading(metric, limited) for metric in columns)]
@@ -186,7 +188,7 @@ def _comparison_heading(metric: Metric, limited: bool) -> tuple[str, str]:
     return metric.title, f"{metric.better} is better"
 
 
-def telling_pairs(models: Sequence[Mapping[str, Any]]) -> list[tuple[Mapping[str, Any], Mapping[str, Any]]]:
+def compared_pairs(models: Sequence[Mapping[str, Any]]) -> list[tuple[Mapping[str, Any], Mapping[str, Any]]]:
     """Of all pairs those a reader asks for; metrics.json has the others.
 
     Fine-tuned against base; hurried and distilled ones against their teacher; a student against each fast solver's
@@ -258,49 +260,30 @@ def teacher_table(models: Sequence[Mapping[str, Any]]) -> Table | None:
     return Table(tuple(headings), tuple(rows)) if columns else None
 
 
-@dataclass(frozen=True)
-class Printed:
-    """A row of Table 1 of "Enhancing Image Generation with LCM LoRA Distillation", and who takes its place here."""
-
-    title: str
-    fid: float
-    seconds: float
-    role: str
-    trained_on: str | None = None
-
-
-TABLE_1 = (
-    Printed("Base", 1.68, 2.07, "base"),
-    Printed("LoRA fine-tuned", 1.49, 0.91, "finetuned"),
-    Printed("LCM-LoRA (Flickr8k)", 26.95, 0.86, "student", "flickr8k"),
-    Printed("LCM-LoRA (Flickr30k)", 24.85, 0.86, "student", "flickr30k"),
-)
-
-
-def source_table(models: Sequence[Mapping[str, Any]]) -> Table:
-    """The source's Table 1, its figures beside those measured here."""
+def published_table(models: Sequence[Mapping[str, Any]], published: PublishedTable) -> Table:
+    """One row a published one: the printed figures beside those measured here."""
     rows = []
-    for printed in TABLE_1:
-        model = _stand_in(models, printed)
+    for printed in published.rows:
+        model = _counterpart(models, printed)
         cells = [Cell("–")] * 4 + [Cell("not evaluated")]
-        cells[0], cells[2] = Cell(f"{printed.fid:.2f}"), Cell(f"{printed.seconds:.2f}")
+        cells[0], cells[2] = Cell(f"{printed['fid']:.2f}"), Cell(f"{printed['seconds']:.2f}")
         if model is not None:
             cells[1] = estimate_cell(model.get("fid"))
             cells[3] = estimate_cell(model["seconds_per_image"], key="median")
             cells[4] = Cell(model["label"])
-        rows.append(Row(printed.role, printed.title, tuple(cells)))
+        rows.append(Row(printed["role"], printed["title"], tuple(cells)))
     headings = ("", "FID, printed", "FID, here", "s / image, printed", "s / image, here", "measured here on")
     return Table(tuple((heading, "") for heading in headings), tuple(rows))
 
 
-def _stand_in(models: Sequence[Mapping[str, Any]], printed: Printed) -> Mapping[str, Any] | None:
+def _counterpart(models: Sequence[Mapping[str, Any]], printed: PublishedRow) -> Mapping[str, Any] | None:
     """Of the contenders of the printed row's kind that with 4 steps, or the nearest number; of teachers the longest."""
     fitting = [
         model
         for model in models
-        if model["role"] == printed.role and printed.trained_on in (None, model.get("trained_on"))
+        if model["role"] == printed["role"] and printed["trained_on"] in (None, model.get("trained_on"))
     ]
-    if printed.role == "student":
+    if printed["role"] == "student":
         return min(fitting, key=lambda model: abs(model["steps"] - 4), default=None)
     return max(fitting, key=lambda model: (model["sampler"] == "ddim", model["steps"]), default=None)
 

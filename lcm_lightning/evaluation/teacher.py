@@ -24,13 +24,13 @@ IDENTICAL_PSNR = 100.0  # dB; equal images have infinitely many, which no mean s
 
 
 @dataclass(frozen=True)
-class Picture:
-    """A batch of drawn images in the forms they are compared in.
+class ImageBatch:
+    """A batch of generated images in the forms they are compared in.
 
     Attributes:
         images: uint8 [B, 3, H, W].
         latents: final latents float32 [B, C, h, w].
-        patches: last patch tokens of the judge's image tower [B, P, W].
+        patches: last patch tokens of CLIP's image tower [B, P, W].
     """
 
     images: Tensor
@@ -47,7 +47,7 @@ class PerceptualDistance(Protocol):
 
     name: str
 
-    def __call__(self, a: Picture, b: Picture) -> Tensor:
+    def __call__(self, a: ImageBatch, b: ImageBatch) -> Tensor:
         """One number an image pair, [B]."""
         ...
 
@@ -61,7 +61,7 @@ class PatchDistance:
     def __init__(self, clip_name: str) -> None:
         self.name = clip_name.replace("clip:", "clip-patches:", 1)
 
-    def __call__(self, a: Picture, b: Picture) -> Tensor:
+    def __call__(self, a: ImageBatch, b: ImageBatch) -> Tensor:
         """See `PerceptualDistance`."""
         squared = (F.normalize(a.patches, dim=-1) - F.normalize(b.patches, dim=-1)).square().sum(dim=-1)
         return squared.mean(dim=-1)
@@ -85,7 +85,7 @@ class Lpips:
         self.network.eval().to(self.device)
 
     @torch.no_grad()
-    def __call__(self, a: Picture, b: Picture) -> Tensor:
+    def __call__(self, a: ImageBatch, b: ImageBatch) -> Tensor:
         """See `PerceptualDistance`."""
         first, second = (picture.images.to(self.device).float() / 127.5 - 1 for picture in (a, b))
         return self.network(first, second).flatten().cpu()
@@ -110,7 +110,7 @@ def perceptual_distance(clip_name: str, device: torch.device | str = "cpu") -> P
     return PatchDistance(clip_name)
 
 
-def distances(student: Picture, teacher: Picture, perceptual: PerceptualDistance) -> dict[str, Tensor]:
+def distances(student: ImageBatch, teacher: ImageBatch, perceptual: PerceptualDistance) -> dict[str, Tensor]:
     """Distances of each image pair, [B] by name.
 
     latent_mse: of the final latents, in the UNet's units. psnr: dB of 8-bit images, at most `IDENTICAL_PSNR`.

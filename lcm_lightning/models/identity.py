@@ -1,20 +1,21 @@
-"""What cached latents and text embeddings depend on: VAE, text encoder and tokenizer, each as a short hash."""
+"""Hashes of networks, adapters and tokenizers, by which caches and evaluations know them again."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import StableDiffusionPipeline
 from safetensors import SafetensorError, safe_open
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import CLIPTokenizer
 
 from lcm_lightning.errors import UserError, first_line
-from lcm_lightning.models.adapters import locate_lora
+from lcm_lightning.models.adapters import locate_lora, lora_layers
 from lcm_lightning.models.stable_diffusion import StableDiffusion
 
 # Of the text encoder's config: what changes its output and not the shape or number of its weights.
@@ -56,7 +57,7 @@ def weights_digest(folder: Path) -> str:
     files = [path for path in whole if path.is_file()] or sorted(folder.glob("*-of-*.safetensors"))
     if not files:
         raise UserError(f"model.path: no .safetensors weights in {folder}, by which cached latents are known")
-    return tensors_digest(pair for file in files for pair in _read_tensors(file))
+    return tensors_digest(pair for file in files for pair in _read_tensors(file))[:DIGITS]
 
 
 def _read_tensors(file: Path) -> Iterable[tuple[str, Tensor]]:
@@ -68,13 +69,44 @@ def _read_tensors(file: Path) -> Iterable[tuple[str, Tensor]]:
         raise UserError(f"model.path: {file} cannot be read ({first_line(error)})") from error
 
 
-def tensors_digest(tensors: Iterable[tuple[str, Tensor]]) -> str:
-    """Hash of named tensors in the order given."""
-    digest = hashlib.sha256()
+def tensors_digest(tensors: Iterable[tuple[str, Tensor]], context: str = "") -> str:
+    """Hex digest of `context` and of named tensors in the order given: names, types, shapes and values."""
+    digest = hashlib.sha256(context.encode())
     for name, tensor in tensors:
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.contiguous().view(-1).view(torch.uint8).numpy())
-    return digest.hexdigest()[:DIGITS]
+        digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def model_digest(model: StableDiffusion) -> str:
+    """Hex digest of all that a model draws by but its adapters.
+
+    Weights, the networks' configs (a VAE's scaling factor is no weight), tokenizer and noise schedule; not where they
+    lie, nor which version of a library wrote them.
+    """
+    configs = [model.unet.config, model.vae.config, model.text_encoder.config.to_dict(), model.scheduler_config]
+    content = [[_without_origin(config) for config in configs], tokenizer_digest(model.tokenizer)]
+    tensors = {k.replace(".base_layer.", "."): v for k, v in model.state_dict().items() if ".lora_" not in k}
+    return tensors_digest(sorted(tensors.items()), json.dumps(content, sort_keys=True, default=str))
+
+
+def _without_origin(config: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in config.items() if not key.startswith("_") and key != "transformers_version"}
+
+
+def adapter_digest(model: StableDiffusion, name: str) -> str:
+    """Hex digest of the weights and scales of an adapter; not of its name."""
+    scales = [layer.scaling[name] for layer in lora_layers(model) if name in layer.lora_A]
+    tensors = {
+        k.replace(f".{name}.", "."): v for k, v in model.state_dict().items() if ".lora_" in k and f".{name}." in k
+    }
+    return tensors_digest(sorted(tensors.items()), json.dumps(scales))
+
+
+def token_embeddings_digest(text_tower: nn.Module, dtype: torch.dtype) -> str:
+    """Hex digest of the token embeddings of a text encoder in `dtype`: equal ones stand for the same text tower."""
+    embeddings: Tensor = text_tower.get_input_embeddings().weight  # type: ignore[operator, union-attr]
+    return tensors_digest([("", embeddings.to(dtype))])
 
 
 def text_lora_digest(source: str) -> str | None:
@@ -88,7 +120,7 @@ def text_lora_digest(source: str) -> str | None:
         raise UserError(f"teacher_lora={source}: cannot be loaded ({first_line(error)})") from error
     part = sorted((name, tensor) for name, tensor in tensors.items() if name.startswith("text_encoder."))
     scales = sorted((name, torch.tensor(a)) for name, a in (alphas or {}).items() if name.startswith("text_encoder."))
-    return tensors_digest([*part, *scales]) if part else None
+    return tensors_digest([*part, *scales])[:DIGITS] if part else None
 
 
 def tokenizer_digest(tokenizer: CLIPTokenizer) -> str:

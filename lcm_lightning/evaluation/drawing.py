@@ -1,11 +1,11 @@
-"""Draw every prompt with every contender, once: what is on disk is not drawn again."""
+"""The first stage, drawing: every prompt by every contender, once; what is on disk is not drawn again."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 
@@ -17,8 +17,10 @@ from rich.progress import Progress
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from lcm_lightning.evaluation.contenders import Contender
+from lcm_lightning.evaluation.contenders import ROLES, Contender, Lineup
+from lcm_lightning.evaluation.model_sources import ModelLoader, ModelSource
 from lcm_lightning.models.adapters import merged_adapters
+from lcm_lightning.models.identity import token_embeddings_digest
 from lcm_lightning.models.sampling import sample
 from lcm_lightning.models.stable_diffusion import StableDiffusion
 from lcm_lightning.output.pictures import to_pil
@@ -53,13 +55,108 @@ class Drawing:
         return [range(start, min(start + self.batch_size, total)) for start in range(0, total, self.batch_size)]
 
 
+@dataclass(frozen=True)
+class ModelImages:
+    """What a contender drew.
+
+    Attributes:
+        contender: with the name it has among the others.
+        source: the first of the sources that has it.
+        weights: a digest of those it draws with.
+        folder: of the images.
+    """
+
+    contender: Contender
+    source: ModelSource
+    weights: str
+    folder: Path
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """What later stages know of the models.
+
+    Attributes:
+        images: one entry a contender, by role.
+        token_embeddings: digest of each model's, by name of its source.
+        dtype: of weights and activations.
+    """
+
+    images: list[ModelImages]
+    token_embeddings: dict[str, str]
+    dtype: torch.dtype
+
+
+def draw_models(
+    sources: Sequence[ModelSource],
+    loader: ModelLoader,
+    lineup: Lineup,
+    drawing: Drawing,
+    root: Path,
+    fabric: Fabric,
+    progress: Progress,
+) -> Drawn:
+    """Draw what is missing below `root`, model after model; contenders of the same role, weights and sampler are one.
+
+    Every rank draws its share and returns the same.
+    """
+    found: dict[str, ModelImages] = {}
+    keys: dict[tuple[str, str], str] = {}
+    teachers: dict[str, list[tuple[str, str]]] = {}
+    token_embeddings: dict[str, str] = {}
+    for source in sources:
+        loaded = loader.load(source)
+        model, identities = loaded.model, loaded.identities()
+        model.check_resolution(drawing.resolution)
+        token_embeddings[source.name] = token_embeddings_digest(model.text_encoder, model.dtype)
+        for contender in lineup.contenders(loaded.adapters):
+            weights = " ".join(identities[name] for name in ("", *contender.adapters))
+            folder = image_folder(root, contender, drawing, weights, model.device.type, model.dtype)
+            key = f"{contender.role} {folder.name}"
+            keys[source.name, contender.slug] = key
+            teachers.setdefault(key, []).append((source.name, contender.teacher))
+            if key not in found:
+                found[key] = ModelImages(contender, source, weights, folder)
+                draw_missing(model, contender, drawing, folder, fabric, progress)
+    return Drawn(distinguish(found, keys, teachers), token_embeddings, model.dtype)
+
+
+def distinguish(
+    found: Mapping[str, ModelImages],
+    keys: Mapping[tuple[str, str], str],
+    teachers: Mapping[str, Sequence[tuple[str, str]]],
+) -> list[ModelImages]:
+    """Contenders with names of their own: where one stands for several weights, that of the source is added.
+
+    Args:
+        found: by a key of their own.
+        keys: that key by name of the source and the contender's slug in it.
+        teachers: by key of a contender, its teacher's in each source that has it, as `keys` has them.
+    """
+    owners: dict[str, dict[str, str]] = {}
+    for images in found.values():
+        owners.setdefault(images.contender.name, {}).setdefault(images.weights, images.source.name)
+
+    def named(images: ModelImages) -> Contender:
+        contender, sharing = images.contender, owners[images.contender.name]
+        owner = sharing[images.weights]
+        return contender if len(sharing) == 1 else replace(contender, name=f"{contender.name}-{owner}", model=owner)
+
+    def with_teachers(key: str) -> ModelImages:
+        slugs = tuple(dict.fromkeys(named(found[keys[place]]).slug for place in teachers[key]))
+        contender = replace(named(found[key]), teacher=slugs[0], teachers=slugs)
+        return replace(found[key], contender=contender)
+
+    return sorted(map(with_teachers, found), key=lambda images: ROLES.index(images.contender.role))
+
+
 def image_folder(
     root: Path, contender: Contender, drawing: Drawing, weights_identity: str, device: str, dtype: torch.dtype
 ) -> Path:
     """Where a contender's images lie: the name ends in a digest of everything their pixels depend on.
 
     Args:
-        weights_identity: of the networks with the contender's adapters; see `Subject.identities`.
+        weights_identity: of the networks with the contender's adapters; see `LoadedModel.identities`.
         device: kind of device that draws, as "cpu": kernels of different kinds round differently.
         dtype: of weights and activations.
     """
