@@ -7,7 +7,10 @@ from .diffusion.consistency import ConsistencyDistillation as ConsistencyDistill
 from .errors import UserError as UserError
 from .evaluation.contenders import Lineup as Lineup
 from .evaluation.evaluation import evaluate_models as evaluate_models
+from .evaluation.model_sources import LoadedModel as LoadedModel
+from .evaluation.model_sources import ModelSource as ModelSource
 from .evaluation.protocol import Protocol as Protocol
+from .evaluation.reference import RealImages as RealImages
 from .methods.lcm_lora import LcmLoraDistillation as LcmLoraDistillation
 from .methods.lora import LoraFinetuning as LoraFinetuning
 from .models.adapters import LoraSettings as LoraSettings

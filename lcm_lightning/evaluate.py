@@ -12,10 +12,10 @@ from rich import print as rich_print
 from lcm_lightning.config.checks import check_writable, resolve
 from lcm_lightning.config.entry import command
 from lcm_lightning.config.instantiate import instantiate_each, instantiate_group, make_fabric
+from lcm_lightning.config.model_choice import evaluation_data, find_models
 from lcm_lightning.config.quiet import quiet_known_warnings
 from lcm_lightning.evaluation.dashboard import log_evaluation
 from lcm_lightning.evaluation.evaluation import evaluate_models
-from lcm_lightning.evaluation.model_sources import evaluation_data, find_models
 from lcm_lightning.evaluation.reference import RealImages, check_size
 from lcm_lightning.evaluation.report import console_tables, publish
 

@@ -16,9 +16,9 @@ from torch import Tensor
 from lcm_lightning.config.checks import check_writable, resolve
 from lcm_lightning.config.entry import command
 from lcm_lightning.config.instantiate import make_fabric
+from lcm_lightning.config.model_choice import load_model
 from lcm_lightning.config.quiet import quiet_known_warnings
 from lcm_lightning.errors import UserError
-from lcm_lightning.evaluation.model_sources import load_model
 from lcm_lightning.methods import adapter_kinds
 from lcm_lightning.models.adapters import merged_adapters
 from lcm_lightning.models.kinds import BASE, AdapterKind

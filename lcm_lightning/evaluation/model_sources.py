@@ -1,30 +1,16 @@
-"""The models that an entry point's configuration names: `models`, `run`, `model` with or without `lora`."""
+"""Models to compare, and what identifies them."""
 
 from __future__ import annotations
 
 import gc
-from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from pathlib import Path
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
-from hydra import compose
-from hydra.core.hydra_config import HydraConfig
-from hydra.errors import ConfigCompositionException, MissingConfigException
-from omegaconf import DictConfig, OmegaConf
 
-from lcm_lightning.config.instantiate import instantiate_group, parse_dtype
-from lcm_lightning.errors import UserError
-from lcm_lightning.methods import adapter_kinds
-from lcm_lightning.models.adapters import load_lora, locate_lora, set_active_adapters
 from lcm_lightning.models.identity import adapter_digest, model_digest
 from lcm_lightning.models.kinds import AdapterKind
 from lcm_lightning.models.stable_diffusion import StableDiffusion
-from lcm_lightning.runs.loading import load_run
-from lcm_lightning.runs.records import MANIFEST, read_config, read_manifest
-
-SPECS = "the name of a file in conf/model, run:FOLDER, or lora:, lcm: or another lora_role: with a file or hub id"
 
 
 @dataclass(frozen=True)
@@ -91,160 +77,3 @@ class ModelLoader:
             self._loaded = source, source.load()
             self._loaded[1].model.to(self.device)
         return self._loaded[1]
-
-
-def load_model(cfg: DictConfig) -> LoadedModel:
-    """The one model that an entry point's `run`, or its `model`, `lora` and `lora_role`, name.
-
-    Raises:
-        UserError: both or neither, or it cannot be loaded.
-    """
-    return find_models(cfg)[0].load()
-
-
-def find_models(cfg: DictConfig) -> list[ModelSource]:
-    """Everything that the entry point's `models` name; `run`, or `model` with or without `lora`, stand for one of them.
-
-    Raises:
-        UserError: several ways at once, none, or something that is not there. What takes long to load is not loaded.
-    """
-    dtype = parse_dtype(cfg.dtype)
-    specs = _specs(cfg)
-    found = [_find(cfg, spec, dtype) for spec in specs]
-    names = Counter(source.name for source in found)
-    seen: Counter[str] = Counter()
-    for place, source in enumerate(found):
-        seen[source.name] += 1
-        if names[source.name] > 1:
-            found[place] = replace(source, name=f"{source.name}-{seen[source.name]}")
-    return found
-
-
-def _specs(cfg: DictConfig) -> list[str]:
-    """`models`, or what the shorthands stand for."""
-    models = cfg.get("models")
-    shorthand = [f"{key}={cfg[key]}" for key in ("run", "lora") if cfg[key] is not None]
-    if models is not None:
-        if isinstance(models, str) or not all(isinstance(spec, str) for spec in models) or not models:
-            raise UserError(f"models={models}: expected a list such as 'models=[sd15,run:outputs/...,lcm:FILE]'")
-        if shorthand:
-            raise UserError(f"{shorthand[0]} and models=...: put it into the list, {shorthand[0].replace('=', ':', 1)}")
-        if repeated := [spec for spec, times in Counter(models).items() if times > 1]:
-            raise UserError(f"models: names {repeated[0]} more than once; name each model once")
-        return list(models)
-    if len(shorthand) > 1:
-        raise UserError(f"run={cfg.run} and lora={cfg.lora}: a run brings its own LoRA; give model=... with lora=...")
-    if shorthand:
-        return [shorthand[0].replace("=", ":", 1)]
-    if cfg.get("model") is None:
-        several = ", or several of them with models=[...]" if "models" in cfg else ""
-        raise UserError(f"give run=outputs/<experiment>/<date_time>, or model=sd15 with or without lora=...{several}")
-    return [_chosen_model()]
-
-
-def _find(cfg: DictConfig, spec: str, dtype: torch.dtype) -> ModelSource:
-    kind, colon, place = spec.partition(":")
-    if not colon:
-        return _named_model(cfg, spec, dtype)
-    if kind == "run":
-        return _run(cfg, place, spec, dtype)
-    if kind in ("lora", *adapter_kinds()):
-        return _lora(cfg, place, cfg.lora_role if kind == "lora" else kind, spec, dtype)
-    raise UserError(f"models: {spec} is of no known kind; expected {SPECS}")
-
-
-def _chosen_model() -> str:
-    """What `model=` chose from conf/model."""
-    return HydraConfig.get().runtime.choices.get("model") or "model"
-
-
-def _named_model(cfg: DictConfig, name: str, dtype: torch.dtype) -> ModelSource:
-    """A file of conf/model; with the changes made on the command line where `model=` chooses the same."""
-    part = cfg
-    if cfg.get("model") is None or name != _chosen_model():
-        try:
-            composed = compose(HydraConfig.get().job.config_name, overrides=[f"model={name}"])
-        except (MissingConfigException, ConfigCompositionException) as error:
-            looks = f"; a run is written run:{name}" if (Path(name).expanduser() / "config.yaml").is_file() else ""
-            raise UserError(f"models: no model is called {name}; expected {SPECS}{looks}") from error
-        part = OmegaConf.create({"model": OmegaConf.to_container(composed.model, resolve=True)})
-    return ModelSource(name, name, lambda: LoadedModel(instantiate_group(part, "model", dtype=dtype).eval(), ()))
-
-
-def _run(cfg: DictConfig, run: str, spec: str, dtype: torch.dtype) -> ModelSource:
-    """The base model of a run with every adapter the run exported."""
-    folder = Path(run).expanduser()
-    config = read_config(folder)
-    read_manifest(folder)  # its absence is known before anything else is drawn
-    overrides = {}
-    if cfg.get("models") is None and cfg.get("model") is not None:
-        overrides = {key: value for key, value in cfg.model.items() if key != "_target_"}
-
-    def load() -> LoadedModel:
-        loaded = load_run(folder, dtype=dtype, **overrides)
-        return LoadedModel(loaded.model.eval(), loaded.adapters)
-
-    return ModelSource(str(config.get("name") or folder.name), spec, load, _data_choice(config.data))
-
-
-def _lora(cfg: DictConfig, lora: str, role: str | None, spec: str, dtype: torch.dtype) -> ModelSource:
-    """`model=` with the LoRA at `lora`: a run folder, which knows what its LoRAs are, a file or a hub id."""
-    if cfg.get("model") is None:
-        raise UserError(f"{spec}: a LoRA needs the model it belongs on; add model=sd15")
-    run = Path(lora).expanduser()
-    kinds = adapter_kinds()
-    if (run / "lora" / MANIFEST).is_file():
-        files = {adapter.kind: run / "lora" / adapter.file for adapter in read_manifest(run)}
-    elif role in kinds:
-        files = {kinds[role]: locate_lora(lora)}
-    else:
-        students = [f"lora_role={kind.name} ({kind.title})" for kind in kinds.values() if kind.role == "student"]
-        raise UserError(
-            f"lora_role={role}: say what lora={lora} is: {' or '.join(students)}, which is drawn in few steps without "
-            "guidance, or lora_role=finetuned for one that was not distilled"
-        )
-    return ModelSource(_lora_name(lora), spec, lambda: _with_adapters(cfg, files, dtype), _data_of(run))
-
-
-def _with_adapters(cfg: DictConfig, files: Mapping[AdapterKind, Path], dtype: torch.dtype) -> LoadedModel:
-    model: StableDiffusion = instantiate_group(cfg, "model", dtype=dtype)
-    for kind, file in files.items():
-        load_lora(model, file, kind.name)
-    set_active_adapters(model, [kind.name for kind in files])
-    return LoadedModel(model.eval(), tuple(files))
-
-
-def _lora_name(lora: str) -> str:
-    path = Path(lora)
-    if path.suffix == ".safetensors" and path.stem not in ("pytorch_lora_weights", "kohya_lora_weights"):
-        return path.stem
-    folder = path.parent if path.suffix == ".safetensors" else path
-    parts = [part for part in folder.parts if part != "lora"]  # a run keeps its LoRAs in lora/
-    return parts[-1] if parts else path.stem
-
-
-def _data_of(run: Path) -> DataChoice | None:
-    return _data_choice(read_config(run).get("data")) if (run / "config.yaml").is_file() else None
-
-
-def _data_choice(data: DictConfig | None) -> DataChoice | None:
-    return None if not data else DataChoice(data.name, data.source, data.resolution, data.get("cache_dir"))
-
-
-def evaluation_data(cfg: DictConfig, sources: Sequence[ModelSource]) -> DataChoice:
-    """The data set everyone is measured on: `data`, or else what the runs were trained on.
-
-    Raises:
-        UserError: there is none, or the runs have several.
-    """
-    if (chosen := _data_choice(cfg.get("data"))) is not None:
-        return chosen
-    known = {replace(source.data, cache_dir=None): source for source in sources if source.data is not None}
-    if len(known) > 1:
-        listed = ", ".join(f"{source.spec} on {data.name}" for data, source in known.items())
-        raise UserError(f"data: the runs were trained on different data ({listed}); choose with data=flickr8k, say")
-    if not known:
-        raise UserError("data: a model without a run needs a data set, such as data=flickr8k")
-    (source,) = known.values()
-    assert source.data is not None
-    return source.data
