@@ -28,7 +28,7 @@ from PIL import Image
 from lcm_lightning.methods.lcm_lora import LcmLoraDistillation
 from lcm_lightning.models.adapters import LoraSettings, add_lora, lora_state_dict, save_lora
 from lcm_lightning.models.stable_diffusion import load_stable_diffusion
-from lcm_lightning.runs.records import Adapter, write_manifest
+from lcm_lightning.runs.contents import Adapter, write_manifest
 
 ROOT = Path(__file__).parent.parent
 SECONDS = 10  # of processor time, since other programs may use the cores, beside that of importing the packages

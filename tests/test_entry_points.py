@@ -24,8 +24,8 @@ import train
 from lcm_lightning.callbacks.loggers import wandb_run_id
 from lcm_lightning.config.hints import next_commands
 from lcm_lightning.methods.lora import LoraFinetuning
+from lcm_lightning.runs.contents import Adapter, read_manifest, write_manifest
 from lcm_lightning.runs.loading import load_run
-from lcm_lightning.runs.records import Adapter, read_manifest, write_manifest
 from lcm_lightning.train import TRAIN_KEYS
 
 ROOT = Path(train.__file__).parent

@@ -13,7 +13,7 @@ import lcm_lightning.evaluate
 import lcm_lightning.generate
 import lcm_lightning.train
 from lcm_lightning import methods
-from lcm_lightning.runs.records import read_manifest
+from lcm_lightning.runs.contents import read_manifest
 
 CODE = """
 from lcm_lightning.methods.lcm_lora import LcmLoraDistillation

@@ -20,8 +20,8 @@ from lcm_lightning.models.adapters import (
 )
 from lcm_lightning.models.condition import Condition
 from lcm_lightning.models.stable_diffusion import StableDiffusion, load_stable_diffusion
+from lcm_lightning.runs.contents import Adapter, write_manifest
 from lcm_lightning.runs.loading import load_run
-from lcm_lightning.runs.records import Adapter, write_manifest
 
 
 def run_folder(folder: Path, pipeline: Path, *adapters: tuple[str, str, str]) -> Path:

@@ -23,7 +23,7 @@ from lcm_lightning.models.condition import Condition
 from lcm_lightning.models.kinds import AdapterKind
 from lcm_lightning.models.stable_diffusion import load_stable_diffusion
 from lcm_lightning.runs.checkpoint_files import AtomicCheckpointIO
-from lcm_lightning.runs.records import read_manifest
+from lcm_lightning.runs.contents import read_manifest
 
 CRITIC_RATE = 1e-3
 CLIP = 1e-3

@@ -12,7 +12,7 @@ from torch import Tensor
 from lcm_lightning.methods.adapter_training import AdapterTraining
 from lcm_lightning.models.adapters import LORA_FILE, kohya_state_dict, locate_lora, lora_state_dict, save_lora
 from lcm_lightning.output.files import write_atomic
-from lcm_lightning.runs.records import Adapter, write_manifest
+from lcm_lightning.runs.contents import Adapter, write_manifest
 
 log = logging.getLogger(__name__)
 

@@ -9,7 +9,7 @@ import lightning as L
 from lightning.pytorch.loggers import Logger
 from omegaconf import DictConfig
 
-from lcm_lightning.runs.records import record_settings
+from lcm_lightning.runs.contents import record_settings
 
 
 class SettingsRecord(L.Callback):

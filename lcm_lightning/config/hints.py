@@ -8,7 +8,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from lcm_lightning.config.resolvers import package_file
 from lcm_lightning.errors import command_line
-from lcm_lightning.runs.records import MANIFEST
+from lcm_lightning.runs.contents import MANIFEST
 
 
 def next_commands(cfg: DictConfig, run_dir: Path) -> str:

@@ -20,8 +20,8 @@ from lcm_lightning.methods import adapter_kinds
 from lcm_lightning.models.adapters import load_lora, locate_lora, set_active_adapters
 from lcm_lightning.models.kinds import AdapterKind
 from lcm_lightning.models.stable_diffusion import StableDiffusion
+from lcm_lightning.runs.contents import MANIFEST, read_config, read_manifest
 from lcm_lightning.runs.loading import load_run
-from lcm_lightning.runs.records import MANIFEST, read_config, read_manifest
 
 SPECS = "the name of a file in conf/model, run:FOLDER, or lora:, lcm: or another lora_role: with a file or hub id"
 

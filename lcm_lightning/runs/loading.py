@@ -15,7 +15,7 @@ from lcm_lightning.errors import UserError, innermost
 from lcm_lightning.models.adapters import load_lora, set_active_adapters
 from lcm_lightning.models.kinds import AdapterKind
 from lcm_lightning.models.stable_diffusion import StableDiffusion
-from lcm_lightning.runs.records import read_config, read_manifest
+from lcm_lightning.runs.contents import read_config, read_manifest
 
 
 @dataclass(frozen=True)
