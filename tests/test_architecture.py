@@ -98,3 +98,10 @@ def code(file: Path) -> str:
 def test_no_two_files_of_the_package_share_a_name_but_for_what_prepare_is_about():
     names = [file.name for file in MODULES.values() if file.name not in ("__init__.py", "__main__.py")]
     assert {name for name in names if names.count(name) > 1} == {"images.py", "latents.py"}
+
+
+def test_every_file_that_the_pages_name_is_there():
+    root = PACKAGE.parent
+    pages = [root / "README.md", root / "NOTICE", *(root / "docs").rglob("*.md")]
+    named = re.compile(r"(?:lcm_lightning|tests|scripts|benchmarks|conf)/[\w/]+\.(?:py|yaml)")
+    assert [name for page in pages for name in named.findall(page.read_text()) if not (root / name).is_file()] == []
