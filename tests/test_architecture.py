@@ -103,5 +103,5 @@ def test_no_two_files_of_the_package_share_a_name_but_for_what_prepare_is_about(
 def test_every_file_that_the_pages_name_is_there():
     root = PACKAGE.parent
     pages = [root / "README.md", root / "NOTICE", *(root / "docs").rglob("*.md")]
-    named = re.compile(r"(?:lcm_lightning|tests|scripts|benchmarks|conf)/[\w/]+\.(?:py|yaml)")
+    named = re.compile(r"(?:lcm_lightning|tests|scripts|benchmarks)/[\w/]+\.(?:py|yaml)")
     assert [name for page in pages for name in named.findall(page.read_text()) if not (root / name).is_file()] == []
