@@ -35,6 +35,7 @@ COMMON = (
     "data.resolution=32",
     "data.val_limit=3",
     "method.lora.rank=4",
+    "method.lora.dropout=0.1",
     "method.warmup_steps=0",
     "callbacks.samples.teacher_steps=2",
     "callbacks.samples.num_prompts=2",
