@@ -397,7 +397,7 @@ def test_as_a_program_with_several_processes(tmp_path):
         timeout=120,
     )
     assert done.returncode == 0, done.stderr
-    assert re.search(r"25 images in [\d.]+ s \(\d+ images/s\); 0 shards kept", done.stdout)
+    assert re.search(r"25 images in [\d.]+ s \([\d.]+ images/s\); 0 shards kept", done.stdout)
     assert sum(map(len, read_back(tmp_path / "data" / "flickr8k").values())) == 25
     assert sorted(path.name for path in tmp_path.iterdir()) == ["data", "in"], "nothing else is left behind"
     failed = subprocess.run(

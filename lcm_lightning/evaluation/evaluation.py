@@ -29,8 +29,8 @@ def evaluate_models(
     real: RealImages,
     fabric: Fabric,
     folder: Path,
-    config: str,
-    threads: int,
+    config: str = "",
+    threads: int | None = None,
 ) -> dict[str, Any]:
     """Compare what models draw with each of their adapters; writes images, metrics.json and reports into `folder`.
 
@@ -40,7 +40,8 @@ def evaluate_models(
     Args:
         sources: of the models; what several of them share is drawn once.
         config: YAML to show in the report.
-        threads: of the CPU that the first rank measures and times with, when the others have ended.
+        threads: of the CPU that the first rank measures and times with, when the others have ended; None for as many
+            as it draws with.
 
     Returns:
         The content of metrics.json, on the first rank; an empty dictionary on the others.
@@ -59,7 +60,7 @@ def evaluate_models(
         drawn = draw_models(sources, loader, protocol.lineup, drawing, folder / "images", fabric, progress)
         if not fabric.is_global_zero:
             return {}
-        torch.set_num_threads(threads)
+        torch.set_num_threads(threads or torch.get_num_threads())
         measured = measure(drawn.images, drawing, reference, extractor, clip, protocol, progress)
         clip.to("cpu")  # what is timed is the model and its memory, not the networks of the metrics
         extractor.to("cpu")
