@@ -21,7 +21,7 @@ from lcm_lightning.methods.lora import LoraFinetuning
 from lcm_lightning.models.adapters import LoraSettings, active_adapters, add_lora, lora_layers
 from lcm_lightning.models.condition import Condition
 from lcm_lightning.models.dropout import SampleDropout
-from lcm_lightning.models.stable_diffusion import load_stable_diffusion
+from lcm_lightning.models.stable_diffusion import StableDiffusion, load_stable_diffusion
 
 P = 0.3
 METHODS = [LoraFinetuning, partial(LcmLoraDistillation, distillation=ConsistencyDistillation(loss="l2"))]
@@ -169,3 +169,11 @@ def test_a_compiled_unet_drops_alike(pipeline_folder: Path, monkeypatch: pytest.
     batch = random_batch(1, 2)
     compiled, plain = (gradient(module(METHODS[0], pipeline_folder, compile=on), batch, [0, 1]) for on in (True, False))
     torch.testing.assert_close(compiled, plain, **CLOSE)
+
+
+def test_a_frozen_network_s_own_dropout_is_off(tiny_model: StableDiffusion):
+    tiny_model.unet.mid_block.resnets[0].dropout.p = 0.5
+    trained = METHODS[0](tiny_model, lora=LoraSettings(rank=4, alpha=4), optimizer=torch.optim.SGD)
+    x, t, condition = torch.randn(2, 4, 8, 8), torch.tensor([3, 500]), Condition(torch.randn(2, 16, 32))
+    with torch.no_grad():
+        assert torch.equal(trained.model.denoise(x, t, condition), trained.model.denoise(x, t, condition))

@@ -88,6 +88,9 @@ class AdapterTraining(FusedClipping, ABC):
         set_active_adapters(model.unet, [self.kind.name])
         for parameter in self.adapter_parameters():
             parameter.requires_grad_()  # of those that do not act too
+        for module in model.unet.modules():
+            if type(module) is nn.Dropout:
+                module.p = 0.0  # frozen layers are what they are when drawn from
         model.unet.train()
         self.register_buffer("alphas_cumprod", model.alphas_cumprod(), persistent=False)
 
