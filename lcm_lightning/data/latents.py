@@ -84,7 +84,8 @@ class LatentCache:
 
     def empty_text(self, cache_dir: str | None) -> np.ndarray:
         """Embedding of the empty caption, float16 [L, D]. Raises `UserError` where it is missing or damaged."""
-        file = place = self.empty_caption
+        place = self.empty_caption
+        file: str | Path = place
         try:
             if is_url(place):  # the index has no sha256 of it, but it depends on the key alone
                 file = download(place, cache_folder(cache_dir), version=json.dumps(dict(self.key), sort_keys=True))
