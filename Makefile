@@ -8,15 +8,16 @@ PRETRAIN := outputs/pretrain
 # A process a core, each with one thread: a file of tests shares what is costly to make.
 PARALLEL := -n auto --maxprocesses 8 --dist loadfile
 
-.PHONY: help setup quickstart test test-fast test-faults eval bench lint pretrain
+.PHONY: help setup quickstart test test-fast test-faults coverage eval bench lint pretrain
 
 help:
 	@echo "make quickstart        fine-tune, distil and evaluate the embedded pipeline, 10 to 14 minutes"
 	@echo "make test              all tests; make test-fast leaves out the slow ones"
 	@echo "make test-faults       the long tests of faults: runs killed at random, damaged files and networks"
+	@echo "make coverage          all tests, and which lines of the package they run: at least 90 %, in htmlcov/"
 	@echo "make eval RUN=...      evaluate a run folder; more arguments in ARGS=..."
 	@echo "make bench             step time, memory, FLOPs; peer=PATH runs diffusers' script beside; more in ARGS=..."
-	@echo "make lint              style"
+	@echo "make lint              style and types"
 	@echo "make pretrain          train the embedded pipeline from scratch, hours; goes on where it was stopped"
 
 setup: $(READY)
@@ -41,6 +42,9 @@ test-fast: $(READY)
 test-faults: $(READY)
 	$(BIN)/python -m pytest -m faults -s $(ARGS)
 
+coverage: $(READY)
+	$(BIN)/python -m pytest $(PARALLEL) --cov --cov-report=term --cov-report=html --durations=20 $(ARGS)
+
 eval: $(READY)
 	$(if $(RUN),,$(error give RUN=outputs/<experiment>/<date_time>))
 	$(BIN)/python evaluate.py run=$(RUN) $(ARGS)
@@ -51,6 +55,7 @@ bench: $(READY)
 lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/mypy
 
 # Each stage is skipped where its network lies, and resumed where its checkpoint does.
 stage = $(BIN)/python train.py experiment=pretrain_$(1) hydra.run.dir=$(PRETRAIN)/$(1) \

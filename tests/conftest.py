@@ -1,79 +1,29 @@
-"""Fixtures shared by all tests: a Stable Diffusion pipeline small enough to run in milliseconds."""
+"""Fixtures shared by all tests. What is no fixture is in helpers/."""
 
 from __future__ import annotations
 
-import io
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
-from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
-from PIL import Image
-from transformers import CLIPTextConfig, CLIPTextModel
 
+from helpers.commands import ROOT
+from helpers.photos import cached_latents, noise_jpeg, spoil_one_sample
+from helpers.pipelines import build_tiny_pipeline
+from helpers.stoppable import COMMON, SETTINGS, Command, Start
 from lcm_lightning.data.records import Record
-from lcm_lightning.data.shards import find_shards
 from lcm_lightning.data.writing import ShardSettings, write_shards
-from lcm_lightning.models.architectures import SD15_SCHEDULER, byte_tokenizer
-from lcm_lightning.models.identity import cache_key
 from lcm_lightning.models.stable_diffusion import StableDiffusion, load_stable_diffusion
-from lcm_lightning.prepare.encoding import CacheSettings, cache_latents
-
-ROOT = Path(__file__).parent.parent
-TINY_TEXT_LENGTH = 16
 
 # Networks this small gain nothing from more threads, and lose much where other programs use the cores, as other
 # tests do.
 torch.set_num_threads(1)
 os.environ.setdefault("OMP_NUM_THREADS", "1")
-
-
-def build_tiny_pipeline(seed: int = 0, **scheduler_config: object) -> StableDiffusionPipeline:
-    """Random weights in SD v1-5's classes: 32 px images, 8 x 8 x 4 latents, attention on both maps."""
-    torch.manual_seed(seed)
-    text = CLIPTextConfig(
-        vocab_size=514,
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        max_position_embeddings=TINY_TEXT_LENGTH,
-        bos_token_id=512,
-        eos_token_id=513,
-    )
-    unet = UNet2DConditionModel(
-        sample_size=8,
-        block_out_channels=(32, 64),
-        layers_per_block=1,
-        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
-        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
-        cross_attention_dim=32,
-        attention_head_dim=4,
-        norm_num_groups=8,
-    )
-    vae = AutoencoderKL(
-        block_out_channels=(16, 16, 32),
-        down_block_types=("DownEncoderBlock2D",) * 3,
-        up_block_types=("UpDecoderBlock2D",) * 3,
-        latent_channels=4,
-        norm_num_groups=8,
-        sample_size=32,
-    )
-    return StableDiffusionPipeline(
-        vae=vae,
-        text_encoder=CLIPTextModel(text),
-        tokenizer=byte_tokenizer(514, TINY_TEXT_LENGTH),
-        unet=unet,
-        scheduler=DDIMScheduler.from_config({**SD15_SCHEDULER, **scheduler_config}),
-        safety_checker=None,
-        feature_extractor=None,
-        requires_safety_checker=False,
-    )
 
 
 @pytest.fixture(scope="session")
@@ -116,29 +66,6 @@ def flickr_shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def cached_latents(shards: Path, pipeline: Path, output: Path, resolution: int = 32) -> Path:
-    """`output`, filled with the latents of a folder of shards of images by a pipeline, in float32."""
-    model = load_stable_diffusion(str(pipeline))
-    cache_latents(
-        find_shards(str(shards)),
-        output,
-        images=str(shards),
-        model=model,
-        key=cache_key(model, resolution, None),
-        settings=CacheSettings(flips=True, dtype="float32"),
-        workers=1,
-    )
-    return output
-
-
-def noise_jpeg(seed: int) -> bytes:
-    """A 48 x 40 px JPEG of coarse noise."""
-    cells = np.random.default_rng(seed).integers(0, 255, (5, 6, 3), dtype=np.uint8)
-    buffer = io.BytesIO()
-    Image.fromarray(cells).resize((48, 40), Image.Resampling.BICUBIC).save(buffer, "JPEG")
-    return buffer.getvalue()
-
-
 @pytest.fixture
 def train_command() -> Callable[..., subprocess.CompletedProcess[str]]:
     """Runs `python train.py ...` as a process of its own, without standard input: a prompt would fail."""
@@ -153,5 +80,23 @@ def train_command() -> Callable[..., subprocess.CompletedProcess[str]]:
             env={**os.environ, "OMP_NUM_THREADS": "1"},
             check=False,
         )
+
+    return run
+
+
+@pytest.fixture
+def start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pipeline_folder: Path, flickr_shards: Path) -> Start:
+    """Starts a run of `SETTINGS` in a folder."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    cached_latents(flickr_shards, pipeline_folder, tmp_path / "latents")
+    spoil_one_sample(shutil.copytree(tmp_path / "latents", tmp_path / "spoilt") / "train-000000.tar")
+
+    def run(setting: str, folder: Path, *overrides: str) -> Command:
+        ranks, options = SETTINGS[setting]
+        places = (f"model.path={pipeline_folder}", f"data.source={flickr_shards}", f"hydra.run.dir={folder}")
+        command = Command((*places, *COMMON, *options, *overrides), ranks, tmp_path / f"{folder.name}.log")
+        command.start()
+        return command
 
     return run

@@ -19,6 +19,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from helpers.commands import SMALL, in_process
 from lcm_lightning.data import downloads, tar
 from lcm_lightning.data.datamodule import CaptionedImages
 from lcm_lightning.data.downloads import download
@@ -317,8 +318,6 @@ def test_of_prepared_shards_it_is_known_how_many_are_lost(tmp_path, caplog):
 
 
 def test_skipped_samples_are_in_the_metrics(tmp_path, monkeypatch, pipeline_folder):
-    from test_entry_points import SMALL, in_process
-
     monkeypatch.chdir(tmp_path)
     ten_shards(tmp_path / "set")
     bad = pair("bad1", b"") + pair("bad2", caption=None)
@@ -328,11 +327,11 @@ def test_skipped_samples_are_in_the_metrics(tmp_path, monkeypatch, pipeline_fold
         "data.val_limit=0", "data.batch_size=20", "data.max_bad_fraction=0.5", "hydra.run.dir=run",
         "callbacks.samples=null", "method=lora", f"data.cache_dir={tmp_path / 'cache'}",
     )  # fmt: skip
-    in_process(*options)
+    in_process("train", *options)
     counts = skipped_samples(Path("run"))
     assert counts == sorted(counts) and counts[0] >= 2
-    in_process(*options, "resume=auto", "trainer.max_steps=6", "trainer.val_check_interval=6")
-    in_process(*options, "hydra.run.dir=whole", "trainer.max_steps=6", "trainer.val_check_interval=6")
+    in_process("train", *options, "resume=auto", "trainer.max_steps=6", "trainer.val_check_interval=6")
+    in_process("train", *options, "hydra.run.dir=whole", "trainer.max_steps=6", "trainer.val_check_interval=6")
     assert skipped_samples(Path("run")) == skipped_samples(Path("whole"))
     assert skipped_samples(Path("run"))[:2] == counts and skipped_samples(Path("run"))[-1] > counts[-1]
 

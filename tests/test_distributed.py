@@ -10,10 +10,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import cached_latents, noise_jpeg
 from PIL import Image
 from safetensors.torch import load_file
 
+from helpers.photos import cached_latents, noise_jpeg
 from lcm_lightning.data.records import Record
 from lcm_lightning.data.writing import ShardSettings, write_shards
 

@@ -11,7 +11,6 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import UNet2DConditionModel
-from test_training_step import gradients, random_batch, randomise
 from torch import Tensor, nn
 
 from lcm_lightning.diffusion.consistency import ConsistencyDistillation
@@ -22,6 +21,7 @@ from lcm_lightning.models.adapters import LoraSettings, active_adapters, add_lor
 from lcm_lightning.models.condition import Condition
 from lcm_lightning.models.dropout import SampleDropout
 from lcm_lightning.models.stable_diffusion import StableDiffusion, load_stable_diffusion
+from test_training_step import gradients, random_batch, randomise
 
 P = 0.3
 METHODS = [LoraFinetuning, partial(LcmLoraDistillation, distillation=ConsistencyDistillation(loss="l2"))]

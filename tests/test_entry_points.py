@@ -7,7 +7,6 @@ import importlib.util
 import re
 import resource
 import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -20,7 +19,7 @@ from omegaconf import OmegaConf
 from PIL import Image
 from safetensors.torch import load_file
 
-import train
+from helpers.commands import ROOT, SMALL, in_process
 from lcm_lightning.callbacks.loggers import wandb_run_id
 from lcm_lightning.config.hints import next_commands
 from lcm_lightning.methods.lora import LoraFinetuning
@@ -28,18 +27,6 @@ from lcm_lightning.runs.contents import Adapter, read_manifest, write_manifest
 from lcm_lightning.runs.loading import load_run
 from lcm_lightning.train import TRAIN_KEYS
 
-ROOT = Path(train.__file__).parent
-SMALL = (
-    "data.num_workers=0",
-    "data.batch_size=2",
-    "data.val_limit=2",
-    "data.resolution=32",
-    "method.lora.rank=4",
-    "callbacks.samples.teacher_steps=2",
-    "callbacks.samples.num_prompts=2",
-    "callbacks.samples.student_steps=[1]",
-    "trainer.accumulate_grad_batches=1",
-)
 # What trainer=debug sets, for other trainers.
 DEBUG = (
     "trainer.precision=32-true",
@@ -64,19 +51,6 @@ def in_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def in_process(*overrides: str) -> None:
-    """`python train.py ...` in this process; raises SystemExit where the command would end with an error."""
-    GlobalHydra.instance().clear()
-    before = sys.argv
-    # Hydra looks for conf/ beside the main program, which is pytest here.
-    sys.argv = ["train.py", f"--config-path={ROOT / 'conf'}", *overrides]
-    try:
-        train.main()
-    finally:
-        sys.argv = before
-        GlobalHydra.instance().clear()
-
-
 @pytest.fixture
 def run(in_folder: Path, pipeline_folder: Path, flickr_shards: Path) -> Run:
     """Trains on the tiny pipeline and the small shards; returns the run's folder."""
@@ -84,7 +58,7 @@ def run(in_folder: Path, pipeline_folder: Path, flickr_shards: Path) -> Run:
     def start(name: str, *overrides: str) -> Path:
         folder = in_folder / name
         places = (f"model.path={pipeline_folder}", f"data.source={flickr_shards}", f"hydra.run.dir={folder}")
-        in_process(*places, *SMALL, *overrides)
+        in_process("train", *places, *SMALL, *overrides)
         return folder
 
     return start
@@ -97,7 +71,7 @@ def metrics(run: Path) -> list[dict[str, float]]:
 
 
 def assert_complete(run: Path, steps: int) -> None:
-    """All that DESIGN promises of a run folder is there and can be read."""
+    """All that the README promises of a run folder is there and can be read."""
     config = OmegaConf.load(run / "config.yaml")
     assert "${" not in (run / "config.yaml").read_text()
     checkpoint = torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)
@@ -278,7 +252,7 @@ def test_a_sweep_without_an_experiment_is_named_by_its_method(
     in_folder: Path, pipeline_folder: Path, flickr_shards: Path
 ):
     places = (f"model.path={pipeline_folder}", f"data.source={flickr_shards}")
-    in_process("-m", *places, *SMALL, "trainer=debug", "trainer.max_steps=1", "logger=csv", "seed=1,2")
+    in_process("train", "-m", *places, *SMALL, "trainer=debug", "trainer.max_steps=1", "logger=csv", "seed=1,2")
     configs = sorted(in_folder.glob("outputs/lcm_lora/*/*/config.yaml"))
     assert [OmegaConf.load(path).seed for path in configs] == [1, 2]
     assert len({path.parents[1] for path in configs}) == 1

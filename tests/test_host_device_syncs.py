@@ -10,9 +10,9 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
-from test_resume import data
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from helpers.photos import small_batches
 from lcm_lightning.callbacks.checkpoints import Checkpoints
 from lcm_lightning.callbacks.final_validation import FinalValidation
 from lcm_lightning.callbacks.loggers import MetricsFile
@@ -95,7 +95,7 @@ def test_no_number_is_read_from_the_device_in_a_step_that_is_not_logged(
         ],
     )
     with reads:
-        trainer.fit(module(method, pipeline_folder), datamodule=data(flickr_shards, batch_size=2))
+        trainer.fit(module(method, pipeline_folder), datamodule=small_batches(flickr_shards, batch_size=2))
     # Counted from 0: in the 4th batch 3 steps are behind, and the logging after it finds 4.
     logged = {LOG_EVERY - 1, LOG_EVERY, 2 * LOG_EVERY - 1}
     assert json.dumps({step: found for step, found in reads.found.items() if step not in logged}, indent=1) == "{}"

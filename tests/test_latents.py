@@ -21,7 +21,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, build_tiny_pipeline, noise_jpeg
 from hydra.core.global_hydra import GlobalHydra
 from omegaconf import OmegaConf
 from PIL import Image
@@ -30,6 +29,9 @@ from safetensors.numpy import save as save_bytes
 from safetensors.torch import load_file, save_file
 
 import train
+from helpers.commands import ROOT
+from helpers.photos import noise_jpeg
+from helpers.pipelines import build_tiny_pipeline
 from lcm_lightning.data import stream
 from lcm_lightning.data.datamodule import CaptionedImages, iterate_split
 from lcm_lightning.data.images import ImageFault, decode_image

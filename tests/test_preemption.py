@@ -11,12 +11,10 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from test_kill import Command, Start, assert_same_end, start, whole_run
 
+from helpers.stoppable import Command, Start, assert_same_end, whole_run
 from lcm_lightning.callbacks.checkpoints import Checkpoints
 from lcm_lightning.runs.checkpoint_files import checkpoint_files, find_checkpoint, global_step
-
-__all__ = ["start"]  # the fixture
 
 ONE = "lora, one worker, accumulated"
 TWO = "lora, two processes"

@@ -14,10 +14,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from helpers.photos import small_batches
 from lcm_lightning.callbacks.checkpoints import Checkpoints
 from lcm_lightning.callbacks.final_validation import FinalValidation
 from lcm_lightning.callbacks.loggers import MetricsFile
-from lcm_lightning.data.datamodule import CaptionedImages
 from lcm_lightning.errors import UserError
 from lcm_lightning.runs.checkpoint_files import AtomicCheckpointIO, find_checkpoint, global_step
 from lcm_lightning.runs.folders import auto_run_folder
@@ -58,11 +58,6 @@ class Small(L.LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
 
-def data(shards: Path, **options: Any) -> CaptionedImages:
-    defaults = {"resolution": 32, "batch_size": 4, "num_workers": 0, "val_limit": 4, "shuffle_buffer": 8}
-    return CaptionedImages("photos", str(shards), **(defaults | options))
-
-
 def train(
     folder: Path,
     shards: Path,
@@ -100,7 +95,7 @@ def train(
         default_root_dir=folder,
     )
     try:
-        datamodule = data(shards, batch_size=batch_size, num_workers=num_workers)
+        datamodule = small_batches(shards, batch_size=batch_size, num_workers=num_workers)
         trainer.fit(module, datamodule=datamodule, ckpt_path=checkpoint, weights_only=True)
     except Killed:
         pass

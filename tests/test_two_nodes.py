@@ -10,7 +10,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from test_entry_points import ROOT, SMALL
+
+from helpers.commands import ROOT, SMALL
 
 NODES = {"lcm-node0": "10.213.77.1", "lcm-node1": "10.213.77.2"}
 COMMON = (

@@ -14,6 +14,7 @@ from lightning.pytorch.callbacks import Checkpoint
 from torch import Tensor
 
 from lcm_lightning.callbacks.loggers import MetricsFile
+from lcm_lightning.callbacks.trainers import train_loader
 from lcm_lightning.data.plan import steps_per_epoch
 from lcm_lightning.errors import UserError
 from lcm_lightning.output.files import replace
@@ -122,7 +123,7 @@ class Checkpoints(Checkpoint):
             return
         self.stopping, due, bad_samples = self._agree(trainer)
         if hasattr(trainer.train_dataloader, "check_bad"):
-            trainer.train_dataloader.check_bad(bad_samples)
+            train_loader(trainer).check_bad(bad_samples)
         if self.stopping or (due and not validates_now(trainer)):
             self._save(trainer)
 

@@ -33,13 +33,15 @@ class MetricsFile(CSVLogger):
         first_step: the step a resumed run starts from: rows of earlier steps stay, later ones will be made again.
     """
 
+    _experiment: ContinuedWriter | None
+
     def __init__(self, folder: Path, first_step: int = 0) -> None:
         super().__init__(folder, name="", version="")
         self.first_step = first_step
 
     @property
     @rank_zero_experiment
-    def experiment(self) -> ExperimentWriter:
+    def experiment(self) -> ContinuedWriter:
         """Lightning's writer, on a file that is kept."""
         if self._experiment is None:
             self._experiment = ContinuedWriter(self.log_dir, self.first_step)
@@ -144,11 +146,11 @@ class ContinuedWandb(WandbLogger):
     def experiment(self) -> Any:
         """W&B's run."""
         if self._experiment is None and self._id is None:
-            self._id = self._wandb_init["id"] = wandb_run_id(Path(self._save_dir))
+            self._id = self._wandb_init["id"] = wandb_run_id(Path(self._save_dir or "."))
         return super().experiment
 
 
-def wandb_logger(*, project: str, save_dir: str, name: str, **settings: object) -> WandbLogger:
+def wandb_logger(*, project: str, save_dir: str, name: str, **settings: Any) -> WandbLogger:
     """A W&B logger that is online with an API key and offline without, unless `WANDB_MODE` says otherwise.
 
     A run that goes on in its folder goes on in its W&B run. An offline run is sent later with

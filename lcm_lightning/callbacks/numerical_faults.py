@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
+from lcm_lightning.callbacks.trainers import logs
 from lcm_lightning.errors import UserError
 from lcm_lightning.output.files import write_atomic
 
@@ -93,7 +94,7 @@ class NumericalFaults(L.Callback):
             # An optimizer leaves parameters without a gradient as they are, its own state too.
             for parameter in module.parameters():
                 parameter.grad = None
-        if step % trainer.log_every_n_steps == 0:
+        if logs(trainer, step):
             self._read()
             module.log("train/skipped_steps", float(self.skipped))
         if self.last_fault is not None and self.in_a_row >= self.max_in_a_row:

@@ -8,6 +8,8 @@ import lightning as L
 from lightning.pytorch.callbacks import RichProgressBar
 from rich.progress import TaskID
 
+from lcm_lightning.callbacks.trainers import logs
+
 FIGURES = ("train/loss", "train/images_per_second")
 
 
@@ -28,7 +30,7 @@ class ProgressBar(RichProgressBar):
     def get_metrics(self, trainer: L.Trainer, pl_module: L.LightningModule) -> dict[str, Any]:
         """The figures of the last step that was logged, or of the validation."""
         step = trainer.global_step
-        if trainer.validating or (step != self.shown_step and step % trainer.log_every_n_steps == 0):
+        if trainer.validating or (step != self.shown_step and logs(trainer, step)):
             logged = trainer.logged_metrics
             figures = {name: float(logged[name]) for name in FIGURES if name in logged}
             self.shown, self.shown_step = super().get_metrics(trainer, pl_module) | figures, step

@@ -7,6 +7,8 @@ from typing import Any
 import lightning as L
 import torch
 
+from lcm_lightning.callbacks.trainers import logs, train_loader
+
 CHECKPOINT_KEY = "skipped_samples"
 
 
@@ -33,7 +35,7 @@ class SkippedSamples(L.Callback):
         self, trainer: L.Trainer, module: L.LightningModule, outputs: Any, batch: dict[str, Any], batch_index: int
     ) -> None:
         """Log the count; shards that are lost are lost to all ranks, unreadable samples to one."""
-        if trainer.global_step % trainer.log_every_n_steps:
+        if not logs(trainer, trainer.global_step):
             return
         shared = self.before + lost(trainer) if trainer.is_global_zero else 0
         module.log(
@@ -46,9 +48,9 @@ class SkippedSamples(L.Callback):
 
 def lost(trainer: L.Trainer) -> int:
     """Samples in shards that are missing or cut off; an estimate where nobody knows."""
-    return sum(shard.lost for shard in trainer.train_dataloader.stream.shards)
+    return sum(shard.lost for shard in train_loader(trainer).stream.shards)
 
 
 def unreadable(trainer: L.Trainer) -> int:
     """Samples this process met and could not decode."""
-    return trainer.train_dataloader.faults.total() - lost(trainer)
+    return train_loader(trainer).faults.total() - lost(trainer)

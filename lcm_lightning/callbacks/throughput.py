@@ -10,6 +10,8 @@ from typing import Any
 import lightning as L
 import torch
 
+from lcm_lightning.callbacks.trainers import logs, train_loader
+
 
 def peak_memory_gb(device: torch.device) -> float:
     """Most memory this process has held, in GB (1e9 bytes): allocated on a CUDA `device`, resident on the CPU."""
@@ -37,7 +39,7 @@ class Throughput(L.Callback):
     def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         """Start the clock."""
         self.step = trainer.global_step
-        self.waited = trainer.train_dataloader.waited
+        self.waited = train_loader(trainer).waited
         self.started = time.perf_counter()
 
     def on_validation_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
@@ -55,10 +57,10 @@ class Throughput(L.Callback):
         self.images += len(batch["seed"]) * trainer.world_size
         # Lightning writes what is logged in the batch that completes every n-th step, over epochs and accumulation.
         stepped, self.step = trainer.global_step != self.step, trainer.global_step
-        if not stepped or trainer.global_step % trainer.log_every_n_steps:
+        if not stepped or not logs(trainer, trainer.global_step):
             return
         now = time.perf_counter()
-        seconds, waited = self.seconds + now - self.started, trainer.train_dataloader.waited
+        seconds, waited = self.seconds + now - self.started, train_loader(trainer).waited
         module.log("train/images_per_second", self.images / seconds)
         module.log("train/data_wait_fraction", (waited - self.waited) / seconds)
         module.log("train/peak_memory_gb", peak_memory_gb(module.device))

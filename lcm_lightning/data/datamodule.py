@@ -108,6 +108,8 @@ class CaptionedImages(LightningDataModule):
         text          float16 [B, L, D], embeddings of the captions
     """
 
+    name: str
+
     def __init__(
         self,
         name: str,

@@ -14,7 +14,7 @@ import time
 import urllib.error
 import urllib.parse
 import urllib.request
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from concurrent.futures import Future, wait
 from contextlib import suppress
 from pathlib import Path
@@ -156,7 +156,7 @@ def fetch_rest(
             had = 0
         if not had:
             version.clear()
-            if tag := strong_validator(response.headers):
+            if tag := strong_validator(response.headers.get("ETag", "")):
                 version["If-Range"] = tag
         length = response.headers.get("Content-Length")
         total = had + int(length) if length and length.isdigit() else None
@@ -199,16 +199,19 @@ def answer_to(request: urllib.request.Request) -> http.client.HTTPResponse:
         except BaseException as error:
             answer.set_exception(error)
 
+    def close(late: Future[http.client.HTTPResponse]) -> None:
+        if late.exception() is None:
+            late.result().close()
+
     threading.Thread(target=ask, daemon=True).start()
     if not wait([answer], ANSWER).done:
-        answer.add_done_callback(lambda late: late.exception() or late.result().close())
+        answer.add_done_callback(close)
         raise TimeoutError(f"no complete answer in {ANSWER:g} s")
     return answer.result()
 
 
-def strong_validator(headers: Mapping[str, str]) -> str | None:
+def strong_validator(tag: str) -> str | None:
     """The entity tag of a file, None for a weak one or none: only a strong one promises the same bytes."""
-    tag = headers.get("ETag", "")
     return tag if tag.startswith('"') else None
 
 

@@ -89,7 +89,8 @@ class LatentCache:
         Raises:
             UserError: they are missing or damaged.
         """
-        file = place = self.empty_caption
+        place = self.empty_caption
+        file: str | Path = place
         try:
             if is_url(place):  # the index has no sha256 of it, but it depends on the key alone
                 file = download(place, cache_folder(cache_dir), version=json.dumps(dict(self.key), sort_keys=True))

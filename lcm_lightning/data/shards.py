@@ -101,7 +101,7 @@ def grouped(
     A sample ends where the next name has another key, or a suffix it has already: keys that come twice are two samples.
     A damaged stretch is a sample of its own, without a key.
     """
-    key, sample = "", {}
+    key, sample = "", dict[str, Member]()
     for member in members(archive):
         if member.name and not is_part(member.name):
             continue

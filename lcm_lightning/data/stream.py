@@ -178,14 +178,14 @@ class ShardStream(IterableDataset):
     def __init__(
         self,
         shards: Sequence[Shard],
-        augment: Augmentation,
+        augment: Any,
         *,
         batch_size: int,
         seed: int,
         shuffle_buffer: int = 0,
         limit: int | None = None,
     ) -> None:
-        """See `CaptionedImages` for the arguments; `limit` keeps the first so many samples only."""
+        """See `CaptionedImages` for the arguments; `augment` is an `Augmentation`, in a subclass its like."""
         super().__init__()
         self.shards = tuple(shards)
         self.augment = augment

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, cast
 
 import torch
 from lightning.pytorch.plugins.io import TorchCheckpointIO
@@ -29,7 +29,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         try:
             with atomic_file(Path(path)) as file:
                 target = PatientFile(file)
-                torch.save(checkpoint, target)
+                torch.save(checkpoint, cast(BinaryIO, target))
                 target.check()
         except OSError as error:
             log.warning("checkpoint %s not written (%s); those before it are kept", path, error)

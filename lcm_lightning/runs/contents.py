@@ -6,7 +6,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from lightning.pytorch.loggers import Logger
 from omegaconf import DictConfig, OmegaConf
@@ -79,7 +79,7 @@ def record_settings(cfg: DictConfig, overrides: Sequence[str], run_dir: Path, lo
         write_atomic(run_dir / OVERRIDES, OmegaConf.to_yaml(list(overrides)).encode())
         write_atomic(run_dir / "config.yaml", OmegaConf.to_yaml(cfg).encode())
         for logger in loggers:
-            logger.log_hyperparams(OmegaConf.to_container(cfg))
+            logger.log_hyperparams(cast(dict[str, Any], OmegaConf.to_container(cfg)))
     except OSError as error:
         raise UserError(
             f"hydra.run.dir={run_dir}: the run folder cannot be written ({error}); make room there, or set "

@@ -45,7 +45,7 @@ class StopSignals:
                 signal.signal(number, self._remember)
         # Lightning's own way to tell the ranks of SIGTERM, which its handler no longer sees, waits for the device at
         # each batch.
-        trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None
+        trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None  # type: ignore[method-assign]
 
     def exception(self, number: int) -> Preempted:
         """What to raise on all ranks when signal `number` has reached one."""

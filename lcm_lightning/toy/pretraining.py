@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
+from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim import Optimizer
@@ -70,7 +71,7 @@ class Pretraining(FusedClipping, ABC):
         if self.trainer.is_global_zero:
             self.save(self.folder)
 
-    def configure_optimizers(self) -> dict[str, Any]:
+    def configure_optimizers(self) -> OptimizerLRScheduler:
         """The optimizer under `trapezoid`."""
         optimizer = self.make_optimizer(p for p in self.parameters() if p.requires_grad)
         total = int(self.trainer.estimated_stepping_batches)
@@ -116,7 +117,8 @@ class VaePretraining(Pretraining):
     @torch.no_grad()
     def save(self, folder: Path) -> None:
         """Write the autoencoder as a diffusers folder, its latents of mean 0 and variance 1 in each channel."""
-        images = (batch["pixel_values"] for batch in self.trainer.datamodule.train_dataloader())
+        loader = self.trainer.datamodule.train_dataloader()  # type: ignore[attr-defined]
+        images = (batch["pixel_values"] for batch in loader)
         latents = torch.cat([self.vae.encode(image.to(self.device)).latent_dist.mean for image in images])
         normalise_latents(self.vae, latents.mean(dim=(0, 2, 3)), latents.std(dim=(0, 2, 3)))
         self.vae.save_pretrained(folder)
@@ -206,6 +208,8 @@ class UnetPretraining(Pretraining):
         timestep_exponent: timesteps are ``T u^exponent`` with uniform u; below 1 favours noisy ones, which decide the
             layout.
     """
+
+    alphas_cumprod: Tensor
 
     def __init__(
         self, *, vae: str, clip: str, unet: str | None = None, timestep_exponent: float = 1.0, **training: Any

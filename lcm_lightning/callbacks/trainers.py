@@ -1,0 +1,19 @@
+"""What a Trainer has and does not declare."""
+
+from __future__ import annotations
+
+from typing import cast
+
+import lightning as L
+
+from lcm_lightning.data.stream import ShardLoader
+
+
+def logs(trainer: L.Trainer, step: int) -> bool:
+    """Whether the figures of an optimizer step, counted from 1, are logged."""
+    return step % trainer.log_every_n_steps == 0  # type: ignore[attr-defined]
+
+
+def train_loader(trainer: L.Trainer) -> ShardLoader:
+    """The loader of training batches."""
+    return cast(ShardLoader, trainer.train_dataloader)

@@ -1,0 +1,60 @@
+"""Pictures of noise, shards of them and their latents."""
+
+from __future__ import annotations
+
+import io
+import tarfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+from safetensors.numpy import load, save
+
+from lcm_lightning.data.datamodule import CaptionedImages
+from lcm_lightning.data.shards import find_shards
+from lcm_lightning.models.identity import cache_key
+from lcm_lightning.models.stable_diffusion import load_stable_diffusion
+from lcm_lightning.prepare.encoding import CacheSettings, cache_latents
+
+
+def noise_jpeg(seed: int) -> bytes:
+    """A 48 x 40 px JPEG of coarse noise."""
+    cells = np.random.default_rng(seed).integers(0, 255, (5, 6, 3), dtype=np.uint8)
+    buffer = io.BytesIO()
+    Image.fromarray(cells).resize((48, 40), Image.Resampling.BICUBIC).save(buffer, "JPEG")
+    return buffer.getvalue()
+
+
+def small_batches(shards: Path, **options: Any) -> CaptionedImages:
+    """Shards of captioned photos as the data of a small run in this process."""
+    defaults = {"resolution": 32, "batch_size": 4, "num_workers": 0, "val_limit": 4, "shuffle_buffer": 8}
+    return CaptionedImages("photos", str(shards), **(defaults | options))
+
+
+def cached_latents(shards: Path, pipeline: Path, output: Path, resolution: int = 32) -> Path:
+    """`output`, filled with the latents of a folder of shards of images by a pipeline, in float32."""
+    model = load_stable_diffusion(str(pipeline))
+    cache_latents(
+        find_shards(str(shards)),
+        output,
+        images=str(shards),
+        model=model,
+        key=cache_key(model, resolution, None),
+        settings=CacheSettings(flips=True, dtype="float32"),
+        workers=1,
+    )
+    return output
+
+
+def spoil_one_sample(shard: Path) -> None:
+    """Put NaN into all latents of the first sample."""
+    with tarfile.open(shard) as archive:
+        first = next(member for member in archive if member.name.endswith(".safetensors"))
+        content = archive.extractfile(first).read()
+    tensors = load(content)
+    spoilt = save({name: np.full_like(t, np.nan) if name == "moments" else t for name, t in tensors.items()})
+    assert len(spoilt) == len(content)
+    with shard.open("r+b") as file:
+        file.seek(first.offset_data)
+        file.write(spoilt)
