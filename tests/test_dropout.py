@@ -13,6 +13,7 @@ import torch
 from diffusers import UNet2DConditionModel
 from torch import Tensor, nn
 
+from helpers.adapters import gradients, random_batch, randomise
 from lcm_lightning.diffusion.consistency import ConsistencyDistillation
 from lcm_lightning.methods.adapter_training import AdapterTraining
 from lcm_lightning.methods.lcm_lora import LcmLoraDistillation
@@ -21,7 +22,6 @@ from lcm_lightning.models.adapters import LoraSettings, active_adapters, add_lor
 from lcm_lightning.models.condition import Condition
 from lcm_lightning.models.dropout import SampleDropout
 from lcm_lightning.models.stable_diffusion import StableDiffusion, load_stable_diffusion
-from test_training_step import gradients, random_batch, randomise
 
 P = 0.3
 METHODS = [LoraFinetuning, partial(LcmLoraDistillation, distillation=ConsistencyDistillation(loss="l2"))]

@@ -18,6 +18,7 @@ from peft import LoraConfig, get_peft_model_state_dict, set_peft_model_state_dic
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from helpers.adapters import gradients, random_batch, randomise
 from lcm_lightning.diffusion.consistency import ConsistencyDistillation
 from lcm_lightning.errors import UserError
 from lcm_lightning.methods import adapter_training
@@ -78,22 +79,9 @@ def normal(seed: int, *shape: int) -> Tensor:
 POSTERIOR_NOISE, NOISE, OFFSET = normal(2, 4, 4, 8, 8), normal(3, 4, 4, 8, 8), normal(4, 4, 4, 1, 1)
 
 
-def randomise(module: torch.nn.Module, seed: int) -> None:
-    """An adapter in mid-training: B is no longer 0, so that A has a gradient and student and teacher differ."""
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for name, parameter in module.named_parameters():
-            if ".lora_" in name and parameter.requires_grad:
-                parameter.normal_(0, 0.1, generator=generator)
-
-
 def adapter_weights(module: AdapterTraining) -> dict[str, Tensor]:
     state = get_peft_model_state_dict(module.model.unet, adapter_name=module.kind.name)
     return {key: tensor.detach().clone() for key, tensor in state.items()}
-
-
-def gradients(unet: torch.nn.Module, adapter: str) -> dict[str, Tensor]:
-    return {name: p.grad for name, p in unet.named_parameters() if ".lora_" in name and f".{adapter}." in name}
 
 
 def distance(first: dict[str, Tensor], second: dict[str, Tensor]) -> float:
@@ -392,16 +380,6 @@ def test_finetuning_step_is_the_denoising_loss(
 
 
 # ---- through Lightning's Trainer -----------------------------------------------------------------------------------
-
-
-def random_batch(seed: int, size: int) -> dict[str, object]:
-    generator = torch.Generator().manual_seed(seed)
-    return {
-        "pixel_values": torch.rand(size, 3, 32, 32, generator=generator) * 2 - 1,
-        "captions": [f"photo {seed} {i}" for i in range(size)],
-        "seed": torch.randint(2**62, (size,), generator=generator),
-        "weight": torch.ones(size),
-    }
 
 
 def rows(batch: dict[str, object], chosen: slice) -> dict[str, object]:

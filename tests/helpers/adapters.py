@@ -1,0 +1,31 @@
+"""Adapters in mid-training, batches for them, and their gradients."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def randomise(module: torch.nn.Module, seed: int) -> None:
+    """An adapter in mid-training: B is no longer 0, so that A has a gradient and student and teacher differ."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in module.named_parameters():
+            if ".lora_" in name and parameter.requires_grad:
+                parameter.normal_(0, 0.1, generator=generator)
+
+
+def gradients(unet: torch.nn.Module, adapter: str) -> dict[str, Tensor]:
+    """Of each weight of an adapter, by name."""
+    return {name: p.grad for name, p in unet.named_parameters() if ".lora_" in name and f".{adapter}." in name}
+
+
+def random_batch(seed: int, size: int) -> dict[str, object]:
+    """Images of noise, each with a caption and a seed of its own."""
+    generator = torch.Generator().manual_seed(seed)
+    return {
+        "pixel_values": torch.rand(size, 3, 32, 32, generator=generator) * 2 - 1,
+        "captions": [f"photo {seed} {i}" for i in range(size)],
+        "seed": torch.randint(2**62, (size,), generator=generator),
+        "weight": torch.ones(size),
+    }
