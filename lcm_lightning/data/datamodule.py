@@ -248,6 +248,7 @@ class CaptionedImages(LightningDataModule):
         """How samples become examples, in training or otherwise."""
         flip_probability, caption_dropout = (self.flip_probability, self.caption_dropout) if train else (0.0, 0.0)
         if self.cache is None:
+            assert self.resolution is not None, "the model's own has taken the place of None"
             return Augmentation(self.resolution, train, flip_probability, caption_dropout)
         return LatentChoice(
             train,

@@ -22,6 +22,7 @@ from lcm_lightning.diffusion.consistency import squared_error
 from lcm_lightning.diffusion.schedule import add_noise, alphas_cumprod_from_config, training_target
 from lcm_lightning.methods.clipping import FusedClipping
 from lcm_lightning.methods.randomness import SampleRandomness
+from lcm_lightning.models.condition import Condition
 from lcm_lightning.models.stable_diffusion import StableDiffusion
 from lcm_lightning.toy.networks import (
     SCHEDULER,
@@ -263,12 +264,12 @@ class UnetPretraining(Pretraining):
             self.posteriors.update(zip([keys[i] for i in new], torch.stack([found.mean, found.std], 1), strict=True))
         return torch.stack([self.posteriors[key] for key in keys])
 
-    def text(self, captions: Sequence[str]) -> Tensor:
+    def text(self, captions: Sequence[str]) -> Condition:
         """Text embeddings [B, L, D]; each caption is encoded once."""
         new = sorted(set(captions) - self.texts.keys())
         if new:
-            self.texts.update(zip(new, self.model.encode_text(new), strict=True))
-        return torch.stack([self.texts[caption] for caption in captions])
+            self.texts.update(zip(new, self.model.encode_text(new).text, strict=True))
+        return Condition(torch.stack([self.texts[caption] for caption in captions]))
 
     def save(self, folder: Path) -> None:
         """Write the whole pipeline as a diffusers folder."""
