@@ -248,7 +248,8 @@ class CaptionedImages(LightningDataModule):
         """How samples become examples, in training or otherwise."""
         flip_probability, caption_dropout = (self.flip_probability, self.caption_dropout) if train else (0.0, 0.0)
         if self.cache is None:
-            assert self.resolution is not None, "the model's own has taken the place of None"
+            if self.resolution is None:
+                raise UserError("data.resolution=null: no model has given its own; set it, such as to 512")
             return Augmentation(self.resolution, train, flip_probability, caption_dropout)
         return LatentChoice(
             train,

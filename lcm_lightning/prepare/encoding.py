@@ -106,6 +106,20 @@ def cached_splits(index: ShardIndex) -> list[str]:
     return [split for split in ("train", *held_out) if split in index.locations]
 
 
+def plan_shards(
+    index: ShardIndex, key: Mapping[str, str], settings: CacheSettings, cache_dir: str | None
+) -> list[tuple[Shard, Task, CacheSettings]]:
+    """Each shard of images, the shard of latents it becomes, known by a hash of all it depends on, and its settings."""
+    plan = []
+    for split in cached_splits(index):
+        of_split = settings.of_split(split)
+        for number, shard in enumerate(open_split(index, split, cache_dir)):
+            content = [FORMAT, key, asdict(of_split), content_digest(shard, cache_dir), shard.path.name]
+            digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+            plan.append((shard, Task(f"{split}-{number:06d}.tar", split, (), digest), of_split))
+    return plan
+
+
 def cache_latents(
     index: ShardIndex,
     output: Path,
@@ -146,19 +160,12 @@ def cache_latents(
     started = {"key": key, "shards": sorted(replaceable)}
     write_atomic(output / PARTS_NAME / STARTED_NAME, json.dumps(started).encode())
     written = []
-    for split in cached_splits(index):
-        for number, shard in enumerate(open_split(index, split, cache_dir)):
-            file, of_split = f"{split}-{number:06d}.tar", settings.of_split(split)
-            content = [FORMAT, key, asdict(of_split), content_digest(shard, cache_dir), shard.path.name]
-            task = Task(file, split, (), hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest())
-            kept = kept_shard(task, output)
-            if kept is None:
-                encoder = Encoder(model, int(key["resolution"]), of_split, batch_size, workers or os.cpu_count() or 1)
-                written.append(write_latents(task, output, encoder.encode(shard), on_samples))
-            else:
-                written.append(kept)
-            if on_shard is not None:
-                on_shard(written[-1], kept is not None)
+    for shard, task, of_split in plan_shards(index, key, settings, cache_dir):
+        kept = kept_shard(task, output)
+        encoder = Encoder(model, int(key["resolution"]), of_split, batch_size, workers or os.cpu_count() or 1)
+        written.append(kept or write_latents(task, output, encoder.encode(shard), on_samples))
+        if on_shard is not None:
+            on_shard(written[-1], kept is not None)
     if any(shard.samples for shard in written):
         write_atomic(output / EMPTY_CAPTION, save(rows(model.encode_text([""]).map(to_half), 0)))
     latents = {

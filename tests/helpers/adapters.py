@@ -1,4 +1,4 @@
-"""Adapters in mid-training, batches for them, and their gradients."""
+"""Adapters in mid-training, and batches to train them on."""
 
 from __future__ import annotations
 
@@ -16,12 +16,10 @@ def randomise(module: torch.nn.Module, seed: int) -> None:
 
 
 def gradients(unet: torch.nn.Module, adapter: str) -> dict[str, Tensor]:
-    """Of each weight of an adapter, by name."""
     return {name: p.grad for name, p in unet.named_parameters() if ".lora_" in name and f".{adapter}." in name}
 
 
 def random_batch(seed: int, size: int) -> dict[str, object]:
-    """Images of noise, each with a caption and a seed of its own."""
     generator = torch.Generator().manual_seed(seed)
     return {
         "pixel_values": torch.rand(size, 3, 32, 32, generator=generator) * 2 - 1,
