@@ -145,10 +145,10 @@ def suggestion(name: str, known: Collection[str]) -> str:
 
 def remove_unused_run_folder() -> None:
     """Remove the folder Hydra made for a run if it holds only what Hydra wrote there."""
-    if not HydraConfig.initialized() or HydraConfig.get().output_subdir is None:
+    if not HydraConfig.initialized() or (notes_folder := HydraConfig.get().output_subdir) is None:
         return
     folder = Path(HydraConfig.get().runtime.output_dir)
-    notes = folder / HydraConfig.get().output_subdir
+    notes = folder / notes_folder
     log = folder / f"{HydraConfig.get().job.name}.log"
     if not folder.is_dir() or not set(folder.iterdir()) <= {notes, log}:
         return

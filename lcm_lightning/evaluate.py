@@ -19,7 +19,7 @@ from lcm_lightning.evaluation.evaluation import evaluate_models
 from lcm_lightning.evaluation.reference import RealImages, check_size
 from lcm_lightning.evaluation.report import console_tables, publish
 
-EVALUATE_KEYS = ("models", "run", "model", "lora", "lora_role", "data", "evaluation", "logger", "seed")
+EVALUATE_KEYS: tuple[str, ...] = ("models", "run", "model", "lora", "lora_role", "data", "evaluation", "logger", "seed")
 EVALUATE_KEYS += ("accelerator", "devices", "dtype", "name", "run_dir")
 
 

@@ -26,7 +26,7 @@ from lcm_lightning.models.sampling import SOLVERS, Sampler, sample
 from lcm_lightning.output.pictures import contact_sheet, to_pil
 from lcm_lightning.output.progress import image_progress
 
-GENERATE_KEYS = (
+GENERATE_KEYS: tuple[str, ...] = (
     "run",
     "model",
     "lora",

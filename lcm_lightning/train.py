@@ -33,8 +33,8 @@ def main(cfg: DictConfig) -> float | None:
     L.seed_everything(cfg.seed, workers=True, verbose=False)
     checkpoint = find_checkpoint(cfg.resume, run_dir)
     data = instantiate_group(cfg, "data")
-    goes_on = checkpoint is not None and checkpoint.resolve().is_relative_to(run_dir.resolve())
-    metrics = MetricsFile(run_dir, global_step(checkpoint) if goes_on else 0)
+    own = checkpoint if checkpoint and checkpoint.resolve().is_relative_to(run_dir.resolve()) else None
+    metrics = MetricsFile(run_dir, global_step(own) if own else 0)
     loggers: list[Logger] = [metrics, *instantiate_each(cfg, "logger")]
     settings = SettingsRecord(cfg, HydraConfig.get().overrides.task, run_dir, loggers[1:])
     callbacks = [*instantiate_each(cfg, "callbacks"), settings]  # last: others may refuse to start

@@ -33,7 +33,7 @@ class ExportLora(L.Callback):
     def __init__(self, folder: str) -> None:
         self.folder = Path(folder)
 
-    def on_train_start(self, trainer: L.Trainer, module: AdapterTraining) -> None:
+    def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         """Keep the LoRA below with the trained one."""
         if trainer.is_global_zero:
             try:
@@ -41,12 +41,12 @@ class ExportLora(L.Callback):
             except OSError as error:
                 warn_unwritten(self.folder, error)
 
-    def on_validation_end(self, trainer: L.Trainer, module: AdapterTraining) -> None:
+    def on_validation_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         """Export, except from Lightning's check before training."""
         if not trainer.sanity_checking:
             self._export(trainer, module)
 
-    def on_train_end(self, trainer: L.Trainer, module: AdapterTraining) -> None:
+    def on_train_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         """Export the end of training and hand it to W&B."""
         self._export(trainer, module)
         if not trainer.is_global_zero or not self.folder.is_dir():
@@ -58,7 +58,8 @@ class ExportLora(L.Callback):
                 except OSError as error:
                     warn_unwritten(self.folder, error)
 
-    def _export(self, trainer: L.Trainer, module: AdapterTraining) -> None:
+    def _export(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        assert isinstance(module, AdapterTraining)
         state_dict = lora_state_dict(module.model.unet, module.kind.name)
         if trainer.is_global_zero:
             try:
@@ -72,7 +73,8 @@ class ExportLora(L.Callback):
         save_lora(kohya_state_dict(state_dict), self.folder / KOHYA_FILE)
         write_manifest(self.folder, [*below, Adapter(module.kind)])
 
-    def _keep_below(self, module: AdapterTraining) -> list[Adapter]:
+    def _keep_below(self, module: L.LightningModule) -> list[Adapter]:
+        assert isinstance(module, AdapterTraining)
         if module.below is None:
             return []
         kind, source = module.below

@@ -6,6 +6,7 @@ import io
 import logging
 from collections.abc import Sequence
 from pathlib import Path
+from typing import cast
 
 import lightning as L
 import torch
@@ -63,8 +64,9 @@ class SampleGrid(L.Callback):
         self.batch_size = batch_size
         self._unchanging: dict[str, Tensor] = {}
 
-    def on_validation_end(self, trainer: L.Trainer, module: AdapterTraining) -> None:
+    def on_validation_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         """Draw, save and log the grid."""
+        assert isinstance(module, AdapterTraining)
         if trainer.sanity_checking:
             return
         prompts = self._prompts(trainer)
@@ -112,7 +114,7 @@ class SampleGrid(L.Callback):
                 preview=True,
             )
         if ranks > 1:
-            gathered = module.all_gather(images.to(module.device))
+            gathered = cast(Tensor, module.all_gather(images.to(module.device)))
             images = gathered.transpose(0, 1).flatten(0, 1)[: len(prompts)].cpu()
         if module.kind.name not in setup.adapters:
             self._unchanging[setup.label] = images

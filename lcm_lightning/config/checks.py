@@ -99,9 +99,9 @@ def interpolate(cfg: DictConfig, known: Collection[str]) -> None:
     Raises:
         UserError: an unknown key, one without a value, or a value that cannot be computed with.
     """
-    for key in cfg:
+    for key in map(str, cfg):
         if key not in known:
-            raise UserError(f"{key}={cfg[key]}: nothing reads this key; {suggestion(str(key), known)}")
+            raise UserError(f"{key}={cfg[key]}: nothing reads this key; {suggestion(key, known)}")
     try:
         missing = sorted(OmegaConf.missing_keys(cfg))
         if missing:
@@ -148,7 +148,7 @@ def check_range(key: str, value: object, low: float, high: float, example: objec
             raise UserError(f"{key}={value}: expected {expected}, such as {key}={example}")
 
 
-def sections(cfg: DictConfig, prefix: str = "") -> Iterator[tuple[str, DictConfig]]:
+def sections(cfg: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, DictConfig]]:
     """Every section with a `_target_`, under its dotted key, outer ones first."""
     for name, part in cfg.items():
         if isinstance(part, DictConfig):
@@ -157,7 +157,7 @@ def sections(cfg: DictConfig, prefix: str = "") -> Iterator[tuple[str, DictConfi
             yield from sections(part, f"{prefix}{name}.")
 
 
-def check_section(key: str, section: DictConfig) -> None:
+def check_section(key: str, section: Mapping[str, Any]) -> None:
     """Raise a `UserError` for a key that the section's target does not take, or takes in another type.
 
     A target that cannot be imported is left to `instantiate`, which says what is missing.
@@ -171,7 +171,7 @@ def check_section(key: str, section: DictConfig) -> None:
             continue
         hint = taken.hints.get(name, Any)
         if name not in taken.names and not taken.open:
-            raise UserError(f"{key}.{name}={value}: nothing reads this key; {suggestion(str(name), taken.names)}")
+            raise UserError(f"{key}.{name}={value}: nothing reads this key; {suggestion(name, taken.names)}")
         if not (isinstance(value, DictConfig) and "_target_" in value):
             check_type(f"{key}.{name}", value, hint)
 
@@ -194,7 +194,7 @@ def parameters(target: Any) -> Parameters:
     for parent in target.__mro__:
         if "__init__" not in vars(parent) or parent is object:
             continue
-        own = own_parameters(parent.__init__)
+        own = own_parameters(vars(parent)["__init__"])
         names += tuple(name for name in own.names if name not in (*names, "self"))
         hints = {**own.hints, **hints}
         if not own.open:
@@ -229,8 +229,9 @@ def fits(value: object, hint: Any) -> bool:
         return isinstance(value, hint)
     if is_list(hint):
         inner = [argument for argument in arguments if argument is not ...]
-        fitting = isinstance(value, ListConfig | list | tuple)
-        return fitting and (not inner or all(any(fits(item, kind) for kind in inner) for item in value))
+        if not isinstance(value, ListConfig | list | tuple):
+            return False
+        return not inner or all(any(fits(item, kind) for kind in inner) for item in value)
     if hint is Any or not inspect.isclass(hint):
         return True
     return isinstance(value, str) if hint is Path else isinstance(value, DictConfig)

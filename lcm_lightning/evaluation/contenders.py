@@ -132,6 +132,6 @@ class Lineup:
         students = [kind for kind in adapters if kind.role == "student"]
         if students:
             hurried = guided(teacher, DDIM, self.undistilled_steps)
-            names = {"name": "undistilled", "role": "undistilled", "title": "undistilled"}
-            lineup.append(replace(hurried, **names, teacher_title=teacher.title))
+            hurried = replace(hurried, name="undistilled", role="undistilled", title="undistilled")
+            lineup.append(replace(hurried, teacher_title=teacher.title))
         return lineup + [student(kind, steps) for kind in students for steps in self.student_steps]

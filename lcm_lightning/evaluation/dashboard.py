@@ -36,7 +36,7 @@ def log_evaluation(logger: Logger, metrics: Mapping[str, Any], folder: Path) -> 
 
 def plain_figures(model: Mapping[str, Any]) -> dict[str, float]:
     """The values of a model's estimates without their intervals, its median seconds and its memory."""
-    figures = {metric.key: model.get(metric.key) for metric in (*METRICS, *MANIFOLD)}
+    figures: dict[str, Any] = {metric.key: model.get(metric.key) for metric in (*METRICS, *MANIFOLD)}
     to_teacher = model.get("to_teacher") or {}
     figures |= {f"to_teacher/{metric.key}": to_teacher.get(metric.key) for metric in TO_TEACHER}
     known = {key: estimate["value"] for key, estimate in figures.items() if is_known(estimate)}

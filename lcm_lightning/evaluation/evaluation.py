@@ -116,7 +116,7 @@ def describe(images: ModelImages, number: int) -> dict[str, Any]:
 
 def sharing_text_tower(drawn: Drawn, clip: Clip) -> list[str]:
     """The models that read captions by the text tower that computes the CLIP score."""
-    own = token_embeddings_digest(clip.model.text_model, drawn.dtype)  # type: ignore[arg-type]
+    own = token_embeddings_digest(clip.model.text_model, drawn.dtype)
     return [name for name, digest in drawn.token_embeddings.items() if digest == own]
 
 

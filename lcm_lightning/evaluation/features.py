@@ -11,7 +11,7 @@ from typing import Protocol
 
 import torch
 from safetensors.torch import load_file
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 from transformers import CLIPModel, CLIPTokenizer, ImageProcessingMixin
 
@@ -62,7 +62,7 @@ class InceptionFeatures:
 
             with tempfile.TemporaryDirectory() as folder:
                 file = None if weights is None else _as_plain_state_dict(Path(weights).expanduser(), Path(folder))
-                network = NoTrainInceptionV3("inception-v3-compat", ["2048"], file and str(file))
+                network = NoTrainInceptionV3("inception-v3-compat", ["2048"], None if file is None else str(file))
         except ModuleNotFoundError as error:
             raise UserError(
                 f"evaluation.features=inception: {first_line(error)}; pip install -e .[inception]"
@@ -117,7 +117,7 @@ class Clip:
 
     def __init__(self, source: str, device: torch.device | str = "cpu") -> None:
         try:
-            self.model: nn.Module = CLIPModel.from_pretrained(source, use_safetensors=True, dtype=torch.float32).eval()
+            self.model: CLIPModel = CLIPModel.from_pretrained(source, use_safetensors=True, dtype=torch.float32).eval()
             self.tokenizer = CLIPTokenizer.from_pretrained(source)
             settings, _ = ImageProcessingMixin.get_image_processor_dict(source)
         except (OSError, ValueError) as error:
@@ -134,7 +134,7 @@ class Clip:
     def to(self, device: torch.device | str) -> None:
         """Move both towers."""
         self.device = torch.device(device)
-        self.model.to(self.device)
+        self.model.to(self.device)  # type: ignore[arg-type]
 
     def __call__(self, images: Tensor) -> Tensor:
         """Projected image features [B, D] of length sqrt(D); see `FeatureExtractor`.
@@ -166,7 +166,7 @@ class Clip:
         tokens = self.tokenizer(
             list(captions),
             padding="max_length",
-            max_length=self.model.config.text_config.max_position_embeddings,
+            max_length=self.model.config.text_config.max_position_embeddings,  # type: ignore[union-attr]
             truncation=True,
             return_tensors="pt",
         )

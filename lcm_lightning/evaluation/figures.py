@@ -130,8 +130,8 @@ def _draw_curve(axes: Axes, curve: Sequence[Mapping[str, Any]], metric: Metric, 
     seconds = [model["seconds_per_image"] for model in points]
     x = [time["median"] for time in seconds]
     y = [model[metric.key]["value"] * metric.factor for model in points]
-    style = {"color": color, "marker": MARKERS[number % len(MARKERS)], "markersize": 5.5, "linewidth": 1.6}
-    axes.plot(x, y, linestyle=DASHES[number % len(DASHES)], label=points[0]["series"], **style)
+    style: dict[str, Any] = {"marker": MARKERS[number % len(MARKERS)], "markersize": 5.5, "linewidth": 1.6}
+    axes.plot(x, y, color=color, linestyle=DASHES[number % len(DASHES)], label=points[0]["series"], **style)
     for model, time, across, up in zip(points, seconds, x, y, strict=True):
         axes.plot([time["low"], time["high"]], [up, up], color=color, alpha=0.35, linewidth=2.5)
         if is_known(model[metric.key], "low"):

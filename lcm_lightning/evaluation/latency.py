@@ -148,7 +148,7 @@ def _time_once(model: StableDiffusion, contender: Contender, drawing: Drawing, n
 
 def _costs(contender: Contender, timed: Sequence[Rounds], flops: Mapping[Stage, float], peak: float) -> dict[str, Any]:
     """The first batch size stands for the contender where a single figure is wanted."""
-    latency = []
+    latency: list[dict[str, Any]] = []
     for rounds in timed:
         total = rounds.per_image(*STAGES)
         speed = flops_per_image(contender, flops, rounds.batch_size)["total"] / total["median"]
@@ -191,7 +191,7 @@ def flops_per_image(contender: Contender, flops: Mapping[Stage, float], batch_si
         "denoising": contender.network_evaluations,
         "vae_decoding": 1,
     }
-    by_stage = {stage: times[stage] * flops[stage] for stage in STAGES}
+    by_stage: dict[str, float] = {stage: times[stage] * flops[stage] for stage in STAGES}
     return {**by_stage, "total": sum(by_stage.values())}
 
 

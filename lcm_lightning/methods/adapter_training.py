@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 
 import torch
 from diffusers.optimization import SchedulerType, get_scheduler
+from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -55,6 +56,7 @@ class AdapterTraining(FusedClipping, ABC):
         warmup_steps: optimizer steps over which the learning rate rises from 0.
     """
 
+    alphas_cumprod: Tensor
     kind: ClassVar[AdapterKind]
     helpers: ClassVar[tuple[str, ...]] = ()
 
@@ -96,7 +98,7 @@ class AdapterTraining(FusedClipping, ABC):
 
     @classmethod
     def check_settings(
-        cls, *, lr_scheduler: str = "constant_with_warmup", warmup_steps: int = 0, **others: object
+        cls, *, lr_scheduler: str = "constant_with_warmup", warmup_steps: int = 0, **others: Any
     ) -> None:
         """Raise a `UserError` for a setting that is wrong whatever the model is, before one is loaded."""
         if lr_scheduler not in SCHEDULES:
@@ -197,7 +199,7 @@ class AdapterTraining(FusedClipping, ABC):
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
         """Log the norm of the adapter's gradient, before clipping."""
-        if (self.trainer.global_step + 1) % self.trainer.log_every_n_steps == 0:
+        if (self.trainer.global_step + 1) % self.trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
             gradients = [p.grad for p in self.adapter_parameters() if p.grad is not None]
             if gradients:  # else the step is left out
                 self.log("train/grad_norm", nn.utils.get_total_norm(gradients))
@@ -206,7 +208,7 @@ class AdapterTraining(FusedClipping, ABC):
         """The trainable parameters."""
         return [parameter for name in self.adapters for parameter in lora_parameters(self.model.unet, name)]
 
-    def configure_optimizers(self) -> dict[str, Any]:
+    def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         """The optimizer and its schedule, stepped once an optimizer step."""
         optimizer = self.make_optimizer(
             [

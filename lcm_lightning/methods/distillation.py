@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -15,6 +15,7 @@ from lcm_lightning.models.adapters import active_adapters, fuse_lora, locate_lor
 from lcm_lightning.models.condition import Condition
 from lcm_lightning.models.kinds import AdapterKind
 from lcm_lightning.models.latent_diffusion import LatentDiffusionModel
+from lcm_lightning.models.stable_diffusion import StableDiffusion
 
 
 class Distillation(AdapterTraining):
@@ -41,7 +42,7 @@ class Distillation(AdapterTraining):
     ) -> None:
         Distillation.check_settings(w_min=w_min, w_max=w_max)
         if teacher_lora is not None:
-            fuse_lora(model, teacher_lora, key="method.teacher_lora")
+            fuse_lora(cast(StableDiffusion, model), teacher_lora, key="method.teacher_lora")
         super().__init__(model, **training)
         self.w_min, self.w_max = w_min, w_max
         self.teacher_lora = teacher_lora

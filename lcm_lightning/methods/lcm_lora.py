@@ -18,6 +18,7 @@ from lcm_lightning.models.sampling import Sampler
 
 # Multistep consistency sampling (Luo et al. 2023a, Algorithm 3); diffusers picks its steps from 50.
 LCM = Sampler("lcm", "LCM", "LCMScheduler", {"timestep_spacing": "leading"}, max_steps=50)
+DEFAULTS = ConsistencyDistillation()
 
 
 class LcmLoraDistillation(Distillation):
@@ -37,7 +38,7 @@ class LcmLoraDistillation(Distillation):
         self.distillation = replace(distillation, prediction_type=model.prediction_type)
 
     @classmethod
-    def check_settings(cls, *, distillation: ConsistencyDistillation, **teaching: Any) -> None:
+    def check_settings(cls, *, distillation: ConsistencyDistillation = DEFAULTS, **teaching: Any) -> None:
         """See `Distillation.check_settings`."""
         if distillation.loss not in ("huber", "l2"):
             raise UserError(f"method.distillation.loss={distillation.loss}: expected huber or l2")

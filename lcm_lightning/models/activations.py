@@ -18,14 +18,14 @@ from lcm_lightning.models.lora_layers import Pullback, applied_to, is_called_pla
 class Gate:
     """``a gelu(g)`` of [..., 2 D], the halves of which are a and g."""
 
-    weights = ()
+    weights: tuple[Tensor | None, ...] = ()
 
     def __call__(self, z: Tensor) -> Tensor:
         """[..., D]."""
         value, gate = z.chunk(2, dim=-1)
         return value * F.gelu(gate)
 
-    def with_pullback(self, z: Tensor) -> tuple[Tensor, Pullback]:
+    def with_pullback(self, z: Tensor, *weights: Tensor | None) -> tuple[Tensor, Pullback]:
         """See `Inner`."""
         value, gate = z.chunk(2, dim=-1)
         activated = F.gelu(gate)
@@ -41,7 +41,7 @@ class SiluOfNorm:
 
     def __init__(self, norm: nn.GroupNorm) -> None:
         self.norm = norm
-        self.weights = (norm.weight, norm.bias)
+        self.weights: tuple[Tensor | None, ...] = (norm.weight, norm.bias)
 
     def __call__(self, z: Tensor) -> Tensor:
         """[B, C, h, w]."""

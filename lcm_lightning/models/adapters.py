@@ -122,7 +122,7 @@ def add_lora(
     """
     config = LoraConfig(
         r=settings.rank,
-        lora_alpha=settings.alpha,
+        lora_alpha=settings.alpha,  # type: ignore[arg-type]
         lora_dropout=settings.dropout,
         target_modules=settings.layer_names(unet),
     )
@@ -265,6 +265,10 @@ def _refuse_more_than_lora(names: Iterable[str], source: str | Path, key: str) -
             raise UserError(f"{key}={source}: is a DoRA (it has {name}); only LoRA is supported")
 
 
+def _update(layer: LoraLayer, name: str) -> Tensor:
+    return layer.get_delta_weight(name).float()  # type: ignore[attr-defined]
+
+
 @contextmanager
 @torch.no_grad()
 def merged_adapters(module: nn.Module, names: Sequence[str]) -> Iterator[None]:
@@ -276,8 +280,8 @@ def merged_adapters(module: nn.Module, names: Sequence[str]) -> Iterator[None]:
     originals = []
     with active_adapters(module, ()):
         for layer in lora_layers(module):
-            weight = layer.get_base_layer().weight
-            updates = [layer.get_delta_weight(name).float() for name in names if name in layer.lora_A]
+            weight = layer.get_base_layer().get_parameter("weight")
+            updates = [_update(layer, name) for name in names if name in layer.lora_A]
             if updates:
                 # Kept off a GPU, whose memory is measured.
                 originals.append((weight, weight.data.cpu() if weight.is_cuda else weight.data))
@@ -302,8 +306,8 @@ def fuse_lora(model: StableDiffusion, source: str | Path, scale: float = 1.0, ke
     change, lost = 0.0, 0.0
     for layer in lora_layers(model):
         if name in layer.lora_A:
-            weight = layer.get_base_layer().weight
-            delta = scale * layer.get_delta_weight(name).float()
+            weight = layer.get_base_layer().get_parameter("weight")
+            delta = scale * _update(layer, name)
             exact = weight.float() + delta
             weight.copy_(exact)
             change += float(delta.square().sum())

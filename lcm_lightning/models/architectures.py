@@ -14,7 +14,7 @@ from diffusers import AutoencoderKL, UNet2DConditionModel
 from tokenizers.pre_tokenizers import ByteLevel
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-SD15_UNET = {
+SD15_UNET: dict[str, Any] = {
     "sample_size": 64,
     "in_channels": 4,
     "out_channels": 4,
@@ -25,7 +25,7 @@ SD15_UNET = {
     "cross_attention_dim": 768,
     "attention_head_dim": 8,
 }
-SD15_VAE = {
+SD15_VAE: dict[str, Any] = {
     "sample_size": 512,
     "in_channels": 3,
     "out_channels": 3,
@@ -36,7 +36,7 @@ SD15_VAE = {
     "up_block_types": ("UpDecoderBlock2D",) * 4,
     "scaling_factor": 0.18215,
 }
-SD15_TEXT = {
+SD15_TEXT: dict[str, Any] = {
     "vocab_size": 49408,
     "hidden_size": 768,
     "intermediate_size": 3072,

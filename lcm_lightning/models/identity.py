@@ -74,7 +74,7 @@ def tensors_digest(tensors: Iterable[tuple[str, Tensor]], context: str = "") -> 
     digest = hashlib.sha256(context.encode())
     for name, tensor in tensors:
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+        digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 
@@ -105,7 +105,7 @@ def adapter_digest(model: StableDiffusion, name: str) -> str:
 
 def token_embeddings_digest(text_tower: nn.Module, dtype: torch.dtype) -> str:
     """Hex digest of the token embeddings of a text encoder in `dtype`: equal ones stand for the same text tower."""
-    embeddings: Tensor = text_tower.get_input_embeddings().weight  # type: ignore[operator, union-attr]
+    embeddings: Tensor = text_tower.get_input_embeddings().weight  # type: ignore[operator]
     return tensors_digest([("", embeddings.to(dtype))])
 
 

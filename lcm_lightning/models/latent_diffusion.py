@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
+from diffusers import UNet2DConditionModel
 from torch import Tensor, nn
 
 from lcm_lightning.diffusion.schedule import PredictionType, alphas_cumprod_from_config
@@ -27,7 +28,7 @@ class LatentDiffusionModel(nn.Module, ABC):
         fused: whether training replaces layers of the UNet by faster ones that keep less.
     """
 
-    unet: nn.Module
+    unet: UNet2DConditionModel
     scheduler_config: Mapping[str, Any]
     vae_config: Any
     dtype: torch.dtype

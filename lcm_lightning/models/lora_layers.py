@@ -129,8 +129,8 @@ def _without_autocast(device: torch.device) -> AbstractContextManager[object]:
     return torch.autocast(device.type, enabled=False) if known else nullcontext()
 
 
-def _cast(dtype: torch.dtype, *tensors: Tensor | None) -> tuple[Tensor | None, ...]:
-    return tuple(None if tensor is None else tensor.to(dtype) for tensor in tensors)
+def _cast(dtype: torch.dtype, *tensors: Tensor) -> tuple[Tensor, ...]:
+    return tuple(tensor.to(dtype) for tensor in tensors)
 
 
 def _input(ctx: Any, z: Tensor, inner: Inner | None, dtype: torch.dtype) -> Tensor:
@@ -171,7 +171,8 @@ class _LinearWithUpdate(torch.autograd.Function):
         scaling: float,
     ) -> Tensor:
         x = _input(ctx, z, inner, dtype)
-        cast_weight, cast_bias, cast_down, cast_up = _cast(dtype, weight, bias, down, up)
+        cast_weight, cast_down, cast_up = _cast(dtype, weight, down, up)
+        cast_bias = None if bias is None else bias.to(dtype)
         hidden = F.linear(x, cast_down)
         ctx.save_for_backward(z, weight, down, up, hidden, *(inner.weights if inner else ()))
         ctx.scaling = scaling
@@ -195,6 +196,8 @@ class _LinearWithUpdate(torch.autograd.Function):
 
 class LoraLinear(lora.Linear):
     """`peft`'s Linear with the fused sum where one adapter without dropout acts."""
+
+    base_layer: nn.Linear
 
     def forward(self, x: Tensor, *args: Any, inner: Inner | None = None, **kwargs: Any) -> Tensor:
         """``W x + b + s B A x``, shape [..., out], in autocast's type or the base layer's; of ``inner(x)`` if given."""
@@ -242,7 +245,8 @@ class _Conv2dWithUpdate(torch.autograd.Function):
         padding: tuple[int, int],
     ) -> Tensor:
         x = _input(ctx, z, inner, dtype)
-        cast_weight, cast_bias, cast_down, cast_up = _cast(dtype, weight, bias, down, up)
+        cast_weight, cast_down, cast_up = _cast(dtype, weight, down, up)
+        cast_bias = None if bias is None else bias.to(dtype)
         result = F.conv2d(x, cast_weight, cast_bias, stride, padding)
         hidden = F.conv2d(x, cast_down, None, stride, padding)
         ctx.save_for_backward(z, weight, down, up, hidden, *(inner.weights if inner else ()))
@@ -264,7 +268,7 @@ class _Conv2dWithUpdate(torch.autograd.Function):
             grad_hidden = _images((pixels @ cast_up.flatten(1)).mul_(ctx.scaling), grad)
             grad_up = (pixels.t() @ _pixels(hidden)).to(up.dtype).mul_(ctx.scaling).reshape(up.shape)
 
-            def convolution_backward(of_output: Tensor, kernel: Tensor, wanted: list[bool]) -> list[Tensor | None]:
+            def convolution_backward(of_output: Tensor, kernel: Tensor, wanted: list[bool]) -> list[Any]:
                 return torch.ops.aten.convolution_backward(
                     of_output, x, kernel, None, ctx.stride, ctx.padding, [1, 1], False, [0, 0], 1, [*wanted, False]
                 )
@@ -283,6 +287,8 @@ def _is_plain(conv: nn.Conv2d) -> bool:
 
 class LoraConv2d(lora.Conv2d):
     """`peft`'s Conv2d with the fused sum where one adapter without dropout acts."""
+
+    base_layer: nn.Conv2d
 
     def forward(self, x: Tensor, *args: Any, inner: Inner | None = None, **kwargs: Any) -> Tensor:
         """``W * x + b + s B * A * x`` (convolutions, B of 1 x 1), shape [B, out, h, w], else as `LoraLinear`."""

@@ -19,7 +19,7 @@ from lcm_lightning.models.latent_diffusion import LatentDiffusionModel
 Stage: TypeAlias = Literal["text_encoding", "denoising", "vae_decoding"]
 # What a saved scheduler config says of the model. The rest is about walking through its schedule by one class's own
 # method; taken over by another class it would make the same weights draw differently, and some of them worse.
-NOISE_SCHEDULE = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas")
+NOISE_SCHEDULE: tuple[str, ...] = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas")
 NOISE_SCHEDULE += ("prediction_type", "rescale_betas_zero_snr", "set_alpha_to_one")
 # diffusers' StableDiffusionPipeline sets the offset too. Latents are not confined to [-1, 1], whatever a config says.
 STABLE_DIFFUSION = {"steps_offset": 1, "set_alpha_to_one": False, "clip_sample": False}
@@ -79,8 +79,8 @@ def make_scheduler(sampler: Sampler, scheduler_config: Mapping[str, Any]) -> Sch
     Raises:
         UserError: diffusers has no such scheduler.
     """
-    scheduler = getattr(diffusers, sampler.scheduler, None)
-    if not (inspect.isclass(scheduler) and issubclass(scheduler, SchedulerMixin)):
+    scheduler: Any = getattr(diffusers, sampler.scheduler, None)
+    if SchedulerMixin not in getattr(scheduler, "__mro__", ()):
         raise UserError(
             f"sampler={sampler.name}: this diffusers has no scheduler {sampler.scheduler}; update diffusers"
         )

@@ -32,7 +32,6 @@ class StableDiffusion(LatentDiffusionModel):
         known_texts: conditions of single captions for which the text encoder need not run.
     """
 
-    unet: UNet2DConditionModel
     text_encoder: CLIPTextModel
     vae: AutoencoderKL
 
@@ -150,11 +149,11 @@ class StableDiffusion(LatentDiffusionModel):
         A `preview` is decoded by the `preview_vae` if there is one. A distilled autoencoder (`AutoencoderTiny`,
         of TAESD) takes scaled latents as they are and loses fine detail.
         """
-        small = preview and self.preview_vae is not None
-        if not small:
+        small = self.preview_vae if preview else None
+        if small is None:
             self.load_encoders()
-        vae = self.preview_vae if small else self.vae
-        latents = latents.float() / vae.config.scaling_factor + (0.0 if small else self._shift)
+        vae = self.vae if small is None else small
+        latents = latents.float() / vae.config.scaling_factor + (self._shift if small is None else 0.0)
         with self._no_autocast():
             images = vae.decode(latents.to(self.dtype)).sample
         return (images.float() / 2 + 0.5).clamp(0, 1)

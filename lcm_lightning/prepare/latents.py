@@ -66,7 +66,7 @@ def prepare_latents(config: DictConfig, console: Console) -> Path:
             on_shard=on_shard,
         )
 
-    shown = {"key": "cache.output", "doing": "caching latents", "total": samples, "by_sample": True}
+    shown: dict[str, Any] = {"key": "cache.output", "doing": "caching latents", "total": samples, "by_sample": True}
     write_with_progress(write, output, console, **shown)
     return output
 

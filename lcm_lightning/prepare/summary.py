@@ -22,14 +22,14 @@ Write = Callable[[OnShard, Callable[[int], None]], dict[str, Any]]
 
 
 def write_with_progress(
-    write: Write, output: Path, console: Console, *, key: str, doing: str, total: int, by_sample: bool = False
+    write: Write, output: Path, console: Console, *, key: str, doing: str, total: int | None, by_sample: bool = False
 ) -> dict[str, Any]:
     """The index that `write` returns, with a progress bar while it writes into `output` and a summary afterwards.
 
     Args:
         key: the setting that chose `output`.
         doing: what stands before the bar.
-        total: samples.
+        total: samples, if it is known.
         by_sample: `write` tells of samples; shards then count where they were kept from an earlier run.
 
     Raises:
