@@ -178,7 +178,7 @@ def load_lora(model: StableDiffusion, source: str | Path, name: str, key: str = 
         UserError: it cannot be read whole, or was made for another base model; names `key`, the setting that gave
             `source`.
     """
-    said = f"{key}={short(source)}"
+    said = f"{key}={short(source, 80)}"
     file = read_lora(locate_lora(source, key), said)
     if any(network == "text_encoder" for network, _ in file.updates):
         model.load_encoders()

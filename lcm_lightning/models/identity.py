@@ -112,7 +112,7 @@ def token_embeddings_digest(text_tower: nn.Module, dtype: torch.dtype) -> str:
 def text_lora_digest(source: str) -> str | None:
     """Hash of a LoRA's part on the text encoder; None where it has none. Raises `UserError`."""
     key = "teacher_lora"
-    file = read_lora(locate_lora(source, key), f"{key}={short(source)}")
+    file = read_lora(locate_lora(source, key), f"{key}={short(source, 80)}")
     part = {
         f"{name.replace('.', '_').removeprefix('text_model_')} {side}": tensor
         for (network, name), update in file.updates.items()

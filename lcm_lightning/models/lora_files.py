@@ -41,7 +41,7 @@ OTHER_KINDS = (
     (r"dora_scale|lora_magnitude_vector", "a DoRA", f"only LoRA is supported; {MERGE}"),
     (r"\.hada_", "a LoHa", MERGE),
     (r"\.lokr_", "a LoKr", MERGE),
-    (r"\.lora_mid\.", "a LoCon with a third matrix (Tucker decomposition)", MERGE),
+    (r"\.lora_mid\.", "a LoCon with lora_mid", MERGE),
     (r"\.diff(_b)?$|\.set_weight$", "made of whole differences of weights", MERGE),
     (r"\.b?oft_|\.oft_diag", "an OFT", MERGE),
     (r"\.ia3_|\.on_input$", "an IA3", MERGE),
@@ -217,9 +217,9 @@ def read_lora(path: Path, said: str) -> LoraFile:
     return LoraFile(_layout(keys), updates, tuple(unused), alpha_elsewhere)
 
 
-def short(text: object, limit: int = 90) -> str:
-    """The end of a long path or key."""
-    return str(text) if len(str(text)) <= limit else f"...{str(text)[-limit:]}"
+def short(text: object, limit: int = 60) -> str:
+    """The end of a long path or key, so that a message stays one that is read."""
+    return str(text) if len(str(text)) <= limit else f"...{str(text)[3 - limit :]}"
 
 
 def _refuse_other_kinds(keys: list[str], said: str) -> None:
@@ -243,7 +243,7 @@ def _sort_out(keys: list[str], said: str) -> tuple[dict[Place, dict[str, str]], 
         found = parts.setdefault(_place(match["layer"]), {})
         part = SIDES.get(match["side"], match["side"]) or "alpha"
         if part in found and adapters <= {None, match["adapter"]}:
-            raise UserError(f"{said}: {short(found[part], 70)} and {short(key, 70)} are the same; export it again")
+            raise UserError(f"{said}: {short(found[part])} and {short(key)} are the same; export it again")
         found[part] = key
     if len(named := sorted(adapters - {None})) > 1:
         raise UserError(f"{said}: holds several adapters ({short(', '.join(named))}); save each to a file of its own")
@@ -382,7 +382,7 @@ def fit(
         matched, unused = match_layers(file, networks)
     except ValueError as error:
         raise UserError(f"{said}: has two updates of one layer ({short(error)} is the second); export again") from error
-    model_name, base = short(model_name, 50), file.base_model
+    model_name, base = short(model_name, 40), file.base_model
     misfits = [] if unused else [update.key for update in _shape(matched, networks)]
     if (unused or misfits) and base not in (None, BASE_MODELS.get(networks["unet"].config.cross_attention_dim)):
         raise UserError(f"{said}: is for {base}, and {model_name} is not; it was made for another base model")
@@ -507,7 +507,7 @@ def copy_lora(source: str | Path, path: Path, key: str = "lora") -> None:
         OSError: `path` cannot be written.
     """
     original = locate_lora(source, key)
-    file = read_lora(original, f"{key}={short(source)}")
+    file = read_lora(original, f"{key}={short(source, 80)}")
     if not file.alpha_elsewhere:
         return write_atomic(path, original.read_bytes())
     tensors = {}
