@@ -5,26 +5,35 @@ from __future__ import annotations
 import copy
 import json
 import logging
+import os
+import subprocess
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
-from diffusers import UNet2DConditionModel
+from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 from diffusers.loaders.single_file_utils import convert_ldm_unet_checkpoint
 from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from lcm_lightning import inspect
 from lcm_lightning.errors import UserError
+from lcm_lightning.methods.lcm_lora import LcmLoraDistillation
 from lcm_lightning.models.adapters import fuse_lora, load_lora, merged_adapters
 from lcm_lightning.models.architectures import SD15_UNET
 from lcm_lightning.models.identity import text_lora_digest
 from lcm_lightning.models.lora_files import LORA_FILE, PEFT_CONFIG, PEFT_FILE, _original_names, copy_lora, locate_lora
 from lcm_lightning.models.sampling import DDIM, sample
 from lcm_lightning.models.stable_diffusion import StableDiffusion, load_stable_diffusion
+from lcm_lightning.runs.contents import Adapter, write_manifest
 
+ROOT = Path(__file__).parent.parent
+ASSETS = ROOT / "lcm_lightning" / "assets"
 ATTENTION = "down_blocks.0.attentions.0.transformer_blocks.0"
 UNET = (
     f"{ATTENTION}.attn1.to_q",
@@ -607,3 +616,103 @@ def test_equal_loras_on_the_text_encoder_have_one_digest_in_every_layout(make: M
     save_file(kohya()(others), tmp_path / "other.safetensors")
     assert text_lora_digest(str(tmp_path / "other.safetensors")) not in digests
     assert load_file(tmp_path / "other.safetensors")
+
+
+# ---- inspect -------------------------------------------------------------------------------------------------------
+
+
+def said_of(place: Path, *options: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> str:
+    monkeypatch.setenv("COLUMNS", "300")
+    monkeypatch.setattr(sys, "argv", ["lcm-inspect", str(place), *options])
+    inspect.main()
+    return " ".join(capsys.readouterr().out.split())
+
+
+def test_inspect_says_layout_scales_and_what_fits(
+    make: Maker, pipeline_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+):
+    look = partial(said_of, tmp_path / "style.safetensors", monkeypatch=monkeypatch, capsys=capsys)
+    updates = make("unet", ONLY_ATTENTION, (4, 4, 4, 2), (4.0,)) | make("text_encoder", TEXT)
+    save_file(kohya()(updates), tmp_path / "style.safetensors")
+    said = look()
+    assert "layout kohya" in said and "unknown, by a cross-attention of width 32" in said
+    assert f"unet {len(ONLY_ATTENTION)} layers" in said and "text encoder 3 layers" in said
+    assert "rank 4, alpha 4 (7 of 8 layers)" in said and "attn1_to_v: rank 2, alpha 4" in said
+    assert "unused none" in look("--model", str(pipeline_folder))
+    save_file({**kohya()(updates), "lora_unet_nothing.alpha": torch.ones(())}, tmp_path / "style.safetensors")
+    assert "unused lora_unet_nothing.alpha" in look("--model", str(pipeline_folder))
+
+
+@pytest.mark.parametrize(("width", "base"), [(768, "Stable Diffusion 1"), (1024, "Stable Diffusion 2"), (2048, "SDXL")])
+def test_inspect_tells_the_base_model_by_its_cross_attention(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture, width: int, base: str
+):
+    layer = "unet.down_blocks.1.attentions.0.transformer_blocks.0.attn2.to_k"
+    tensors = {f"{layer}.lora_A.weight": torch.ones(2, width), f"{layer}.lora_B.weight": torch.ones(640, 2)}
+    save_file(tensors, tmp_path / LORA_FILE)
+    said = said_of(tmp_path, monkeypatch=monkeypatch, capsys=capsys)
+    assert f"base model {base}, by a cross-attention of width {width}" in said
+    assert ("unused none" in said) == (base != "SDXL")
+
+
+def test_inspect_says_how_the_adapters_of_a_run_are_drawn(
+    make: Maker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+):
+    (tmp_path / "lora").mkdir()
+    save_file(LAYOUTS["diffusers"](make("unet", ONLY_ATTENTION)), tmp_path / "lora" / LORA_FILE)
+    write_manifest(tmp_path / "lora", [Adapter(LcmLoraDistillation.kind)])
+    for place in (tmp_path, tmp_path / "lora"):
+        said = said_of(place, monkeypatch=monkeypatch, capsys=capsys)
+        assert "adapter lcm" in said and "drawn by lcm, 4 steps, guidance 1" in said and "layout diffusers" in said
+
+
+def test_inspect_reads_a_model_s_folder(
+    pipeline_folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+):
+    said = said_of(pipeline_folder, monkeypatch=monkeypatch, capsys=capsys)
+    assert "pipeline StableDiffusionPipeline" in said and "cross-attention" in said and "predicts epsilon" in said
+
+
+def test_inspect_ends_with_a_sentence_for_what_is_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+):
+    (tmp_path / "text.txt").write_text("")
+    (tmp_path / "cut.safetensors").write_bytes(b"cut")
+    for place in (tmp_path, tmp_path / "text.txt", tmp_path / "cut.safetensors", tmp_path / "nowhere"):
+        with pytest.raises(SystemExit) as ended:
+            said_of(place, monkeypatch=monkeypatch, capsys=capsys)
+        said = capsys.readouterr().err
+        assert ended.value.code == 2 and said.startswith("error: ") and str(place) in said and len(said) <= 300
+
+
+# ---- as a command --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_what_diffusers_lcm_lora_script_writes_is_evaluated(tmp_path: Path):
+    wrapped = get_peft_model(
+        load_stable_diffusion(str(ASSETS / "tiny")).unet,
+        LoraConfig(r=4, lora_alpha=4, target_modules=["to_q", "to_k", "to_v", "to_out.0", "conv1", "proj_in"]),
+    )
+    for name, parameter in wrapped.named_parameters():
+        if "lora_B" in name:
+            parameter.data.normal_(0, 0.02, generator=torch.Generator().manual_seed(0))
+    layers = get_peft_model_state_dict(wrapped, adapter_name="default")
+    StableDiffusionPipeline.save_lora_weights(tmp_path / "unet_lora", layers)
+    file = tmp_path / "unet_lora" / LORA_FILE
+    assert all(key.startswith("unet.base_model.model.") for key in load_file(file))
+    options = ["num_images=4", "batch_size=2", "lineup.teacher_steps=2", "lineup.rivals={ddim:[],dpmpp:[]}"]
+    options += ["lineup.undistilled_steps=1", "lineup.student_steps=[1]", "latency_repeats=1", "bootstrap_samples=5"]
+    command = ["model=tiny", f"models=[lcm:{file}]", "data=twemoji", "evaluation=quick", "logger=csv", "run_dir=done"]
+    finished = subprocess.run(
+        [sys.executable, str(ROOT / "evaluate.py"), *command, *(f"evaluation.{option}" for option in options)],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=240,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "XDG_CACHE_HOME": str(tmp_path / "cache"), "PYTHONPATH": str(ROOT)},
+        check=False,
+    )
+    assert finished.returncode == 0, finished.stderr
+    models = json.loads((tmp_path / "done" / "metrics.json").read_text())["models"]
+    assert "student" in {model["role"] for model in models}

@@ -349,12 +349,12 @@ def adaptable_layers(network: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 
 def match_layers(
-    file: LoraFile, networks: Mapping[str, nn.Module]
+    file: LoraFile, networks: Mapping[str, nn.Module], said: str
 ) -> tuple[dict[str, dict[str, LayerUpdate]], list[str]]:
     """Updates by network and name of its layer, and keys that would be unused. Networks that are not given have none.
 
     Raises:
-        ValueError: two updates are of the same layer; the message is the key of the second.
+        UserError: two updates are of the same layer; begins with `said`.
     """
     names = {network: _layers_by_name(networks[network]) for network in {net for net, _ in file.updates} & {*networks}}
     matched: dict[str, dict[str, LayerUpdate]] = {}
@@ -364,7 +364,9 @@ def match_layers(
         if layer is None:
             unused.append(update.key)
         elif layer in matched.setdefault(network, {}):
-            raise ValueError(update.key)
+            raise UserError(
+                f"{said}: has two updates of one layer ({short(update.key)} is the second); export it again"
+            )
         else:
             matched[network][layer] = update
     return {network: updates for network, updates in matched.items() if updates}, sorted(unused)
@@ -378,10 +380,7 @@ def fit(
     Raises:
         UserError: not all of the file fits the networks; begins with `said`.
     """
-    try:
-        matched, unused = match_layers(file, networks)
-    except ValueError as error:
-        raise UserError(f"{said}: has two updates of one layer ({short(error)} is the second); export again") from error
+    matched, unused = match_layers(file, networks, said)
     model_name, base = short(model_name, 40), file.base_model
     misfits = [] if unused else [update.key for update in _shape(matched, networks)]
     if (unused or misfits) and base not in (None, BASE_MODELS.get(networks["unet"].config.cross_attention_dim)):
