@@ -26,6 +26,7 @@ USES = {
     "train": {"callbacks", "config", "runs"},
     "evaluate": {"config", "evaluation"},
     "generate": {"config", "methods", "models", "output"},
+    "inspect": {"models", "runs"},
 }
 
 

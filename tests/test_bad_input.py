@@ -26,7 +26,8 @@ from PIL import Image
 
 from helpers.commands import ROOT, in_process
 from lcm_lightning.methods.lcm_lora import LcmLoraDistillation
-from lcm_lightning.models.adapters import LoraSettings, add_lora, lora_state_dict, save_lora
+from lcm_lightning.models.adapters import LoraSettings, add_lora, lora_state_dict
+from lcm_lightning.models.lora_files import save_lora
 from lcm_lightning.models.stable_diffusion import load_stable_diffusion
 from lcm_lightning.runs.contents import Adapter, write_manifest
 

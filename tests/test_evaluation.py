@@ -33,9 +33,9 @@ from lcm_lightning.models.adapters import (
     lora_parameters,
     lora_state_dict,
     merged_adapters,
-    save_lora,
 )
 from lcm_lightning.models.architectures import SD15_SCHEDULER
+from lcm_lightning.models.lora_files import save_lora
 from lcm_lightning.models.sampling import DDIM, make_scheduler, sample
 from lcm_lightning.models.stable_diffusion import StableDiffusion, load_stable_diffusion
 

@@ -11,6 +11,7 @@ from PIL import Image
 from rich.console import Console
 from safetensors.torch import load_file, save_file
 
+from lcm_lightning.errors import UserError
 from lcm_lightning.evaluation.contenders import Contender
 from lcm_lightning.evaluation.drawing import (
     Drawing,
@@ -63,6 +64,18 @@ def test_a_batch_keeps_its_latents_and_is_drawn_again_without_them(tiny_model: S
     pixels = (tiny_model.decode_latents(read_latents(tmp_path, range(0, 2)))[1] * 255).round()
     image = torch.from_numpy(np.array(Image.open(image_file(tmp_path, 1)))).permute(2, 0, 1)
     assert (pixels - image).abs().max() <= 3
+
+
+def test_pictures_that_are_not_finite_are_refused_and_not_kept(tiny_model: StableDiffusion, tmp_path: Path):
+    tiny_model.unet.conv_out.weight.data[0, 0] = float("nan")
+    drawing = Drawing(["a dog"], seed=0, resolution=32, batch_size=1)
+    fabric = Fabric(accelerator="cpu", devices=1)
+    with (
+        image_progress(disable=True) as progress,
+        pytest.raises(UserError, match=r"1 step: draws pictures whose values are not finite; try dtype=float32"),
+    ):
+        draw_missing(tiny_model, contender("base", "base", steps=1), drawing, tmp_path, fabric, progress)
+    assert not list(tmp_path.iterdir())
 
 
 def test_only_bars_of_images_tell_images_per_second():

@@ -21,17 +21,10 @@ from lcm_lightning.errors import UserError
 from lcm_lightning.methods.adapter_training import AdapterTraining
 from lcm_lightning.methods.lcm_lora import LcmLoraDistillation
 from lcm_lightning.methods.lora import LoraFinetuning
-from lcm_lightning.models.adapters import (
-    LORA_FILE,
-    LoraSettings,
-    active_adapters,
-    add_lora,
-    fuse_lora,
-    load_lora,
-    lora_parameters,
-)
+from lcm_lightning.models.adapters import LoraSettings, active_adapters, add_lora, fuse_lora, load_lora, lora_parameters
 from lcm_lightning.models.architectures import SD15_UNET
 from lcm_lightning.models.condition import Condition
+from lcm_lightning.models.lora_files import LORA_FILE
 from lcm_lightning.models.stable_diffusion import StableDiffusion, load_stable_diffusion
 
 GENERATOR_SEED = 5

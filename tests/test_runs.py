@@ -9,16 +9,9 @@ from omegaconf import OmegaConf
 from safetensors.torch import load_file
 
 from lcm_lightning.methods import adapter_kinds
-from lcm_lightning.models.adapters import (
-    LORA_FILE,
-    LoraSettings,
-    active_adapters,
-    add_lora,
-    lora_parameters,
-    lora_state_dict,
-    save_lora,
-)
+from lcm_lightning.models.adapters import LoraSettings, active_adapters, add_lora, lora_parameters, lora_state_dict
 from lcm_lightning.models.condition import Condition
+from lcm_lightning.models.lora_files import LORA_FILE, save_lora
 from lcm_lightning.models.stable_diffusion import StableDiffusion, load_stable_diffusion
 from lcm_lightning.runs.contents import Adapter, write_manifest
 from lcm_lightning.runs.loading import load_run

@@ -18,9 +18,10 @@ from lcm_lightning.callbacks.numerical_faults import NumericalFaults
 from lcm_lightning.data.datamodule import CaptionedImages
 from lcm_lightning.methods.adapter_training import AdapterTraining
 from lcm_lightning.methods.randomness import SampleRandomness
-from lcm_lightning.models.adapters import LORA_FILE, LoraSettings, active_adapters, lora_parameters
+from lcm_lightning.models.adapters import LoraSettings, active_adapters, lora_parameters
 from lcm_lightning.models.condition import Condition
 from lcm_lightning.models.kinds import AdapterKind
+from lcm_lightning.models.lora_files import LORA_FILE
 from lcm_lightning.models.stable_diffusion import load_stable_diffusion
 from lcm_lightning.runs.checkpoint_files import AtomicCheckpointIO
 from lcm_lightning.runs.contents import read_manifest

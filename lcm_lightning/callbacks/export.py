@@ -10,8 +10,8 @@ from lightning.pytorch.loggers import WandbLogger
 from torch import Tensor
 
 from lcm_lightning.methods.adapter_training import AdapterTraining
-from lcm_lightning.models.adapters import LORA_FILE, kohya_state_dict, locate_lora, lora_state_dict, save_lora
-from lcm_lightning.output.files import write_atomic
+from lcm_lightning.models.adapters import kohya_state_dict, lora_state_dict
+from lcm_lightning.models.lora_files import LORA_FILE, copy_lora, save_lora
 from lcm_lightning.runs.contents import Adapter, write_manifest
 
 log = logging.getLogger(__name__)
@@ -79,7 +79,7 @@ class ExportLora(L.Callback):
             return []
         kind, source = module.below
         if not (self.folder / TEACHER_FILE).is_file():
-            write_atomic(self.folder / TEACHER_FILE, locate_lora(source).read_bytes())
+            copy_lora(source, self.folder / TEACHER_FILE)
         return [Adapter(kind, TEACHER_FILE)]
 
 

@@ -17,8 +17,9 @@ from lcm_lightning.config.instantiate import instantiate_group, parse_dtype
 from lcm_lightning.errors import UserError
 from lcm_lightning.evaluation.model_sources import DataChoice, LoadedModel, ModelSource
 from lcm_lightning.methods import adapter_kinds
-from lcm_lightning.models.adapters import load_lora, locate_lora, set_active_adapters
+from lcm_lightning.models.adapters import load_lora, set_active_adapters
 from lcm_lightning.models.kinds import AdapterKind
+from lcm_lightning.models.lora_files import locate_lora
 from lcm_lightning.models.stable_diffusion import StableDiffusion
 from lcm_lightning.runs.contents import MANIFEST, read_config, read_manifest
 from lcm_lightning.runs.loading import load_run

@@ -11,10 +11,11 @@ from lcm_lightning.diffusion.consistency import Denoiser, GuidedDenoiser
 from lcm_lightning.errors import UserError
 from lcm_lightning.methods.adapter_training import AdapterTraining
 from lcm_lightning.methods.lora import LoraFinetuning
-from lcm_lightning.models.adapters import active_adapters, fuse_lora, locate_lora
+from lcm_lightning.models.adapters import active_adapters, fuse_lora
 from lcm_lightning.models.condition import Condition
 from lcm_lightning.models.kinds import AdapterKind
 from lcm_lightning.models.latent_diffusion import LatentDiffusionModel
+from lcm_lightning.models.lora_files import locate_lora
 from lcm_lightning.models.stable_diffusion import StableDiffusion
 
 

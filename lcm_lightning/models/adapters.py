@@ -3,32 +3,28 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from diffusers import StableDiffusionPipeline, UNet2DConditionModel
-from huggingface_hub import HfApi, hf_hub_download
-from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError
-from peft import LoraConfig, get_peft_model_state_dict
+from peft import LoraConfig, get_peft_model_state_dict, inject_adapter_in_model
 from peft.tuners.lora import LoraLayer
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from lcm_lightning.errors import UserError, first_line
+from lcm_lightning.errors import UserError
 from lcm_lightning.models.dropout import SampleDropout
+from lcm_lightning.models.lora_files import LayerUpdate, adaptable_layers, fit, locate_lora, read_lora, short
 from lcm_lightning.models.lora_layers import FUSED_LAYERS
 from lcm_lightning.models.sampling import DDIM, make_scheduler
 from lcm_lightning.models.stable_diffusion import StableDiffusion
-from lcm_lightning.output.files import write_atomic
 
 log = logging.getLogger(__name__)
 
-LORA_FILE = "pytorch_lora_weights.safetensors"
 ROUNDING = 0.1
 
 ATTENTION_LAYERS = ("to_q", "to_k", "to_v", "to_out.0")
@@ -80,11 +76,7 @@ class LoraSettings:
 
         A preset keeps those that occur: a UNet without `conv_shortcut` is no error. A name given by hand must occur.
         """
-        layers = [
-            name.removesuffix(".base_layer")  # of a layer that carries another adapter
-            for name, module in unet.named_modules()
-            if isinstance(module, nn.Linear | nn.Conv2d) and ".lora_" not in name
-        ]
+        layers = [name for name, _ in adaptable_layers(unet)]
         if isinstance(self.target_modules, str):
             if self.target_modules not in TARGET_PRESETS:
                 raise UserError(
@@ -179,90 +171,43 @@ def active_adapters(module: nn.Module, names: Sequence[str]) -> Iterator[None]:
             layer._active_adapter, layer._disable_adapters = active, disabled
 
 
-def locate_lora(source: str | Path, key: str = "lora") -> Path:
-    """The safetensors file of `source`: a run folder, a folder with a LoRA file, a file, or a hub id (downloaded).
-
-    Raises:
-        UserError: nothing is there, or the file is not safetensors; names `key`, the setting that gave `source`.
-    """
-    path = Path(source).expanduser()
-    for candidate in (path, path / "lora" / LORA_FILE, path / LORA_FILE):
-        if candidate.is_file():
-            if candidate.suffix != ".safetensors":
-                raise UserError(f"{key}={source}: only .safetensors is read, other formats can run code; convert it")
-            return candidate
-    if path.is_dir():
-        raise UserError(
-            f"{key}={source}: holds neither lora/{LORA_FILE} (a run) nor {LORA_FILE}; did the run reach its first "
-            "validation?"
-        )
-    if str(source).startswith((".", "/", "~")) or str(source).count("/") != 1:
-        raise UserError(f"{key}={source}: no such file or folder; give a run folder, a .safetensors file or a hub id")
-    return _download_lora(str(source), key)
-
-
-def _download_lora(hub_id: str, key: str) -> Path:
-    try:
-        with suppress(EntryNotFoundError):
-            return Path(hf_hub_download(hub_id, LORA_FILE))  # from the cache where the hub cannot be reached
-        files = [name for name in HfApi().list_repo_files(hub_id) if name.endswith(".safetensors")]
-        if len(files) == 1:
-            return Path(hf_hub_download(hub_id, files[0]))
-    except (OSError, ValueError, HfHubHTTPError) as error:
-        raise UserError(
-            f"{key}={hub_id}: no such folder here, and the hub cannot be asked for it ({first_line(error)}). Give a "
-            "local run folder or .safetensors file, or check the id, the network and `hf auth login`"
-        ) from error
-    raise UserError(
-        f"{key}={hub_id}: expected {LORA_FILE} or one .safetensors file there, found {files or 'none'}; download one "
-        f"with `hf download {hub_id} FILE` and give its path"
-    )
-
-
 def load_lora(model: StableDiffusion, source: str | Path, name: str, key: str = "lora") -> None:
-    """Add the LoRA at `source` (see `locate_lora`; diffusers or kohya keys) as frozen, active adapter `name`.
+    """Add the LoRA at `source` (see `locate_lora`; of any layout in `lora_files`) as frozen, active adapter `name`.
 
     Raises:
-        UserError: it cannot be read, or was made for another base model; names `key`, the setting that gave `source`.
+        UserError: it cannot be read whole, or was made for another base model; names `key`, the setting that gave
+            `source`.
     """
-    path = locate_lora(source, key)
-    try:
-        with safe_open(path, "pt") as file:
-            _refuse_more_than_lora(file.keys(), source, key)
-        state_dict, alphas, metadata = StableDiffusionPipeline.lora_state_dict(
-            str(path.parent),
-            weight_name=path.name,
-            unet_config=model.unet.config,
-            local_files_only=True,
-            return_lora_metadata=True,
-        )
-        StableDiffusionPipeline.load_lora_into_unet(
-            state_dict, alphas, model.unet, adapter_name=name, metadata=metadata
-        )
-        if any(tensor.startswith("text_encoder.") for tensor in state_dict):
-            model.load_encoders()
-            StableDiffusionPipeline.load_lora_into_text_encoder(
-                state_dict, alphas, model.text_encoder, adapter_name=name, metadata=metadata
-            )
-    except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
-        message = str(error)
-        if "size mismatch" in message:
-            raise UserError(
-                f"{key}={source}: its shapes do not fit {model.name_or_path}; it was made for another base model"
-            ) from error
-        raise UserError(f"{key}={source}: cannot be loaded ({first_line(error)})") from error
-    parameters = lora_parameters(model, name)
-    if not parameters:
-        raise UserError(f"{key}={source}: no key fits {model.name_or_path}; it was made for another kind of model")
-    for parameter in parameters:
+    said = f"{key}={short(source, 80)}"
+    file = read_lora(locate_lora(source, key), said)
+    if any(network == "text_encoder" for network, _ in file.updates):
+        model.load_encoders()
+    networks = {"unet": model.unet, "text_encoder": model.text_encoder}
+    for network, updates in fit(file, networks, said, model.name_or_path).items():
+        _add_frozen(networks[network], name, updates)
+
+
+@torch.no_grad()
+def _add_frozen(network: nn.Module, name: str, updates: Mapping[str, LayerUpdate]) -> None:
+    """Add updates, by name of the layer, as adapter `name`."""
+    first = next(iter(updates.values()))
+    others = {f"^{re.escape(layer)}": update for layer, update in updates.items()}
+    config = LoraConfig(
+        r=first.rank,
+        lora_alpha=first.alpha,  # type: ignore[arg-type]  # computes with fractions too
+        target_modules="|".join(map(re.escape, updates)),
+        rank_pattern={layer: update.rank for layer, update in others.items() if update.rank != first.rank},
+        alpha_pattern={layer: update.alpha for layer, update in others.items() if update.alpha != first.alpha},
+    )
+    inject_adapter_in_model(config, network, name)  # transformers' add_adapter wants a newer peft than there may be
+    network._hf_peft_config_loaded = True  # type: ignore[assignment]  # by which diffusers and transformers know that there is one
+    for adapted in lora_layers(network):
+        adapted.set_adapter(name)
+    for layer, update in updates.items():
+        network.get_parameter(f"{layer}.lora_A.{name}.weight").copy_(update.down)
+        network.get_parameter(f"{layer}.lora_B.{name}.weight").copy_(update.up)
+    for parameter in lora_parameters(network, name):
         parameter.requires_grad_(False)
-
-
-def _refuse_more_than_lora(names: Iterable[str], source: str | Path, key: str) -> None:
-    """Raise a `UserError` for a DoRA, whose magnitudes no sum of weights can hold. diffusers drops some of its keys."""
-    for name in names:
-        if "lora_magnitude_vector" in name or "dora_scale" in name:
-            raise UserError(f"{key}={source}: is a DoRA (it has {name}); only LoRA is supported")
 
 
 def _update(layer: LoraLayer, name: str) -> Tensor:
@@ -351,12 +296,6 @@ def kohya_state_dict(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
         if side == "lora_A":
             tensors[f"{prefix}.alpha"] = torch.tensor(float(tensor.shape[0]))
     return tensors
-
-
-def save_lora(state_dict: dict[str, Tensor], path: Path) -> None:
-    """Write a LoRA's tensors as `path` (.safetensors), whole or not at all. Raises `OSError`."""
-    # safetensors' save_file makes files that only their owner can read.
-    write_atomic(path, save({key: tensor.contiguous() for key, tensor in state_dict.items()}, {"format": "pt"}))
 
 
 def as_pipeline(model: StableDiffusion) -> StableDiffusionPipeline:

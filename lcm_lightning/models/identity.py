@@ -9,13 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import StableDiffusionPipeline
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers import CLIPTokenizer
 
 from lcm_lightning.errors import UserError, first_line
-from lcm_lightning.models.adapters import locate_lora, lora_layers
+from lcm_lightning.models.adapters import lora_layers
+from lcm_lightning.models.lora_files import locate_lora, read_lora, short
 from lcm_lightning.models.stable_diffusion import StableDiffusion
 
 # Of the text encoder's config: what changes its output and not the shape or number of its weights.
@@ -111,16 +111,15 @@ def token_embeddings_digest(text_tower: nn.Module, dtype: torch.dtype) -> str:
 
 def text_lora_digest(source: str) -> str | None:
     """Hash of a LoRA's part on the text encoder; None where it has none. Raises `UserError`."""
-    path = locate_lora(source)
-    try:
-        tensors, alphas = StableDiffusionPipeline.lora_state_dict(
-            str(path.parent), weight_name=path.name, local_files_only=True
-        )
-    except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
-        raise UserError(f"teacher_lora={source}: cannot be loaded ({first_line(error)})") from error
-    part = sorted((name, tensor) for name, tensor in tensors.items() if name.startswith("text_encoder."))
-    scales = sorted((name, torch.tensor(a)) for name, a in (alphas or {}).items() if name.startswith("text_encoder."))
-    return tensors_digest([*part, *scales])[:DIGITS] if part else None
+    key = "teacher_lora"
+    file = read_lora(locate_lora(source, key), f"{key}={short(source, 80)}")
+    part = {
+        f"{name.replace('.', '_').removeprefix('text_model_')} {side}": tensor
+        for (network, name), update in file.updates.items()
+        if network == "text_encoder"
+        for side, tensor in (("down", update.down.float()), ("up", update.scale * update.up.float()))
+    }
+    return tensors_digest(sorted(part.items()))[:DIGITS] if part else None
 
 
 def tokenizer_digest(tokenizer: CLIPTokenizer) -> str:

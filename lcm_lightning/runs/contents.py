@@ -13,8 +13,8 @@ from omegaconf import DictConfig, OmegaConf
 
 from lcm_lightning.errors import UserError, first_line
 from lcm_lightning.methods import adapter_kinds
-from lcm_lightning.models.adapters import LORA_FILE
 from lcm_lightning.models.kinds import AdapterKind
+from lcm_lightning.models.lora_files import LORA_FILE
 from lcm_lightning.output.files import write_atomic
 from lcm_lightning.runs.folders import OVERRIDES
 

@@ -1,0 +1,187 @@
+"""`python -m lcm_lightning.inspect FILE_OR_FOLDER`: what a LoRA, a run or a model is, without loading a model."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import UNet2DConditionModel
+from huggingface_hub.errors import StrictDataclassError
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table
+from torch import nn
+from transformers import CLIPTextConfig, CLIPTextModel
+
+from lcm_lightning.errors import UserError, first_line, program, report_user_errors
+from lcm_lightning.models.architectures import SD15_TEXT, SD15_UNET
+from lcm_lightning.models.lora_files import (
+    BASE_MODELS,
+    LORA_FILE,
+    PEFT_FILE,
+    LoraFile,
+    fit,
+    locate_lora,
+    match_layers,
+    read_lora,
+    short,
+)
+from lcm_lightning.runs.contents import MANIFEST, read_manifest
+
+SHOWN = 10  # exceptions and unused keys
+SD2_UNET = {**SD15_UNET, "cross_attention_dim": 1024, "use_linear_projection": True}
+SD2_TEXT = {
+    **SD15_TEXT,
+    "hidden_size": 1024,
+    "intermediate_size": 4096,
+    "num_hidden_layers": 23,
+    "num_attention_heads": 16,
+}
+ARCHITECTURES = {"Stable Diffusion 1": (SD15_UNET, SD15_TEXT), "Stable Diffusion 2": (SD2_UNET, SD2_TEXT)}
+
+
+@report_user_errors
+def main() -> None:
+    """Entry point."""
+    parser = argparse.ArgumentParser(prog=program(), description="Says what a LoRA, a run or a model is.")
+    parser.add_argument("place", type=Path, metavar="FILE_OR_FOLDER", help="a .safetensors file, a run or a model")
+    parser.add_argument("--model", type=Path, metavar="FOLDER", help="a model's folder, which the LoRA is to fit")
+    arguments = parser.parse_args()
+    networks = None if arguments.model is None else networks_of(arguments.model)
+    for title, rows in describe(arguments.place, networks):
+        table = Table("", "", title=title, title_justify="left", box=SIMPLE_HEAD, show_header=False)
+        for label, text in rows:
+            table.add_row(label, text)
+        Console(markup=False, highlight=False).print(table)
+
+
+def describe(
+    place: Path, networks: Mapping[str, nn.Module] | None = None
+) -> Iterator[tuple[str, list[tuple[str, str]]]]:
+    """Titles and rows of label and text for everything that is at `place`.
+
+    Args:
+        networks: those that a LoRA is to fit; None: those of the base model that it tells.
+
+    Raises:
+        UserError: nothing of the kind is there.
+    """
+    if not place.exists():
+        raise UserError(f"{place}: no such file or folder; give a LoRA file, a run's folder or a model's")
+    run = place.parent if (place / MANIFEST).is_file() else place
+    if (run / "lora" / MANIFEST).is_file():
+        for adapter in read_manifest(run):
+            kind, file = adapter.kind, run / "lora" / adapter.file
+            use = f"{kind.sampler.name}, {kind.steps} steps, guidance {kind.guidance_scale:g}"
+            yield str(file), [("adapter", f"{kind.name} ({kind.title})"), ("drawn by", use), *lora_rows(file, networks)]
+    elif (place / "model_index.json").is_file():
+        yield str(place), model_rows(place)
+    else:
+        if place.is_dir() and not any((place / name).is_file() for name in (LORA_FILE, PEFT_FILE)):
+            raise UserError(
+                f"{place}: holds no LoRA, no {MANIFEST} of a run and no model_index.json; give one that does"
+            )
+        file = locate_lora(place.absolute(), "LoRA")
+        yield str(file), lora_rows(file, networks)
+
+
+def lora_rows(path: Path, networks: Mapping[str, nn.Module] | None) -> list[tuple[str, str]]:
+    """What a LoRA file holds."""
+    file = read_lora(path, short(path, 80))
+    rows = [("layout", file.layout), ("base model", base_model(file))]
+    for network, number in Counter(network for network, _ in file.updates).items():
+        rows.append((network.replace("_", " "), f"{number} layers"))
+    return [*rows, *scale_rows(file), fitting(file, networks, short(path, 80))]
+
+
+def base_model(file: LoraFile) -> str:
+    """The base model, and what tells it."""
+    width = file.cross_attention_dim
+    if width is None:
+        return f"{file.base_model}, by its layers" if file.base_model else "not told: no cross-attention in it"
+    return f"{file.base_model or 'unknown'}, by a cross-attention of width {width}"
+
+
+def scale_rows(file: LoraFile) -> list[tuple[str, str]]:
+    """Rank and alpha of most layers, and which layers have others."""
+    scales = {name: f"rank {update.rank}, alpha {update.alpha:g}" for (_, name), update in file.updates.items()}
+    if not scales:
+        return []
+    ((usual, number),) = Counter(scales.values()).most_common(1)
+    others = [f"{name}: {scale}" for name, scale in scales.items() if scale != usual]
+    rows = [("scale", f"{usual} ({number} of {len(scales)} layers)")]
+    return [*rows, ("others", listed(others))] if others else rows
+
+
+def fitting(file: LoraFile, networks: Mapping[str, nn.Module] | None, said: str) -> tuple[str, str]:
+    """Keys that no layer takes, of `networks` or of the base model that the file tells; or why it does not fit."""
+    if file.base_model == "SDXL":
+        return "unused", "all, as LoRAs for SDXL are not read"
+    known = networks or networks_like(file.base_model)
+    if known is None:
+        return "unused", f"{listed(list(file.unused))}; --model FOLDER compares with a model's layers"
+    try:
+        if unused := match_layers(file, known, said)[1]:
+            return "unused", listed(unused)
+        fit(file, known, said, "this model")
+    except UserError as error:
+        return "refused", str(error)
+    return "unused", "none"
+
+
+def listed(texts: list[str]) -> str:
+    """The first of them, a line each, and how many more there are."""
+    more = [f"... and {len(texts) - SHOWN} more"] if len(texts) > SHOWN else []
+    return "\n".join([*texts[:SHOWN], *more]) or "none"
+
+
+def networks_like(base_model: str | None) -> dict[str, nn.Module] | None:
+    """UNet and text encoder of a base model, without memory behind their weights."""
+    return None if base_model not in ARCHITECTURES else build(*ARCHITECTURES[base_model])
+
+
+def networks_of(folder: Path) -> dict[str, nn.Module]:
+    """UNet and text encoder of the model in `folder`, without memory behind their weights."""
+    unet, text = (read_json(folder / name / "config.json") for name in ("unet", "text_encoder"))
+    return build(unet, text)
+
+
+def build(unet: Mapping[str, Any], text: Mapping[str, Any]) -> dict[str, nn.Module]:
+    """Both networks by their configs."""
+    try:
+        with torch.device("meta"):
+            text_encoder = CLIPTextModel(CLIPTextConfig(**text))
+            return {"unet": UNet2DConditionModel.from_config(dict(unet)), "text_encoder": text_encoder}
+    except (TypeError, ValueError, StrictDataclassError) as error:
+        raise UserError(f"--model: its configs are of no Stable Diffusion ({first_line(error)[:100]})") from error
+
+
+def model_rows(folder: Path) -> list[tuple[str, str]]:
+    """What a model's folder says of itself."""
+    unet = read_json(folder / "unet" / "config.json")
+    scheduler = read_json(folder / "scheduler" / "scheduler_config.json")
+    width: Any = unet.get("cross_attention_dim")
+    return [
+        ("pipeline", str(read_json(folder / "model_index.json").get("_class_name"))),
+        ("base model", f"{BASE_MODELS.get(width, 'unknown')}, by cross-attention {width} wide"),
+        ("UNet", f"blocks of {', '.join(map(str, unet.get('block_out_channels', ())))} channels"),
+        ("latents", f"{unet.get('sample_size')} wide, {unet.get('in_channels')} channels"),
+        ("predicts", str(scheduler.get("prediction_type"))),
+    ]
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """An object of a file. Raises `UserError`."""
+    try:
+        return dict(json.loads(path.read_text()))
+    except (OSError, ValueError, TypeError) as error:
+        raise UserError(f"{short(path, 80)}: cannot be read ({first_line(error)[:100]}); download it again") from error
+
+
+if __name__ == "__main__":
+    main()
