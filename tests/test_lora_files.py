@@ -448,6 +448,7 @@ REFUSED = {
     "NaN in down": (with_value("lora_down.weight", float("nan")), "not finite"),
     "infinity in up": (with_value("lora_up.weight", float("inf")), "not finite"),
     "NaN in alpha": (with_value(".alpha", float("nan")), "not finite"),
+    "integers": (lambda t: {**t, key_of(t, "lora_up.weight"): torch.ones(32, 4, dtype=torch.int8)}, "type torch.int8"),
     "alpha of several numbers": (
         lambda t: {**t, key_of(t, ".alpha"): torch.ones(2)},
         "is not one number",
@@ -567,6 +568,7 @@ def test_what_cannot_be_read_whole_is_refused_in_one_sentence(
         ({"r": 16, "lora_alpha": 4}, "has rank 4, its settings say 16"),
         ({"r": 4, "lora_alpha": "much"}, "settings of rank and alpha cannot be read"),
         ({"r": 4, "lora_alpha": 4, "alpha_pattern": {"to_q(": 3}}, "settings of rank and alpha cannot be read"),
+        ({"r": 4, "lora_alpha": float("nan")}, "alpha nan"),
         ([1, 2], f"{PEFT_CONFIG} cannot be read"),
     ],
 )
@@ -682,7 +684,7 @@ def test_inspect_ends_with_a_sentence_for_what_is_nothing(
         with pytest.raises(SystemExit) as ended:
             said_of(place, monkeypatch=monkeypatch, capsys=capsys)
         said = capsys.readouterr().err
-        assert ended.value.code == 2 and said.startswith("error: ") and str(place) in said and len(said) <= 300
+        assert ended.value.code == 2 and said.startswith("error: ") and place.name in said and len(said) <= 300
 
 
 # ---- as a command --------------------------------------------------------------------------------------------------

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
@@ -198,6 +199,8 @@ def read_lora(path: Path, said: str) -> LoraFile:
     except (OSError, SafetensorError, RuntimeError) as error:
         raise UserError(f"{said}: cannot be loaded ({first_line(error)[:120]}); download or export it again") from error
     for key, tensor in tensors.items():
+        if tensor.ndim > 1 and not tensor.is_floating_point():
+            raise UserError(f"{said}: {short(key)} is of type {tensor.dtype}; save it in float16 or float32")
         if not torch.isfinite(tensor.float()).all():
             raise UserError(f"{said}: {short(key)} holds values that are not finite; take one from before it diverged")
     configs, alpha_elsewhere = _configs(path, metadata, keys, said)
@@ -218,8 +221,9 @@ def read_lora(path: Path, said: str) -> LoraFile:
 
 
 def short(text: object, limit: int = 60) -> str:
-    """The end of a long path or key, so that a message stays one that is read."""
-    return str(text) if len(str(text)) <= limit else f"...{str(text)[3 - limit :]}"
+    """A long path or key without its middle, so that a message stays one that is read."""
+    whole, start = str(text), limit // 4
+    return whole if len(whole) <= limit else f"{whole[:start]}...{whole[start + 3 - limit :]}"
 
 
 def _refuse_other_kinds(keys: list[str], said: str) -> None:
@@ -333,6 +337,8 @@ def _configured_alpha(config: Mapping[str, Any] | None, name: str, rank: int, sa
         expected, alpha = value("r", "rank_pattern"), float(value("lora_alpha", "alpha_pattern"))
     except (AttributeError, TypeError, ValueError, re.error) as error:
         raise UserError(f"{said}: its settings of rank and alpha cannot be read; export it again") from error
+    if not math.isfinite(alpha):
+        raise UserError(f"{said}: its settings give {short(name)} alpha {alpha}; export it again")
     if expected != rank:
         raise UserError(f"{said}: {short(name)} has rank {rank}, its settings say {expected}; export both again")
     return alpha * rank**0.5 if config.get("use_rslora") else alpha
