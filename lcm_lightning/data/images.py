@@ -6,7 +6,7 @@ import io
 import warnings
 
 import numpy as np
-from PIL import ExifTags, Image
+from PIL import ExifTags, Image, UnidentifiedImageError
 
 # A JPEG of a few kilobytes can announce an image of a terabyte; few training photos are near 90 megapixels. Larger
 # JPEGs are decoded at a fraction of their size, up to Pillow's own limit (178 megapixels).
@@ -57,6 +57,8 @@ def open_image(data: bytes, max_side: int | None = None) -> Image.Image:
             image.load()
     except ImageFault:
         raise
+    except UnidentifiedImageError as error:
+        raise ImageFault(f"undecodable: none of {', '.join(FORMATS)}; convert it to one") from error
     except Image.DecompressionBombError as error:
         raise ImageFault(f"too large: {error}") from error
     except Exception as error:  # Pillow's decoders raise nearly anything on damaged bytes
