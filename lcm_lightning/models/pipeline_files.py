@@ -25,8 +25,13 @@ NETWORKS: dict[str, tuple[Any, str]] = {
     "vae": (AutoencoderKL, "diffusion_pytorch_model"),
     "text_encoder": (CLIPTextModel, "model"),
 }
-# What a UNet may want to be told beside timestep and caption.
-EXTRA_CONDITIONS = ("class_embed_type", "num_class_embeds", "addition_embed_type", "encoder_hid_dim_type")
+# By which a UNet may want to be told more than timestep and caption, and the values by which it makes that of these.
+EXTRA_CONDITIONS = {
+    "class_embed_type": (None,),
+    "num_class_embeds": (None,),
+    "addition_embed_type": (None, "text"),
+    "encoder_hid_dim_type": (None, "text_proj"),
+}
 # Latents along one side where a UNet's config doesn't say: those of SD v1.
 SAMPLE_SIZE = 64
 # Ids of the text encoder that a tokenizer may leave unused: embeddings are padded to round numbers.
@@ -102,12 +107,12 @@ def check_networks(folder: Path) -> None:
             f"{where}: {channels[0]} channels in and {channels[1]} out, where the VAE has {latents}; UNets for "
             "inpainting (9) and editing (8) are not supported: give a text-to-image model"
         )
-    if wanted := [name for name in EXTRA_CONDITIONS if unet.get(name) is not None]:
+    if wanted := [name for name, free in EXTRA_CONDITIONS.items() if unet.get(name) not in free]:
         raise UserError(
             f"{where}: {wanted[0]}={unet[wanted[0]]}: a condition beside the caption, which is not supported; give a "
             "Stable Diffusion v1 or v2 model"
         )
-    width, expected = text.get("hidden_size", 512), unet.get("cross_attention_dim", 1280)
+    width, expected = text.get("hidden_size", 512), unet.get("encoder_hid_dim") or unet.get("cross_attention_dim", 1280)
     if isinstance(expected, int) and width != expected:
         raise UserError(
             f"{where}: cross_attention_dim={expected}, where text_encoder/config.json has hidden_size={width}; take "
