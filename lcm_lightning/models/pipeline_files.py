@@ -140,14 +140,15 @@ def reading(folder: Path, part: str) -> Iterator[None]:
     except (UserError, MemoryError):
         raise
     except Exception as error:  # of half a dozen libraries
-        raise UserError(f"model.path={folder}: {part} cannot be loaded ({first_line(error)[:120]}); {AGAIN}") from error
+        said = first_line(error).replace(f"{folder}/", "")[:120]
+        raise UserError(f"model.path={folder}: cannot be loaded: {part} ({said}); {AGAIN}") from error
 
 
 def read_config(folder: Path, name: str) -> dict[str, Any]:
     """A network's config as it lies in the folder. Raises `UserError`."""
     file = folder / name / "config.json"
     if not file.is_file():
-        raise UserError(f"model.path={folder}: {name} cannot be loaded: there is no {name}/config.json; {AGAIN}")
+        raise UserError(f"model.path={folder}: cannot be loaded: there is no {name}/config.json; {AGAIN}")
     with reading(folder, f"{name}/config.json"):
         return dict(json.loads(file.read_text(encoding="utf-8")))
 
