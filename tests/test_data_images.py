@@ -9,9 +9,17 @@ import zlib
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageCms
 
-from lcm_lightning.data.images import ImageFault, crop_square, decode_image, normalise, resize_shorter_side, to_rgb
+from lcm_lightning.data.images import (
+    ImageFault,
+    crop_square,
+    decode_image,
+    normalise,
+    resize_shorter_side,
+    to_rgb,
+    to_srgb_transform,
+)
 
 
 def encoded(image, format="PNG", **options):
@@ -64,6 +72,91 @@ def test_transparent_pixels_are_white():
     image.paste((255, 0, 0, 255), (0, 0, 20, 40))
     rgb = decode_image(encoded(image))
     assert rgb.getpixel((10, 10)) == (255, 0, 0) and rgb.getpixel((30, 10)) == (255, 255, 255)
+
+
+def fixed(*values):
+    """Numbers as ICC profiles hold them."""
+    return struct.pack(f">{len(values)}i", *(round(value * 65536) for value in values))
+
+
+def icc_profile(space, tags):
+    """An ICC profile of a colour space with these tags (ICC.1:2010)."""
+    tags = {b"wtpt": b"XYZ \0\0\0\0" + fixed(0.9642, 1.0, 0.8249), **tags}
+    table, content = struct.pack(">I", len(tags)), b""
+    for name, data in tags.items():
+        data += b"\0" * (-len(data) % 4)
+        table += name + struct.pack(">II", 132 + 12 * len(tags) + len(content), len(data))
+        content += data
+    pcs = b"Lab " if space == b"CMYK" else b"XYZ "
+    header = struct.pack(
+        ">I4sI4s4s4s12s4s", 128 + len(table + content), b"", 4 << 24, b"mntr", space, pcs, b"", b"acsp"
+    )
+    header = (header + b"\0" * 28 + fixed(0.9642, 1.0, 0.8249)).ljust(128, b"\0")
+    return header + table + content
+
+
+def rgb_profile(*colorants):
+    """Of three primaries (X, Y, Z) under D50 and sRGB's curve."""
+    curve = b"para\0\0\0\0\0\3\0\0" + fixed(2.4, 1 / 1.055, 0.055 / 1.055, 1 / 12.92, 0.04045)
+    tags = {
+        letter + b"XYZ": b"XYZ \0\0\0\0" + fixed(*xyz)
+        for letter, xyz in zip((b"r", b"g", b"b"), colorants, strict=True)
+    }
+    return icc_profile(b"RGB ", {**tags, **{letter + b"TRC": curve for letter in (b"r", b"g", b"b")}})
+
+
+DISPLAY_P3 = rgb_profile((0.51512, 0.24120, -0.00105), (0.29198, 0.69225, 0.04189), (0.15710, 0.06657, 0.78407))
+LIKE_SRGB = rgb_profile((0.43607, 0.22249, 0.01392), (0.38515, 0.71687, 0.09708), (0.14307, 0.06061, 0.71410))
+LINEAR_GREY = icc_profile(b"GRAY", {b"kTRC": b"curv\0\0\0\0\0\0\0\0"})
+
+
+def cmyk_profile():
+    """Of inks that are all grey: Lab of the 16 corners, no colour in any."""
+    inks = [[corner >> 3, corner >> 2 & 1, corner >> 1 & 1, corner & 1] for corner in range(16)]
+    corners = bytes(value for c, m, y, k in inks for value in (0 if k else 255 - 40 * (c + m + y), 128, 128))
+    straight = bytes(range(256))
+    table = b"mft1\0\0\0\0\4\3\2\0" + fixed(1, 0, 0, 0, 1, 0, 0, 0, 1) + 4 * straight + corners + 3 * straight
+    return icc_profile(b"CMYK", {b"A2B0": table})
+
+
+@pytest.mark.parametrize("format", ["PNG", "JPEG", "WEBP", "TIFF"])
+def test_colours_of_a_phone_become_srgb(format):
+    image = Image.new("RGB", (40, 40), (60, 200, 60))
+    options = {"quality": 100, "lossless": True} if format in ("JPEG", "WEBP") else {}
+    pixel = decode_image(encoded(image, format, icc_profile=DISPLAY_P3, **options)).getpixel((20, 20))
+    assert pixel == pytest.approx((0, 203, 11), abs=4)
+    assert decode_image(encoded(image, format, **options)).getpixel((20, 20)) == pytest.approx((60, 200, 60), abs=2)
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "P"])
+def test_colours_are_converted_before_they_are_laid_on_white(mode):
+    image = Image.new("RGBA", (40, 40), (60, 200, 60, 255)).convert(mode)
+    pixel = decode_image(encoded(image, icc_profile=DISPLAY_P3)).getpixel((20, 20))
+    assert pixel == pytest.approx((0, 203, 11), abs=4)
+    clear = Image.new("RGBA", (40, 40), (60, 200, 60, 0))
+    assert decode_image(encoded(clear, icc_profile=DISPLAY_P3)).getpixel((20, 20)) == (255, 255, 255)
+
+
+def test_grey_and_cmyk_have_profiles_too():
+    grey = decode_image(encoded(Image.new("L", (40, 40), 128), icc_profile=LINEAR_GREY))
+    assert grey.getpixel((20, 20)) == pytest.approx((188, 188, 188), abs=1)
+    cyan = decode_image(encoded(Image.new("CMYK", (40, 40), (255, 0, 0, 0)), "TIFF", icc_profile=cmyk_profile()))
+    assert max(cyan.getpixel((20, 20))) - min(cyan.getpixel((20, 20))) <= 2 and cyan.getpixel((20, 20))[0] > 180
+
+
+@pytest.mark.parametrize("profile", [LIKE_SRGB, ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()])
+def test_pixels_in_srgb_stay_as_they_are(profile):
+    image = Image.effect_noise((40, 40), 90).convert("RGB")
+    assert to_srgb_transform(profile, "RGB") is None
+    assert np.array_equal(decode_image(encoded(image, icc_profile=profile)), image)
+
+
+@pytest.mark.parametrize(
+    "profile", [b"", b"none", DISPLAY_P3[:200], DISPLAY_P3[:128] + b"\xff" * 300, LINEAR_GREY, cmyk_profile()]
+)
+def test_a_profile_that_is_damaged_or_of_other_pixels_is_ignored(profile):
+    image = Image.new("RGB", (40, 40), (60, 200, 60))
+    assert decode_image(encoded(image, icc_profile=profile)).getpixel((20, 20)) == (60, 200, 60)
 
 
 def test_of_an_animation_the_first_frame_is_taken():

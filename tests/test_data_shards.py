@@ -152,6 +152,25 @@ class Trap:
         return (pytest.exit, ("unpickled",))
 
 
+def test_samples_whose_names_are_alike_before_a_dot_are_all_read(tmp_path):
+    members = {}
+    for number in range(6):
+        members |= {f"photo.v{number}.png": png(number), f"photo.v{number}.txt": f"caption {number}".encode()}
+    path = write_tar(tmp_path / "0.tar", {**members, "other.png": png(), "other.txt": b"other"})
+    samples = list(read_samples(path))
+    assert [sample["__key__"] for sample in samples] == [*(f"photo.v{number}" for number in range(6)), "other"]
+    assert [sample_captions(sample) for sample in samples[:6]] == [(f"caption {number}",) for number in range(6)]
+    assert all(sample["png"] == png(number) for number, sample in enumerate(samples[:6]))
+    assert count_samples(path).samples == 7
+
+
+@pytest.mark.parametrize("more", [{"a.seg.png": png(1)}, {"a.seg.png": png(1), "a.seg.json": b"{}"}])
+def test_other_members_of_a_sample_make_none_of_their_own(tmp_path, more):
+    path = write_tar(tmp_path / "0.tar", {"a.png": png(), "a.txt": b"one", **more})
+    (sample,) = read_samples(path)
+    assert sample["__key__"] == "a" and sample["png"] == png()
+
+
 def test_members_that_hold_pickles_are_never_read(tmp_path):
     trap = pickle.dumps(Trap())
     members = {f"a.{suffix}": trap for suffix in ("pyd", "pth", "pkl", "npy", "ten")}

@@ -18,6 +18,7 @@ from lcm_lightning.data.records import Record
 from lcm_lightning.data.shards import find_shards, fingerprint, iterate_shards, open_split
 from lcm_lightning.data.writing import ShardSettings, encode_image, write_shard, write_shards
 from lcm_lightning.errors import UserError
+from test_data_images import DISPLAY_P3
 
 
 def image_bytes(format="PNG", size=(48, 40), mode="RGB", seed=0, **options):
@@ -304,3 +305,23 @@ def test_the_shorter_side_is_judged_before_large_images_are_reduced():
     assert encode_image(buffer.getvalue(), ShardSettings(max_side=200, min_side=60))[0] == "jpg"
     with pytest.raises(ImageFault, match="too small: 3000x60"):
         encode_image(buffer.getvalue(), ShardSettings(max_side=200, min_side=61))
+
+
+def test_a_photo_stored_as_it_is_keeps_its_profile_and_comes_out_in_srgb(tmp_path):
+    photo = image_bytes("JPEG", icc_profile=DISPLAY_P3)
+    write([Record("a", photo, ("one",), "train")], tmp_path)
+    (written,) = (content for name, content in members(tmp_path / "train-000000.tar").items() if name == "a.jpg")
+    assert written == photo
+    shards = open_split(find_shards(str(tmp_path)), "train")
+    (sample,) = iterate_shards(shards)
+    with_profile, without = np.asarray(sample.image, int), np.asarray(Image.open(io.BytesIO(photo)), int)
+    assert np.abs(with_profile - without).max() > 20
+
+
+@pytest.mark.parametrize("format", ["JPEG", "PNG"])
+def test_a_photo_encoded_again_is_in_srgb_and_has_no_profile(format):
+    buffer = io.BytesIO()
+    Image.new("RGB", (80, 80), (60, 200, 60)).save(buffer, format, icc_profile=DISPLAY_P3)
+    _, data = encode_image(buffer.getvalue(), replace(SMALL, max_side=40))
+    image = Image.open(io.BytesIO(data))
+    assert image.getpixel((20, 20)) == pytest.approx((0, 203, 11), abs=4) and "icc_profile" not in image.info

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import resource
 import signal
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -19,6 +20,9 @@ from lcm_lightning.callbacks.checkpoints import Checkpoints
 from lcm_lightning.callbacks.final_validation import FinalValidation
 from lcm_lightning.callbacks.loggers import MetricsFile
 from lcm_lightning.errors import UserError
+from lcm_lightning.methods.lora import LoraFinetuning
+from lcm_lightning.models.adapters import LoraSettings
+from lcm_lightning.models.stable_diffusion import load_stable_diffusion
 from lcm_lightning.runs.checkpoint_files import AtomicCheckpointIO, find_checkpoint, global_step
 from lcm_lightning.runs.folders import auto_run_folder
 from lcm_lightning.runs.preemption import Preempted
@@ -204,6 +208,50 @@ def test_a_longer_run_goes_on_from_the_end_of_a_shorter_one(tmp_path: Path, flic
     train(tmp_path, flickr_shards, max_steps=8)  # ends on a validation
     train(tmp_path, flickr_shards, max_steps=11)
     assert_same_end(folder, tmp_path)
+
+
+class Rates(L.Callback):
+    """Writes down the learning rate of each step."""
+
+    def __init__(self) -> None:
+        self.used: list[float] = []
+
+    def on_before_optimizer_step(self, trainer: L.Trainer, module: L.LightningModule, optimizer: Any) -> None:
+        self.used.append(optimizer.param_groups[0]["lr"])
+
+
+@pytest.mark.parametrize(("lr_scheduler", "warmup_steps"), [("cosine", 0), ("linear", 2), ("constant", 0)])
+def test_each_step_of_a_run_made_longer_takes_the_rate_of_the_longer_schedule(
+    tmp_path: Path, flickr_shards: Path, pipeline_folder: Path, lr_scheduler: str, warmup_steps: int
+):
+    def rates(max_steps: int, checkpoint: Path | None = None) -> list[float]:
+        module = LoraFinetuning(
+            load_stable_diffusion(str(pipeline_folder)),
+            lora=LoraSettings(rank=2),
+            optimizer=partial(torch.optim.AdamW, lr=1e-4),
+            lr_scheduler=lr_scheduler,
+            warmup_steps=warmup_steps,
+        )
+        kept = Rates()
+        trainer = L.Trainer(
+            accelerator="cpu",
+            max_steps=max_steps,
+            max_epochs=-1,
+            limit_val_batches=0,
+            logger=False,
+            callbacks=[kept],
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+        )
+        trainer.fit(module, datamodule=small_batches(flickr_shards), ckpt_path=checkpoint, weights_only=True)
+        trainer.save_checkpoint(tmp_path / f"{max_steps}.ckpt")
+        return kept.used
+
+    whole, first = rates(8), rates(4)
+    assert len(first) == 4
+    assert rates(8, tmp_path / "4.ckpt") == whole[4:]
+    assert whole[4] > 0
 
 
 @pytest.mark.parametrize(("max_steps", "accumulate"), [(6, 1), (12, 1), (18, 1), (3, 2), (6, 2)])

@@ -99,6 +99,8 @@ def build_module(cfg: DictConfig, precision: str, cache: LatentCache | None = No
         )
     if (drawn := OmegaConf.select(cfg, "callbacks.samples.resolution")) is not None:
         model.check_resolution(drawn, "callbacks.samples.resolution")
+    if OmegaConf.select(cfg, "callbacks.samples.teacher_steps") is not None:
+        model.check_steps(cfg.callbacks.samples.teacher_steps, "callbacks.samples.teacher_steps")
     if cache is not None:
         cache.check(cache_key(model, cfg.data.resolution, cfg.method.get("teacher_lora")))
         empty = cache.empty_condition(cfg.data.get("cache_dir"))

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import io
 import warnings
+from functools import lru_cache
 
 import numpy as np
-from PIL import ExifTags, Image
+from PIL import ExifTags, Image, ImageCms, UnidentifiedImageError
 
 # A JPEG of a few kilobytes can announce an image of a terabyte; few training photos are near 90 megapixels. Larger
 # JPEGs are decoded at a fraction of their size, up to Pillow's own limit (178 megapixels).
@@ -26,6 +27,11 @@ TURNS = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
+
+# Modes of pixels that a profile of a colour space speaks of.
+PROFILED_MODES = {"RGB ": ("RGB", "RGBA"), "GRAY": ("L",), "CMYK": ("CMYK",)}
+# Profiles that say sRGB in other words differ from it by so many of 255 levels.
+SAME_COLOUR = 2
 
 
 class ImageFault(ValueError):
@@ -57,6 +63,8 @@ def open_image(data: bytes, max_side: int | None = None) -> Image.Image:
             image.load()
     except ImageFault:
         raise
+    except UnidentifiedImageError as error:
+        raise ImageFault(f"undecodable: none of {', '.join(FORMATS)}; convert it to one") from error
     except Image.DecompressionBombError as error:
         raise ImageFault(f"too large: {error}") from error
     except Exception as error:  # Pillow's decoders raise nearly anything on damaged bytes
@@ -93,7 +101,7 @@ def orientation(image: Image.Image) -> int:
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """Upright RGB image: EXIF orientation applied, transparency laid on white, CMYK, grey and palettes converted.
+    """Upright sRGB image: EXIF orientation and colour profile applied, transparency laid on white.
 
     Raises:
         ImageFault: the pixels are floating-point numbers, whose range nobody knows, or cannot be converted.
@@ -116,10 +124,40 @@ def _to_rgb(image: Image.Image) -> Image.Image:
         pixels = np.asarray(image) >> 8  # in the type they have: such images can be large
         return Image.fromarray(np.clip(pixels, 0, 255, out=pixels).astype(np.uint8)).convert("RGB")
     if image.has_transparency_data:
-        image = image.convert("RGBA")
+        image = in_srgb(image.convert("RGBA"))
         white = Image.new("RGBA", image.size, "white")
         return Image.alpha_composite(white, image).convert("RGB")
-    return image.convert("RGB")
+    return in_srgb(image if image.mode in ("L", "CMYK") else image.convert("RGB")).convert("RGB")
+
+
+def in_srgb(image: Image.Image) -> Image.Image:
+    """The image with its embedded colour profile applied; as it is without one, or with one nobody can read."""
+    profile = image.info.get("icc_profile")
+    transform = to_srgb_transform(profile, image.mode) if profile else None
+    return image if transform is None else ImageCms.applyTransform(image, transform) or image
+
+
+@lru_cache(maxsize=32)
+def to_srgb_transform(profile: bytes, mode: str) -> ImageCms.ImageCmsTransform | None:
+    """From pixels of `mode` with an ICC profile to sRGB; None where that changes nothing, or the profile is damaged.
+
+    Cached: the photos of a camera share their profile, and to read it costs more than to apply it.
+    """
+    wanted = "RGBA" if mode == "RGBA" else "RGB"
+    try:
+        source = ImageCms.getOpenProfile(io.BytesIO(profile))
+        if mode not in PROFILED_MODES[source.profile.xcolor_space]:
+            return None
+        transform = ImageCms.buildTransform(source, ImageCms.createProfile("sRGB"), mode, wanted)
+        if mode == "CMYK":
+            return transform
+        levels = np.linspace(0, 255, 9).astype(np.uint8)
+        cube = np.stack(np.meshgrid(levels, levels, levels), axis=-1).reshape(27, 27, 3)
+        probe = Image.fromarray(cube).convert(mode)
+        changed = np.asarray(ImageCms.applyTransform(probe, transform), dtype=int) - np.asarray(probe.convert(wanted))
+        return transform if np.abs(changed).max() > SAME_COLOUR else None
+    except Exception:  # a damaged profile says nothing about the pixels
+        return None
 
 
 def decode_image(data: bytes) -> Image.Image:

@@ -10,8 +10,8 @@ import csv
 import json
 import os
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from lcm_lightning.data.records import (
     HASH_SPLIT_ORIGIN,
     IMAGE_SUFFIXES,
     SPLIT_NAMES,
+    UNREAD_SUFFIXES,
     Record,
     Source,
     clean_caption,
@@ -53,7 +54,13 @@ SPLIT_FILES = {
     "test": "Flickr_8k.testImages.txt",
 }
 METADATA_FILES = ("metadata.jsonl", "metadata.csv")
+# Beside an image; the second is kohya's.
+CAPTION_FILES = (".txt", ".caption")
+# kohya's folders: how often an epoch repeats their images, and a caption for those that have none of their own.
+REPEATS_FOLDER = re.compile(r"\d{1,3}_(.+)")
 
+# Of a quoted caption; so many are behind a quote that is never closed.
+MAX_LINES = 200
 # Spreadsheets put a byte order mark before the first column's name.
 ENCODING = "utf-8-sig"
 
@@ -94,13 +101,21 @@ def find_file(folder: Path, names: Iterable[str]) -> Path | None:
 
 
 def is_image_name(name: str) -> bool:
-    """True for file names with the suffix of an image."""
-    return name.rpartition(".")[2].lower() in IMAGE_SUFFIXES and not name.startswith(".")
+    """True for file names with the suffix of an image, be it one that is left out with its reason."""
+    stem, _, suffix = name.rpartition("/")[2].rpartition(".")
+    return suffix.lower() in (*IMAGE_SUFFIXES, *UNREAD_SUFFIXES) and not stem.startswith(".") and bool(stem)
 
 
 def find_images(folder: Path) -> dict[str, Path]:
     """Path by file name of all images in a folder and its subfolders."""
     return {path.name: path for path in sorted(folder.rglob("*")) if is_image_name(path.name)}
+
+
+def keys_of(names: Iterable[str]) -> dict[str, str]:
+    """Shard key by image name: of the name without its suffix, unless two names differ in nothing else."""
+    stems = {name: name.removesuffix(Path(name).suffix) for name in names}
+    unique = len(set(stems.values())) == len(stems)
+    return {name: sample_key(stem if unique else name) for name, stem in stems.items()}
 
 
 def read_token_file(path: Path) -> Captions:
@@ -116,33 +131,87 @@ def read_token_file(path: Path) -> Captions:
 
 
 def read_caption_table(path: Path) -> Captions:
-    """Captions by image name from Kaggle's tables: `image,caption` or `image_name| comment_number| comment`."""
-    expected = "a header such as image,caption and a line for each caption"
-    with reading(path, expected), path.open(encoding=ENCODING, newline="") as file:
-        header = file.readline()
-        rows = pipe_rows(file) if "|" in header else comma_rows(file, header.count(",") + 1)
+    """Captions by image name from Kaggle's tables: `image,caption` or `image_name| comment_number| comment`.
+
+    Also with tabs or semicolons between the columns, and without header: then the first line names an image.
+    """
+    expected = (
+        "a header such as image,caption, and lines such as a.jpg,A dog runs with comma, tab, semicolon or | between"
+    )
+    with reading(path, expected):
+        lines = path.read_text(encoding=ENCODING).split("\n")
+        separator = column_separator(lines)
+        rows = list(pipe_rows(lines) if separator == "|" else table_rows(lines, separator))
+        columns = len(rows[0])
+        if is_image_name(table_name(rows[0][0])):
+            columns = 3 if columns > 2 and rows[0][1].strip().isdigit() else 2
+        else:
+            del rows[0]
         captions: Captions = {}
-        for name, caption in rows:
-            captions.setdefault(name.strip(), []).append(caption)
+        for row in rows:
+            captions.setdefault(table_name(row[0]), []).extend(filter(None, [separator.join(row[columns - 1 :])]))
+        if captions and not any(map(is_image_name, captions)):
+            raise ValueError(f"{next(iter(captions))[:50]!r} in the first column is no file name of an image")
     return captions
 
 
-def pipe_rows(lines: Iterable[str]) -> Iterator[tuple[str, str]]:
-    """(image, caption) of `image| number| caption` lines; nothing is quoted in them.
+def table_name(cell: str) -> str:
+    """The image's name in the first column of a table, where the caption's number may follow it: `name.jpg#0`."""
+    return re.sub(r"#\d+$", "", cell.strip())
+
+
+def column_separator(lines: Iterable[str]) -> str:
+    """What stands between the columns of a table: the first such sign in it. Raises `ValueError` without one."""
+    first = next(filter(str.strip, lines), "")
+    found = re.search(r"[|,\t;]", first)
+    if found is None:
+        raise ValueError(f"its first line {first[:50]!r} has one column")
+    return found.group()
+
+
+def pipe_rows(lines: Iterable[str]) -> Iterator[list[str]]:
+    """Image and caption of `image| number| caption` lines; nothing is quoted in them.
 
     In the row of 2199200615.jpg the second bar is missing: `2199200615.jpg| 4   A dog runs across the grass .`
     """
-    for line in lines:
+    for line in filter(str.strip, lines):
         name, _, rest = line.partition("|")
-        if rest:
-            yield name, re.sub(r"^\s*\d+\s*(\||\s)", "", rest)
+        yield [name, re.sub(r"^\s*\d+\s*(\||\s)", "", rest)]
 
 
-def comma_rows(lines: Iterable[str], columns: int) -> Iterator[tuple[str, str]]:
-    """(image, caption) of CSV lines whose last of `columns` columns is the caption, quoted or with bare commas."""
-    for row in csv.reader(lines):
-        if len(row) >= columns:
-            yield row[0], ",".join(row[columns - 1 :])
+def table_rows(lines: Iterable[str], separator: str) -> Iterator[list[str]]:
+    """Cells of the rows of a CSV table, whose quoted cells may go over lines.
+
+    In tables written by hand a quote may be opened and never closed. It is a sign like any other then, if the line
+    after it begins with the name of an image.
+
+    Raises:
+        ValueError: it is not closed and no such line follows, so that nobody knows where its row ends.
+    """
+    row: list[str] = []
+    start = 0
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        if row and is_image_name(table_name(next(csv.reader([line], delimiter=separator))[0])):
+            yield literal_cells(row, separator, start)
+            row = []
+        start = start if row else number
+        row.append(line)
+        with suppress(csv.Error):  # in the middle of a quoted cell, or with more behind its end
+            yield next(csv.reader([" ".join(row)], delimiter=separator, strict=True))
+            row = []
+        if len(row) > MAX_LINES:
+            break
+    if row:
+        yield literal_cells(row, separator, start)
+
+
+def literal_cells(row: Sequence[str], separator: str, start: int) -> list[str]:
+    """Cells of a row whose quotes mean nothing. Raises `ValueError` if it goes on over lines from `start` on."""
+    if len(row) > 1:
+        raise ValueError(f"the quote in line {start} is not closed properly")
+    return row[0].split(separator)
 
 
 def read_karpathy(path: Path) -> tuple[Captions, dict[str, str]]:
@@ -177,11 +246,11 @@ def read_flickr(folder: Path) -> Source:
     else:
         captions, _ = read_karpathy(path)
     found = published_splits(folder)
-    images = find_images(folder)
+    images, keys = find_images(folder), keys_of(captions)
     records = [
         Record(
-            key=sample_key(name.partition(".")[0]),
-            image=images.get(name, folder / name),
+            key=keys[name],
+            image=images.get(name) or inside(folder, folder / path.name, name),
             captions=tuple(sentences),
             split=found[0].get(name) if found else hash_split(name),
         )
@@ -208,8 +277,8 @@ def read_coco(folder: Path) -> Source:
     published = {split: read_coco_captions(path) for split, path in files.items() if path is not None}
     records = [
         Record(
-            key=sample_key(name.partition(".")[0]),
-            image=images.get(name, folder / name),
+            key=sample_key(name.removesuffix(Path(name).suffix)),
+            image=images.get(name) or inside(folder, folder / COCO_FILES[split], name),
             captions=tuple(sentences),
             split=split,
         )
@@ -243,13 +312,31 @@ def row_captions(row: Mapping[str, Any]) -> tuple[str, ...]:
 
 def metadata_rows(path: Path) -> Iterator[dict[str, Any]]:
     """Rows of a `metadata.jsonl` or `metadata.csv`. Raises `UserError` for a row without file name."""
-    expected = "a file_name and a text, caption or captions in each row"
-    with reading(path, expected), path.open(encoding=ENCODING, newline="") as file:
-        rows = csv.DictReader(file) if path.suffix == ".csv" else (json.loads(line) for line in file if line.strip())
+    with reading(path, "a file_name and a text, caption or captions in each row"):
+        lines = path.read_text(encoding=ENCODING).split("\n")
+        rows = metadata_table(lines) if path.suffix == ".csv" else (json.loads(line) for line in lines if line.strip())
         for number, row in enumerate(rows, start=1):
             if not row.get("file_name"):
                 raise UserError(f"{path}, row {number}: expected a file_name and a text, caption or captions column")
             yield row
+
+
+def metadata_table(lines: Sequence[str]) -> Iterator[dict[str, str]]:
+    """Rows of a CSV table by the names in its header; commas that nobody quoted stay in a caption of the last column.
+
+    Raises:
+        ValueError: there are more columns than the header has, and the last is no caption.
+    """
+    separator = column_separator(lines)
+    rows = table_rows(lines, separator)
+    header = [name.strip() for name in next(rows)]
+    last = len(header) - 1
+    for number, row in enumerate(rows, start=1):
+        if len(row) > len(header) and header[last] not in caption_columns(header):
+            raise ValueError(
+                f"row {number} has {len(row)} columns, the header {len(header)}: quote captions with commas"
+            )
+        yield dict(zip(header, [*row[:last], separator.join(row[last:])], strict=False))
 
 
 def folder_split(relative: Path) -> str | None:
@@ -258,12 +345,18 @@ def folder_split(relative: Path) -> str | None:
 
 
 def folder_captions(folder: Path) -> dict[Path, tuple[str, ...]]:
-    """Captions by image path: from metadata files where there are any, else from the .txt beside each image."""
+    """Captions by image path: from metadata files where there are any, else from the file beside each image.
+
+    Of several rows for an image all captions count, each once.
+    """
     tables = [path for name in METADATA_FILES for path in sorted(folder.rglob(name))]
-    if tables:
-        rows = [(path, row) for path in tables for row in metadata_rows(path)]
-        return {inside(folder, path, row["file_name"]): row_captions(row) for path, row in rows}
-    return {path: beside(path) for path in sorted(folder.rglob("*")) if is_image_name(path.name)}
+    if not tables:
+        return {path: beside(path) for path in sorted(folder.rglob("*")) if is_image_name(path.name)}
+    captions: dict[Path, dict[str, None]] = {}
+    for table in tables:
+        for row in metadata_rows(table):
+            captions.setdefault(inside(folder, table, row["file_name"]), {}).update(dict.fromkeys(row_captions(row)))
+    return {path: tuple(of_image) for path, of_image in captions.items()}
 
 
 def inside(folder: Path, table: Path, name: str) -> Path:
@@ -274,26 +367,30 @@ def inside(folder: Path, table: Path, name: str) -> Path:
     return path
 
 
+def caption_file(image: Path) -> Path | None:
+    """The file of captions beside an image, None without one."""
+    return next((path for path in map(image.with_suffix, CAPTION_FILES) if path.is_file()), None)
+
+
 def beside(image: Path) -> tuple[str, ...]:
-    """The lines of the .txt beside an image; () without one."""
-    text = image.with_suffix(".txt")
-    if not text.is_file():
-        return ()
+    """The lines of the file of captions beside an image, else what the name of kohya's folder says; else ()."""
+    text = caption_file(image)
+    if text is None:
+        return tuple(REPEATS_FOLDER.sub(r"\1", name) for name in [image.parent.name] if REPEATS_FOLDER.fullmatch(name))
     with reading(text, "a caption a line"):
         return tuple(text.read_text(encoding=ENCODING).splitlines())
 
 
 def read_folder(folder: Path) -> Source:
-    """A plain folder of images with a metadata file or a .txt beside each image."""
+    """A plain folder of images with a metadata file or a file of captions beside each image."""
     captions = folder_captions(folder)
     relative = {path: path.relative_to(folder) for path in captions}
     splits = {path: folder_split(relative[path]) for path in captions}
     published = any(splits.values())
-    stems = [str(path.with_suffix("")) for path in relative.values()]
-    unique = len(set(stems)) == len(stems)  # a.jpg beside a.png would otherwise share a key
+    keys = keys_of(name.as_posix() for name in relative.values())
     records = [
         Record(
-            key=sample_key((name.with_suffix("") if unique else name).as_posix()),
+            key=keys[name.as_posix()],
             image=path,
             captions=captions[path],
             split=splits[path] if published else hash_split(name.as_posix()),
@@ -301,14 +398,17 @@ def read_folder(folder: Path) -> Source:
         for path, name in relative.items()
     ]
     origin = "the folders train/, val/, test/" if published else HASH_SPLIT_ORIGIN
-    return Source("folder of images", mixed(records), len(records), origin)
+    repeats = any(REPEATS_FOLDER.fullmatch(path.parent.name) for path in captions)
+    note = " (kohya's, whose repeats are ignored: each counts once)" if repeats else ""
+    return Source(f"folder of images{note}", mixed(records), len(records), origin)
 
 
 def has_captioned_images(folder: Path) -> bool:
-    """True for a folder with a metadata file, or with an image that has a .txt beside it."""
+    """True for a folder with a metadata file, with an image that has a file of captions beside it, or kohya's."""
     if any(True for name in METADATA_FILES for _ in folder.rglob(name)):
         return True
-    return any(is_image_name(path.name) and path.with_suffix(".txt").is_file() for path in folder.rglob("*"))
+    images = (path for path in folder.rglob("*") if is_image_name(path.name))
+    return any(caption_file(path) or REPEATS_FOLDER.fullmatch(path.parent.name) for path in images)
 
 
 LAYOUTS = (
@@ -322,7 +422,11 @@ LAYOUTS = (
         lambda folder: find_file(folder, (*TOKEN_FILES, *TABLE_FILES, *KARPATHY_FILES)) is not None,
         read_flickr,
     ),
-    Layout("folder of images (metadata.jsonl, metadata.csv, or a .txt beside each)", has_captioned_images, read_folder),
+    Layout(
+        "folder of images (metadata.jsonl, metadata.csv, a .txt or .caption beside each, or folders such as 10_dog)",
+        has_captioned_images,
+        read_folder,
+    ),
 )
 
 

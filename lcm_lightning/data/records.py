@@ -24,7 +24,12 @@ INDEX_NAME = "index.json"
 PARTS_NAME = ".parts"
 STARTED_NAME = "cache.json"  # among the notes of cached latents alone
 INDEX_FORMAT = 1  # of the index; changes when older versions would misread it
-IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "ppm")
+IMAGE_SUFFIXES = (
+    *("jpg", "jpeg", "jpe", "jfif", "png", "webp", "gif", "bmp", "tif", "tiff"),
+    *("ppm", "pgm", "pbm", "pnm"),
+)
+# Of pictures that people keep beside them and nothing here decodes: they are left out, with the reason.
+UNREAD_SUFFIXES = ("avif", "heic", "heif", "jxl", "jp2", "tga", "psd", "dng")
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,8 @@
 """Shards: tar files of (image, captions) pairs, on disk, on a web server or on the Hugging Face hub.
 
-A sample is a run of tar members with the same name up to the first dot: an image (`.jpg`, `.png`, `.webp`, ...) and its
-captions (`.txt`, one caption a line, or `.json` with "captions" or "caption"). Other members (`.pyd`, `.pth`, `.cls`,
-...) are neither counted nor read, and nothing is ever unpickled.
+A sample is a run of tar members with the same name up to the first dot, or the last (`separated`): an image (`.jpg`,
+`.png`, `.webp`, ...) and its captions (`.txt`, one caption a line, or `.json` with "captions" or "caption"). Other
+members (`.pyd`, `.pth`, `.cls`, ...) are neither counted nor read, and nothing is ever unpickled.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ log = logging.getLogger(__name__)
 CAPTION_SUFFIXES = ("json", "txt")
 UNKNOWN = -1
 MAX_CAPTION_BYTES = 1 << 20  # of one member; Python needs a hundred times that for some JSON
-COUNTING = 2  # changes when samples are counted in another way, so that remembered counts are made anew
+COUNTING = 3  # changes when samples are counted in another way, so that remembered counts are made anew
 
 
 @dataclass(frozen=True)
@@ -108,11 +108,28 @@ def grouped(
         folder, slash, file = member.name.rpartition("/")
         stem, _, suffix = file.partition(".")
         if (name := folder + slash + stem) != key or suffix.lower() in sample or not member.name:
-            if sample:
-                yield key, sample
+            yield from separated(key, sample)
             key, sample = name, {}
         sample[suffix.lower()] = member
-    if sample:
+    yield from separated(key, sample)
+
+
+def separated(key: str, sample: dict[str, Member]) -> Iterator[tuple[str, dict[str, Member]]]:
+    """A sample, or several whose names have a dot and are alike before it: `photo.v0.jpg`, `photo.v1.jpg`.
+
+    webdataset takes them for one, and all but one image would be lost. They are told by the captions that several have
+    of their own; with a `photo.jpg` and its captions among them the others belong to it, as webdataset has it.
+    """
+    parts: dict[str, dict[str, Member]] = {}
+    for suffix, member in sample.items():
+        stem, _, last = suffix.rpartition(".")
+        parts.setdefault(stem, {})[last] = member
+    whole = [
+        stem for stem, part in parts.items() if part.keys() & {*IMAGE_SUFFIXES} and part.keys() & {*CAPTION_SUFFIXES}
+    ]
+    if len(whole) > 1 and "" not in whole:
+        yield from ((f"{key}.{stem}".rstrip("."), part) for stem, part in parts.items())
+    elif sample:
         yield key, sample
 
 

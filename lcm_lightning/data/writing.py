@@ -44,6 +44,7 @@ Members = list[tuple[str, bytes]]
 """Suffix and content of each tar member of a sample."""
 
 SKIPPED_NAME = "skipped.csv"
+ENCODING = 2  # changes when images are encoded in another way, so that shards of before are written anew
 # Formats every consumer reads; with the suffix their bytes are stored under.
 KEPT_FORMATS = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp"}
 
@@ -224,7 +225,7 @@ def image_name(record: Record) -> str:
 
 def digest_of(records: Iterable[Record], settings: ShardSettings) -> str:
     """Digest of all that decides a shard's bytes. A file counts by its path, size and time, not by its content."""
-    digest = hashlib.sha256(json.dumps([INDEX_FORMAT, asdict(settings), Image.__version__]).encode())
+    digest = hashlib.sha256(json.dumps([INDEX_FORMAT, ENCODING, asdict(settings), Image.__version__]).encode())
     for record in records:
         if isinstance(record.image, Path):
             stat = record.image.stat() if record.image.is_file() else None

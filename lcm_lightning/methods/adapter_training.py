@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR
 from torchmetrics import MeanMetric
 
 from lcm_lightning.errors import UserError
@@ -223,6 +224,18 @@ class AdapterTraining(FusedClipping, ABC):
             num_training_steps=int(self.trainer.estimated_stepping_batches),
         )
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def on_train_start(self) -> None:
+        """Let a resumed run's first step use the schedule of this run.
+
+        A checkpoint holds the learning rate that the schedule of its own `max_steps` gave for the next step: 0 at the
+        end of a cosine.
+        """
+        schedule = self.lr_schedulers()
+        if isinstance(schedule, LambdaLR):
+            factors = [factor(schedule.last_epoch) for factor in schedule.lr_lambdas]
+            for group, base, factor in zip(schedule.optimizer.param_groups, schedule.base_lrs, factors, strict=True):
+                group["lr"] = base * factor
 
     def configure_model(self) -> None:
         """Shard the UNet block by block over all ranks where the strategy is FSDP (Lightning's ModelParallelStrategy).

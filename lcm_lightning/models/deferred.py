@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from diffusers import AutoencoderKL
 from torch import nn
-from transformers import CLIPTextModel
 
 from lcm_lightning.models.architectures import SD15_VAE, build_text_encoder, build_vae
+from lcm_lightning.models.pipeline_files import read_config, read_network
 
 
 @dataclass(frozen=True)
@@ -31,13 +31,9 @@ def deferred_encoders(folder: Path | None, dtype: torch.dtype) -> dict[str, Defe
             "text_encoder": Deferred(None, partial(build_text_encoder, dtype)),
             "vae": Deferred(vae_config(SD15_VAE), partial(build_vae, dtype)),
         }
-    read_text_encoder = partial(
-        CLIPTextModel.from_pretrained, folder / "text_encoder", dtype=dtype, use_safetensors=True
-    )
-    read_vae = partial(AutoencoderKL.from_pretrained, folder / "vae", torch_dtype=dtype, use_safetensors=True)
     return {
-        "text_encoder": Deferred(None, read_text_encoder),
-        "vae": Deferred(vae_config(AutoencoderKL.load_config(folder / "vae")), read_vae),
+        "text_encoder": Deferred(None, partial(read_network, folder, "text_encoder", dtype)),
+        "vae": Deferred(vae_config(read_config(folder, "vae")), partial(read_network, folder, "vae", dtype)),
     }
 
 

@@ -16,6 +16,7 @@ from transformers import CLIPTokenizer
 from lcm_lightning.errors import UserError, first_line
 from lcm_lightning.models.adapters import lora_layers
 from lcm_lightning.models.lora_files import locate_lora, read_lora, short
+from lcm_lightning.models.pipeline_files import weight_files
 from lcm_lightning.models.stable_diffusion import StableDiffusion
 
 # Of the text encoder's config: what changes its output and not the shape or number of its weights.
@@ -53,11 +54,7 @@ def cache_key(model: StableDiffusion, resolution: int, teacher_lora: str | None)
 
 def weights_digest(folder: Path) -> str:
     """Hash of the safetensors weights that diffusers and transformers read from a network's folder."""
-    whole = [folder / name for name in ("diffusion_pytorch_model.safetensors", "model.safetensors")]
-    files = [path for path in whole if path.is_file()] or sorted(folder.glob("*-of-*.safetensors"))
-    if not files:
-        raise UserError(f"model.path: no .safetensors weights in {folder}, by which cached latents are known")
-    return tensors_digest(pair for file in files for pair in _read_tensors(file))[:DIGITS]
+    return tensors_digest(pair for file in weight_files(folder)[0] for pair in _read_tensors(file))[:DIGITS]
 
 
 def _read_tensors(file: Path) -> Iterable[tuple[str, Tensor]]:

@@ -11,6 +11,7 @@ from diffusers import UNet2DConditionModel
 from torch import Tensor, nn
 
 from lcm_lightning.diffusion.schedule import PredictionType, alphas_cumprod_from_config
+from lcm_lightning.errors import UserError
 from lcm_lightning.models.condition import Condition
 
 
@@ -74,6 +75,12 @@ class LatentDiffusionModel(nn.Module, ABC):
     @abstractmethod
     def check_resolution(self, resolution: int, key: str = "data.resolution") -> None:
         """Raise a `UserError` that names `key` unless the model takes images of `resolution` px."""
+
+    def check_steps(self, steps: int, key: str = "steps") -> None:
+        """Raise a `UserError` that names `key` unless the noise schedule can be walked in so many `steps`."""
+        train_timesteps = len(self.alphas_cumprod())
+        if steps > train_timesteps:
+            raise UserError(f"{key}={steps}: expected 1 to {train_timesteps}, the model's train timesteps")
 
     def encode_images(self, pixel_values: Tensor, noise: Tensor) -> Tensor:
         """Scaled latents [B, C, h, w], float32: a draw from the VAE's posterior with the given standard `noise`.

@@ -129,6 +129,7 @@ def sample(
     """
     if steps < 1:
         raise UserError(f"steps={steps}: expected at least 1")
+    model.check_steps(steps)
     if sampler.max_steps is not None and steps > sampler.max_steps:
         raise UserError(f"steps={steps}: the sampler {sampler.title} takes at most {sampler.max_steps}; try 4")
     if len(prompts) != len(seeds):

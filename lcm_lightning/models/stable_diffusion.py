@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from diffusers import AutoencoderKL, AutoencoderTiny, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import AutoencoderKL, AutoencoderTiny, UNet2DConditionModel
 from torch import Tensor
 from transformers import CLIPTextModel, CLIPTokenizer
 
@@ -18,6 +17,14 @@ from lcm_lightning.models.architectures import build_sd15
 from lcm_lightning.models.condition import Condition
 from lcm_lightning.models.deferred import Deferred, deferred_encoders
 from lcm_lightning.models.latent_diffusion import LatentDiffusionModel
+from lcm_lightning.models.pipeline_files import (
+    SAMPLE_SIZE,
+    check_networks,
+    locate_pipeline,
+    read_network,
+    read_scheduler_config,
+    read_tokenizer,
+)
 
 
 class StableDiffusion(LatentDiffusionModel):
@@ -93,7 +100,9 @@ class StableDiffusion(LatentDiffusionModel):
     @property
     def default_resolution(self) -> int:
         """See `LatentDiffusionModel`."""
-        return self.unet.config.sample_size * self.vae_scale_factor
+        size = self.unet.config.sample_size
+        side = SAMPLE_SIZE if size is None else size if isinstance(size, int) else min(size)
+        return side * self.vae_scale_factor
 
     def check_resolution(self, resolution: int, key: str = "data.resolution") -> None:
         """Raise a `UserError` that names `key` unless images of `resolution` px pass VAE and UNet without remainder."""
@@ -236,51 +245,14 @@ def _read_preview_vae(path: str | None, dtype: torch.dtype) -> AutoencoderTiny |
 
 
 def _read_pipeline(path: str, dtype: torch.dtype, revision: str | None, defer_encoders: bool) -> dict[str, Any]:
-    left_out = {"safety_checker": None, "requires_safety_checker": False, "feature_extractor": None}
-    folder = Path(path).expanduser()
-    if folder.is_dir():
-        _check_pipeline_class(folder, path)
-    elif path.startswith((".", "/", "~")) or path.count("/") != 1:
-        raise UserError(
-            f"model.path={path}: no such folder; give a diffusers pipeline folder (with model_index.json) or a hub id "
-            "such as stable-diffusion-v1-5/stable-diffusion-v1-5"
-        )
-    try:
-        if not folder.is_dir():
-            options = {"revision": revision, "use_safetensors": True, **left_out}
-            folder = Path(StableDiffusionPipeline.download(path, **options))
-        encoders = deferred_encoders(folder, dtype) if defer_encoders else {}
-        left_out |= dict.fromkeys(encoders)
-        pipeline = StableDiffusionPipeline.from_pretrained(folder, dtype=dtype, use_safetensors=True, **left_out)
-    except (OSError, ValueError) as error:
-        raise UserError(
-            f"model.path={path}: cannot be loaded ({first_line(error)}). Without network, give a local copy: "
-            "on a machine that has it run `hf download stable-diffusion-v1-5/stable-diffusion-v1-5 --local-dir sd15 "
-            "--exclude '*.ckpt' '*.bin'`, copy the folder and set model.path=/path/to/sd15. Gated or private "
-            "repositories need `hf auth login`"
-        ) from error
+    folder = locate_pipeline(path, revision)
+    check_networks(folder)
+    encoders = deferred_encoders(folder, dtype)
     return {
-        "tokenizer": pipeline.tokenizer,
-        "text_encoder": encoders.get("text_encoder", pipeline.text_encoder),
-        "vae": encoders.get("vae", pipeline.vae),
-        "unet": pipeline.unet,
-        "scheduler_config": pipeline.scheduler.config,
+        "tokenizer": read_tokenizer(folder),
+        "scheduler_config": read_scheduler_config(folder),
+        **(encoders if defer_encoders else {name: encoder.read() for name, encoder in encoders.items()}),
+        "unet": read_network(folder, "unet", dtype),
         "name_or_path": path,
         "folder": folder,
     }
-
-
-def _check_pipeline_class(folder: Path, path: str) -> None:
-    index = folder / "model_index.json"
-    if not index.is_file():
-        raise UserError(f"model.path={path}: holds no model_index.json; give a diffusers pipeline folder")
-    try:
-        name = json.loads(index.read_text()).get("_class_name")
-    except (ValueError, AttributeError) as error:
-        raise UserError(
-            f"model.path={path}: model_index.json is damaged ({error}); download the folder again"
-        ) from error
-    if name != "StableDiffusionPipeline":
-        raise UserError(
-            f"model.path={path}: is a {name}; only StableDiffusionPipeline (v1 and v2 architectures) is supported"
-        )

@@ -1,0 +1,238 @@
+"""A Stable Diffusion pipeline's folder: found, judged by its configs before its weights are read, read part by part."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import torch
+from diffusers import AutoencoderKL, SchedulerMixin, StableDiffusionPipeline, UNet2DConditionModel
+from torch import nn
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+from lcm_lightning.errors import UserError, first_line
+
+log = logging.getLogger(__name__)
+
+# The class of each network, and the name of its weights.
+NETWORKS: dict[str, tuple[Any, str]] = {
+    "unet": (UNet2DConditionModel, "diffusion_pytorch_model"),
+    "vae": (AutoencoderKL, "diffusion_pytorch_model"),
+    "text_encoder": (CLIPTextModel, "model"),
+}
+# By which a UNet may want to be told more than timestep and caption, and the values by which it makes that of these.
+EXTRA_CONDITIONS = {
+    "class_embed_type": (None,),
+    "num_class_embeds": (None,),
+    "addition_embed_type": (None, "text"),
+    "encoder_hid_dim_type": (None, "text_proj"),
+}
+# Latents along one side where a UNet's config doesn't say: those of SD v1.
+SAMPLE_SIZE = 64
+# Ids of the text encoder that a tokenizer may leave unused: embeddings are padded to round numbers.
+UNUSED_IDS = 0.1
+AGAIN = "copy or download the folder again"
+
+
+def locate_pipeline(path: str, revision: str | None) -> Path:
+    """The folder of a pipeline, downloaded if `path` is a hub id.
+
+    Raises:
+        UserError: there is none, it is out of reach, or of another class than `StableDiffusionPipeline`.
+    """
+    folder = Path(path).expanduser()
+    if folder.is_dir():
+        _check_pipeline_class(folder, path)
+        return folder
+    if path.startswith((".", "/", "~")) or path.count("/") != 1:
+        raise UserError(
+            f"model.path={path}: no such folder; give a diffusers pipeline folder (with model_index.json) or a hub id "
+            "such as stable-diffusion-v1-5/stable-diffusion-v1-5"
+        )
+    left_out = {"safety_checker": None, "requires_safety_checker": False, "feature_extractor": None}
+    try:
+        folder = Path(StableDiffusionPipeline.download(path, revision=revision, use_safetensors=True, **left_out))
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"model.path={path}: cannot be loaded ({first_line(error)}). Without network, give a local copy: "
+            "on a machine that has it run `hf download stable-diffusion-v1-5/stable-diffusion-v1-5 --local-dir sd15 "
+            "--exclude '*.ckpt' '*.bin'`, copy the folder and set model.path=/path/to/sd15. Gated or private "
+            "repositories need `hf auth login`"
+        ) from error
+    _check_pipeline_class(folder, path)
+    return folder
+
+
+def _check_pipeline_class(folder: Path, path: str) -> None:
+    index = folder / "model_index.json"
+    if not index.is_file():
+        raise UserError(f"model.path={path}: holds no model_index.json; give a diffusers pipeline folder")
+    try:
+        name = json.loads(index.read_text()).get("_class_name")
+    except (ValueError, AttributeError) as error:
+        raise UserError(
+            f"model.path={path}: model_index.json is damaged ({error}); download the folder again"
+        ) from error
+    if name != "StableDiffusionPipeline":
+        raise UserError(
+            f"model.path={path}: is a {name}; only StableDiffusionPipeline (v1 and v2 architectures) is supported"
+        )
+
+
+def check_networks(folder: Path) -> None:
+    """Raise a `UserError` unless the networks are there, fit together and are such as are trained here.
+
+    A UNet without `sample_size` is taken for one of SD v1's, and said to be.
+    """
+    unet, vae, text = (read_config(folder, name) for name in NETWORKS)
+    for name, config in (("unet", unet), ("vae", vae)):
+        _check_class(folder, name, config.get("_class_name"))
+        weight_files(folder / name)
+    weight_files(folder / "text_encoder")
+    where = f"model.path={folder}: unet/config.json"
+    if unet.get("time_cond_proj_dim"):
+        raise UserError(
+            f"{where}: time_cond_proj_dim={unet['time_cond_proj_dim']}: a full LCM, whose UNet wants the guidance "
+            "scale as an embedding, which is not supported yet; give the Stable Diffusion model it was distilled from"
+        )
+    latents = vae.get("latent_channels", 4)
+    channels = unet.get("in_channels", 4), unet.get("out_channels", 4)
+    if channels != (latents, latents):
+        raise UserError(
+            f"{where}: {channels[0]} channels in and {channels[1]} out, where the VAE has {latents}; UNets for "
+            "inpainting (9) and editing (8) are not supported: give a text-to-image model"
+        )
+    if wanted := [name for name, free in EXTRA_CONDITIONS.items() if unet.get(name) not in free]:
+        raise UserError(
+            f"{where}: {wanted[0]}={unet[wanted[0]]}: a condition beside the caption, which is not supported; give a "
+            "Stable Diffusion v1 or v2 model"
+        )
+    width, expected = text.get("hidden_size", 512), unet.get("encoder_hid_dim") or unet.get("cross_attention_dim", 1280)
+    if isinstance(expected, int) and width != expected:
+        raise UserError(
+            f"{where}: cross_attention_dim={expected}, where text_encoder/config.json has hidden_size={width}; take "
+            "UNet and text encoder of one model"
+        )
+    if unet.get("sample_size") is None:
+        log.warning(
+            "%s has no sample_size: %d, that of SD v1, is taken; data.resolution sets another", where, SAMPLE_SIZE
+        )
+
+
+def _check_class(folder: Path, name: str, found: str | None) -> None:
+    expected = NETWORKS[name][0].__name__
+    if found == expected:
+        return
+    remedy = "give the full one there, and this as model.preview_vae" if found == "AutoencoderTiny" else "give one"
+    raise UserError(f"model.path={folder}: {name}/config.json: is of class {found}, expected {expected}; {remedy}")
+
+
+@contextmanager
+def reading(folder: Path, part: str) -> Iterator[None]:
+    """Turn what libraries raise on missing or damaged files into a `UserError` that names the part of the pipeline."""
+    try:
+        yield
+    except (UserError, MemoryError):
+        raise
+    except Exception as error:  # of half a dozen libraries
+        said = first_line(error).replace(f"{folder}/", "")[:120]
+        raise UserError(f"model.path={folder}: cannot be loaded: {part} ({said}); {AGAIN}") from error
+
+
+def read_config(folder: Path, name: str) -> dict[str, Any]:
+    """A network's config as it lies in the folder. Raises `UserError`."""
+    file = folder / name / "config.json"
+    if not file.is_file():
+        raise UserError(f"model.path={folder}: cannot be loaded: there is no {name}/config.json; {AGAIN}")
+    with reading(folder, f"{name}/config.json"):
+        return dict(json.loads(file.read_text(encoding="utf-8")))
+
+
+def weight_files(folder: Path) -> tuple[list[Path], str | None]:
+    """The safetensors files of a network, and the variant they are: "fp16" where the plain ones are not there.
+
+    Raises:
+        UserError: there are none.
+    """
+    stem = NETWORKS[folder.name][1]
+    for infix, variant in (("", None), (".fp16", "fp16")):
+        patterns = (
+            f"{stem}{infix}.safetensors",
+            f"{stem}{infix}-*-of-*.safetensors",
+            f"{stem}-*-of-*{infix}.safetensors",
+        )
+        if files := next(filter(None, (sorted(folder.glob(pattern)) for pattern in patterns)), None):
+            return files, variant
+    where = f"model.path={folder.parent}: {folder.name} has no {stem}.safetensors"
+    if unsafe := [path.name for suffix in ("bin", "ckpt", "pt", "pth") for path in folder.glob(f"*.{suffix}")]:
+        raise UserError(
+            f"{where} but {unsafe[0]}, which can run code when it is read; if you trust it, convert the folder with "
+            "diffusers: StableDiffusionPipeline.from_pretrained(OLD).save_pretrained(NEW)"
+        )
+    raise UserError(f"{where}; {AGAIN}")
+
+
+def read_network(folder: Path, name: str, dtype: torch.dtype) -> nn.Module:
+    """A network of the pipeline in `folder`. Raises `UserError`: its files are missing, damaged or incomplete."""
+    network_class = NETWORKS[name][0]
+    options = {
+        "use_safetensors": True,
+        "variant": weight_files(folder / name)[1],
+        "dtype" if name == "text_encoder" else "torch_dtype": dtype,
+        "output_loading_info": True,
+        "local_files_only": True,
+    }
+    with reading(folder, name):
+        network, report = network_class.from_pretrained(folder / name, **options)
+    if missing := sorted(report["missing_keys"]):
+        raise UserError(
+            f"model.path={folder}: the weights of {name} lack {len(missing)} tensors, first {missing[0]}; {AGAIN}"
+        )
+    return network
+
+
+def read_tokenizer(folder: Path) -> CLIPTokenizer:
+    """The tokenizer of the pipeline in `folder`, cutting captions at the length its text encoder has positions for.
+
+    transformers makes a tokenizer of two tokens where the vocabulary is missing.
+
+    Raises:
+        UserError: its files are missing or damaged, or its vocabulary is not the text encoder's.
+    """
+    files = folder / "tokenizer"
+    if not (files / "tokenizer.json").is_file():
+        for name in ("vocab.json", "merges.txt"):
+            if not (files / name).is_file():
+                raise UserError(
+                    f"model.path={folder}: tokenizer holds neither tokenizer.json nor {name}, without which all "
+                    f"captions read the same; {AGAIN}"
+                )
+    with reading(folder, "tokenizer"):
+        tokenizer = CLIPTokenizer.from_pretrained(files, local_files_only=True)
+    with reading(folder, "text_encoder/config.json"):
+        text = CLIPTextConfig.from_pretrained(folder / "text_encoder", local_files_only=True)
+    size = max(tokenizer.get_vocab().values()) + 1
+    if not (1 - UNUSED_IDS) * text.vocab_size <= size <= text.vocab_size:
+        raise UserError(
+            f"model.path={folder}: tokenizer knows {size} tokens, the text encoder {text.vocab_size} (vocab_size); "
+            "give it the tokenizer it was trained with"
+        )
+    tokenizer.model_max_length = min(tokenizer.model_max_length, text.max_position_embeddings)
+    return tokenizer
+
+
+def read_scheduler_config(folder: Path) -> Mapping[str, Any]:
+    """The config of the scheduler in `folder`, with its class's defaults. Raises `UserError`."""
+    with reading(folder, "scheduler/scheduler_config.json"):
+        given = json.loads((folder / "scheduler" / "scheduler_config.json").read_text(encoding="utf-8"))
+        indexed = json.loads((folder / "model_index.json").read_text(encoding="utf-8")).get("scheduler")
+        name = (indexed or [None, None])[1] or given["_class_name"]
+        scheduler: Any = getattr(diffusers, name, None)
+        if not (isinstance(scheduler, type) and issubclass(scheduler, SchedulerMixin)):
+            raise ValueError(f"{name} is no scheduler of diffusers")
+        return scheduler.from_config(given).config  # type: ignore[attr-defined]

@@ -1,0 +1,223 @@
+"""Data sets as people have them: each is read as meant, or refused in one sentence that says where and what to do."""
+
+from __future__ import annotations
+
+import io
+import json
+import re
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from lcm_lightning.data.sources import read_source
+from lcm_lightning.data.writing import ShardSettings, write_shards
+from lcm_lightning.errors import UserError
+
+
+def picture(format: str = "JPEG") -> bytes:
+    buffer = io.BytesIO()
+    Image.new("RGB", (40, 40), "red").save(buffer, format)
+    return buffer.getvalue()
+
+
+JPEG = picture()
+HEIC = b"\0\0\0\x18ftypheic\0\0\0\0mif1heic"
+Files = dict[str, str | bytes]
+
+
+def images(*names: str) -> Files:
+    return dict.fromkeys(names, JPEG)
+
+
+def table(content: str, name: str = "captions.txt", photos: tuple[str, ...] = ("0.jpg", "1.jpg", "2.jpg")) -> Files:
+    return {name: content, **images(*(f"Images/{photo}" for photo in photos))}
+
+
+def metadata(content: str | list[dict], name: str = "metadata.csv") -> Files:
+    if not isinstance(content, str):
+        content = "".join(json.dumps(row) + "\n" for row in content)
+    return {name: content, **images("0.jpg", "1.jpg")}
+
+
+THREE = {"0.jpg": ["a"], "1.jpg": ["b"], "2.jpg": ["c"]}
+TWO = {"0.jpg": ["a"], "1.jpg": ["b"]}
+FIVE = [f"caption {number}" for number in range(5)]
+TOKENS = "".join(f"{n}.jpg#{k}\t{text}\n" for n, text in enumerate("abc") for k in (0,))
+
+# Captions by the image's file name.
+READ: dict[str, tuple[Files, dict[str, list[str]]]] = {
+    # captions.txt and results.csv
+    "kaggle": (table("image,caption\n0.jpg,a\n1.jpg,b\n2.jpg,c\n"), THREE),
+    "windows line ends": (table("image,caption\r\n0.jpg,a\r\n1.jpg,b\r\n2.jpg,c\r\n"), THREE),
+    "byte order mark": (table("\ufeffimage,caption\n0.jpg,a\n1.jpg,b\n2.jpg,c\n"), THREE),
+    "no line end at the end": (table("image,caption\n0.jpg,a\n1.jpg,b\n2.jpg,c"), THREE),
+    "blank lines": (table("\nimage,caption\n\n0.jpg,a\n1.jpg,b\n\n2.jpg,c\n\n"), THREE),
+    "no header": (table("0.jpg,a\n1.jpg,b\n2.jpg,c\n"), THREE),
+    "no header, with bare commas": (table("0.jpg,a , x\n1.jpg,b\n2.jpg,c\n"), THREE | {"0.jpg": ["a , x"]}),
+    "no header, with numbers": (table("0.jpg,0,a\n1.jpg,0,b\n2.jpg,0,c\n"), THREE),
+    "no header, with tabs": (table("0.jpg\ta\n1.jpg\tb\n2.jpg\tc\n"), THREE),
+    "no header, with bars": (table("0.jpg| 0| a\n1.jpg| 0| b\n2.jpg| 0| c\n", "results.csv"), THREE),
+    "a token file by another name": (table(TOKENS), THREE),
+    "tabs": (table("image\tcaption\n0.jpg\ta, x\n1.jpg\tb\n2.jpg\tc\n"), THREE | {"0.jpg": ["a, x"]}),
+    "semicolons": (table("image;caption\n0.jpg;a, x\n1.jpg;b\n2.jpg;c\n"), THREE | {"0.jpg": ["a, x"]}),
+    "a quote never closed": (table('image,caption\n0.jpg,a\n1.jpg,"b\n2.jpg,c\n'), THREE | {"1.jpg": ['"b']}),
+    "a quote never closed, in the last line": (
+        table('image,caption\n0.jpg,a\n1.jpg,b\n2.jpg,"c\n'),
+        THREE | {"2.jpg": ['"c']},
+    ),
+    "a quote never closed, and another": (
+        table('image,caption\n0.jpg,"a\n1.jpg,b\n2.jpg,"c\n'),
+        THREE | {"0.jpg": ['"a'], "2.jpg": ['"c']},
+    ),
+    "a quote that begins a caption": (table('0.jpg,"a" x\n1.jpg,b\n2.jpg,c\n'), THREE | {"0.jpg": ['"a" x']}),
+    "a quoted caption over two lines": (
+        table('image,caption\n0.jpg,"a\nx"\n1.jpg,b\n2.jpg,c\n'),
+        THREE | {"0.jpg": ["a x"]},
+    ),
+    "quotes doubled": (table('0.jpg,"a ""x"" , y"\n1.jpg,b\n2.jpg,c\n'), THREE | {"0.jpg": ['a "x" , y']}),
+    "a caption missing": (table("image,caption\n0.jpg,a\n1.jpg\n2.jpg,\n"), {"0.jpg": ["a"], "1.jpg": [], "2.jpg": []}),
+    "names with dots": (
+        table("image,caption\np.v0.jpg,a\np.v1.jpg,b\n", photos=("p.v0.jpg", "p.v1.jpg")),
+        {"p.v0.jpg": ["a"], "p.v1.jpg": ["b"]},
+    ),
+    "names that differ in suffix": (
+        table("image,caption\np.jpg,a\np.png,b\n", photos=("p.jpg", "p.png")),
+        {"p.jpg": ["a"], "p.png": ["b"]},
+    ),
+    "quoted names with commas": (table('image,caption\n"p, q.jpg",a\n', photos=("p, q.jpg",)), {"p, q.jpg": ["a"]}),
+    "a token file": (table(TOKENS, "Flickr8k.token.txt"), THREE),
+    # metadata
+    "jsonl with five rows an image": (
+        metadata([{"file_name": name, "text": text} for name in TWO for text in FIVE], "metadata.jsonl"),
+        dict.fromkeys(TWO, FIVE),
+    ),
+    "csv with five rows an image": (
+        metadata("file_name,text\n" + "".join(f"{name},{text}\n" for text in FIVE for name in TWO)),
+        dict.fromkeys(TWO, FIVE),
+    ),
+    "rows and lists of captions": (
+        metadata(
+            [{"file_name": "0.jpg", "captions": ["a", "x"]}, {"file_name": "./0.jpg", "captions": ["y"]}],
+            "metadata.jsonl",
+        ),
+        {"0.jpg": ["a", "x", "y"]},
+    ),
+    "the same table twice": (
+        metadata("file_name,text\n0.jpg,a\n1.jpg,b\n")
+        | {"metadata.jsonl": '{"file_name": "0.jpg", "text": "a"}\n{"file_name": "1.jpg", "text": "b"}\n'},
+        TWO,
+    ),
+    "csv with tabs": (metadata("file_name\ttext\n0.jpg\ta\n1.jpg\tb\n"), TWO),
+    "csv of a German spreadsheet": (metadata("\ufefffile_name;text\r\n0.jpg;a\r\n1.jpg;b\r\n"), TWO),
+    "csv with bare commas": (metadata("file_name,text\n0.jpg,a, x\n1.jpg,b\n"), TWO | {"0.jpg": ["a, x"]}),
+    "csv with a quote never closed": (metadata('file_name,text\n0.jpg,"a\n1.jpg,b\n'), TWO | {"0.jpg": ['"a']}),
+    "csv with a quoted caption over two lines": (
+        metadata('text,file_name\n"a\nx",0.jpg\nb,1.jpg\n'),
+        TWO | {"0.jpg": ["a x"]},
+    ),
+    "csv with other columns": (metadata("id,file_name,text,width\n7,0.jpg,a,40\n8,1.jpg,b,40\n"), TWO),
+    # files beside images
+    "txt beside": (images("0.jpg", "1.jpg") | {"0.txt": "a\n", "1.txt": "b"}, TWO),
+    "caption beside": (images("0.jpg", "1.jpg") | {"0.caption": "a\n", "1.caption": "b"}, TWO),
+    "txt and caption beside": (images("0.jpg", "1.jpg") | {"0.txt": "a", "0.caption": "x", "1.caption": "b"}, TWO),
+    "dots beside": (
+        images("p.v0.jpg", "p.v1.jpg") | {"p.v0.txt": "a", "p.v1.txt": "b"},
+        {
+            "p.v0.jpg": ["a"],
+            "p.v1.jpg": ["b"],
+        },
+    ),
+    "capital suffixes": (images("0.JPG", "1.JPEG") | {"0.txt": "a", "1.txt": "b"}, {"0.JPG": ["a"], "1.JPEG": ["b"]}),
+    "jfif": (images("0.jfif", "1.jpe") | {"0.txt": "a", "1.txt": "b"}, {"0.jfif": ["a"], "1.jpe": ["b"]}),
+    "kohya's folders": (
+        images("10_dog/0.jpg", "5_cat/1.jpg") | {"10_dog/0.caption": "a", "5_cat/1.txt": "b"},
+        TWO,
+    ),
+    "kohya's folders without captions": (
+        images("img/10_sks dog/0.jpg", "img/1_cat/1.jpg"),
+        {"0.jpg": ["sks dog"], "1.jpg": ["cat"]},
+    ),
+    "one folder of kohya's, some with captions": (
+        images("10_dog/0.jpg", "10_dog/1.jpg") | {"10_dog/0.txt": "a"},
+        {"0.jpg": ["a"], "1.jpg": ["dog"]},
+    ),
+}
+
+# A folder's files, and what the message must hold.
+REFUSED: dict[str, tuple[Files, str]] = {
+    "an empty table": (table(""), r"captions\.txt .*one column.*comma, tab, semicolon or \|"),
+    "blanks between the columns": (table("0.jpg a dog\n1.jpg b\n"), r"captions\.txt .*'0\.jpg a dog' has one column"),
+    "the caption first": (
+        table("caption,image\na,0.jpg\n"),
+        r"captions\.txt .*'a' in the first column is no file name",
+    ),
+    "a number first": (
+        table(",image,caption\n0,0.jpg,a\n"),
+        r"captions\.txt .*'0' in the first column is no file name",
+    ),
+    "not UTF-8": ({"captions.txt": b"image,caption\n0.jpg,caf\xe9\n"}, r"captions\.txt cannot be read .* UTF-8"),
+    "a name outside the folder": (
+        table("image,caption\n../../0.png,a\n"),
+        r"names \.\./\.\./0\.png, outside the folder",
+    ),
+    "a quote in the middle never closed": (
+        metadata('text,file_name\n"a,0.jpg\nb,1.jpg\n'),
+        r"metadata\.csv .*quote in line 2 is not closed",
+    ),
+    "a quote never closed in a long table": (
+        metadata('text,file_name\nx,1.jpg\n"a,0.jpg\n' + "b,1.jpg\n" * 5000),
+        r"metadata\.csv .*quote in line 3 is not closed",
+    ),
+    "bare commas before other columns": (
+        metadata("file_name,text,width\n0.jpg,a, x,40\n"),
+        r"metadata\.csv .*row 1 has 4 columns, the header 3: quote captions",
+    ),
+    "a row without file name": (metadata([{"text": "a"}], "metadata.jsonl"), r"row 1: expected a file_name"),
+    "a row that is cut off": (
+        metadata('{"file_name": "0.jpg", "te', "metadata.jsonl"),
+        r"metadata\.jsonl cannot be read",
+    ),
+    "images alone": (images("0.jpg"), r"(?s)no captioned images recognised.*\.caption.*10_dog"),
+}
+
+
+def folder_of(files: Files, folder: Path) -> Path:
+    for name, content in files.items():
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    return folder
+
+
+@pytest.mark.parametrize("case", READ)
+def test_a_data_set_is_read_as_it_was_meant(case, tmp_path):
+    files, expected = READ[case]
+    source = read_source(str(folder_of(files, tmp_path)), "folder")
+    records = list(source.records)
+    assert {record.image.name: [c.strip() for c in record.captions] for record in records} == expected
+    assert all(record.image.is_file() for record in records)
+    assert len({record.key for record in records}) == len(records) == source.samples
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_cannot_be_read_is_named_with_its_remedy(case, tmp_path):
+    files, expected = REFUSED[case]
+    with pytest.raises(UserError, match=expected):
+        read_source(str(folder_of(files, tmp_path)), "folder")
+
+
+def test_kohyas_repeats_are_said_to_be_ignored_once(tmp_path):
+    files = images(*(f"{number}_dog/{number}.jpg" for number in range(1, 4)))
+    source = read_source(str(folder_of(files, tmp_path)), "folder")
+    assert "repeats are ignored" in source.layout
+
+
+def test_pictures_that_cannot_be_decoded_are_counted_with_the_reason(tmp_path):
+    captions = {f"{number}.txt": "a" for number in range(3)}
+    files = {"0.jpg": JPEG, "1.heic": HEIC, "2.avif": HEIC, **captions}
+    source = read_source(str(folder_of(files, tmp_path / "photos")), "folder")
+    index = write_shards(source.records, tmp_path / "shards", name="x", settings=ShardSettings(min_side=8), workers=1)
+    assert index["skipped"] == {"undecodable": 2}
+    skipped = (tmp_path / "shards" / "skipped.csv").read_text()
+    assert re.search(r"1\.heic,undecodable,.*none of JPEG, PNG", skipped) and "2.avif" in skipped

@@ -1,0 +1,259 @@
+"""Model folders as people have them: each loads as meant, or is refused in one sentence with file and remedy."""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import AutoencoderTiny, UNet2DConditionModel
+from safetensors.torch import load_file, save_file
+
+from conftest import TINY_TEXT_LENGTH, build_tiny_pipeline
+from lcm_lightning.errors import UserError
+from lcm_lightning.models.architectures import byte_tokenizer
+from lcm_lightning.models.identity import encoder_key
+from lcm_lightning.models.sampling import DDIM, sample
+from lcm_lightning.models.stable_diffusion import StableDiffusion, load_stable_diffusion
+
+Change = Callable[[Path], None]
+GONE = object()
+UNET, VAE, TEXT = (
+    "unet/diffusion_pytorch_model.safetensors",
+    "vae/diffusion_pytorch_model.safetensors",
+    "text_encoder/model.safetensors",
+)
+LFS = "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n"
+SCHEDULE = "scheduler/scheduler_config.json"
+
+
+def config(file: str, **values: object) -> Change:
+    def change(folder: Path) -> None:
+        content = json.loads((folder / file).read_text()) | values
+        (folder / file).write_text(json.dumps({k: v for k, v in content.items() if v is not GONE}))
+
+    return change
+
+
+def without(*names: str) -> Change:
+    def change(folder: Path) -> None:
+        for name in names:
+            shutil.rmtree(folder / name) if (folder / name).is_dir() else (folder / name).unlink()
+
+    return change
+
+
+def text(file: str, content: str) -> Change:
+    return lambda folder: (folder / file).write_text(content) and None
+
+
+def renamed(infix: str, *files: str) -> Change:
+    def change(folder: Path) -> None:
+        for file in files:
+            (folder / file).rename(folder / file.replace(".safetensors", infix))
+
+    return change
+
+
+def lacking(file: str, prefix: str) -> Change:
+    def change(folder: Path) -> None:
+        kept = {key: value for key, value in load_file(folder / file).items() if not key.startswith(prefix)}
+        save_file(kept, folder / file, metadata={"format": "pt"})
+
+    return change
+
+
+def cut(file: str) -> Change:
+    return lambda folder: (folder / file).write_bytes((folder / file).read_bytes()[:5000]) and None
+
+
+def tokenizer_of(vocabulary: int) -> Change:
+    return lambda folder: byte_tokenizer(vocabulary, TINY_TEXT_LENGTH).save_pretrained(folder / "tokenizer") and None
+
+
+def slow_tokenizer(*names: str) -> Change:
+    """As it was saved before transformers 5: `vocab.json` and `merges.txt`; of these `names`."""
+
+    def change(folder: Path) -> None:
+        model = json.loads((folder / "tokenizer" / "tokenizer.json").read_text())["model"]
+        added = {"<|startoftext|>": 512, "<|endoftext|>": 513}
+        contents = {"vocab.json": json.dumps({**model["vocab"], **added}), "merges.txt": "#version: 0.2\n"}
+        (folder / "tokenizer" / "tokenizer.json").unlink()
+        for name in names:
+            (folder / "tokenizer" / name).write_text(contents[name])
+
+    return change
+
+
+def unet(**settings: object) -> Change:
+    """Another UNet of random weights."""
+
+    def change(folder: Path) -> None:
+        given = UNet2DConditionModel.load_config(folder / "unet")
+        UNet2DConditionModel.from_config({**given, **settings}).save_pretrained(folder / "unet")
+
+    return change
+
+
+def tiny_vae(folder: Path) -> None:
+    shutil.rmtree(folder / "vae")
+    blocks = {"encoder_block_out_channels": (8,) * 4, "decoder_block_out_channels": (8,) * 4}
+    AutoencoderTiny(**blocks).save_pretrained(folder / "vae")
+
+
+LOADED: dict[str, Change] = {
+    "as saved": lambda folder: None,
+    "no length of captions": config("tokenizer/tokenizer_config.json", model_max_length=GONE),
+    "a length beyond the text encoder's": config("tokenizer/tokenizer_config.json", model_max_length=77),
+    "no tokenizer_config": without("tokenizer/tokenizer_config.json"),
+    "vocab.json and merges.txt": slow_tokenizer("vocab.json", "merges.txt"),
+    "half precision alone": renamed(".fp16.safetensors", UNET, VAE, TEXT),
+    "half precision of the UNet alone": renamed(".fp16.safetensors", UNET),
+    "half precision beside full": lambda folder: (
+        shutil.copy(folder / VAE, folder / "vae" / "x.fp16.safetensors") and None
+    ),
+    ".bin beside .safetensors": text("unet/diffusion_pytorch_model.bin", ""),
+    "a UNet that embeds the whole text": unet(addition_embed_type="text", addition_embed_type_num_heads=4),
+    "sample_size as a list": config("unet/config.json", sample_size=[8, 8]),
+    "no safety checker in the index": config("model_index.json", safety_checker=GONE, feature_extractor=GONE),
+    "a safety checker that is not there": config("model_index.json", safety_checker=["stable_diffusion", "Checker"]),
+    "an image encoder that is not there": config("model_index.json", image_encoder=["transformers", "CLIPVision"]),
+    "an entry of the index missing": config("model_index.json", unet=GONE, tokenizer=[None, None]),
+    "the scheduler's class in its config alone": config("model_index.json", scheduler=GONE),
+    "another scheduler": config("model_index.json", scheduler=["diffusers", "PNDMScheduler"]),
+    "no train timesteps": config(SCHEDULE, num_train_timesteps=GONE),
+    "few train timesteps": config(SCHEDULE, num_train_timesteps=30),
+}
+
+# What is changed, the file or part that the message names, and its remedy.
+AGAIN = "copy or download the folder again"
+REFUSED: dict[str, tuple[Change, str]] = {
+    "no index": (without("model_index.json"), r"no model_index\.json; give a diffusers pipeline folder"),
+    "a damaged index": (text("model_index.json", "["), r"model_index\.json is damaged .*download the folder again"),
+    "an index that is a list": (text("model_index.json", "[]"), r"model_index\.json is damaged .*again"),
+    "an inpainting pipeline": (
+        config("model_index.json", _class_name="StableDiffusionInpaintPipeline"),
+        "is a StableDiffusionInpaintPipeline; only StableDiffusionPipeline",
+    ),
+    "no vocabulary": (without("tokenizer/tokenizer.json"), r"tokenizer holds neither tokenizer\.json nor vocab\.json"),
+    "no merges": (slow_tokenizer("vocab.json"), r"tokenizer holds neither tokenizer\.json nor merges\.txt, .*again"),
+    "no tokenizer": (without("tokenizer"), rf"tokenizer holds neither .*{AGAIN}"),
+    "a damaged tokenizer": (text("tokenizer/tokenizer.json", "{"), rf"cannot be loaded: tokenizer .*{AGAIN}"),
+    "a tokenizer of a larger vocabulary": (
+        tokenizer_of(49408),
+        r"tokenizer knows 49408 tokens, the text encoder 514 .*give it the tokenizer",
+    ),
+    "a tokenizer of a smaller vocabulary": (
+        config("text_encoder/config.json", vocab_size=49408),
+        r"tokenizer knows 514 tokens, the text encoder 49408 \(vocab_size\)",
+    ),
+    "no UNet": (without("unet"), rf"no unet/config\.json; {AGAIN}"),
+    "no VAE": (without("vae"), rf"no vae/config\.json; {AGAIN}"),
+    "no text encoder": (without("text_encoder"), rf"no text_encoder/config\.json; {AGAIN}"),
+    "no scheduler": (without("scheduler"), rf"cannot be loaded: scheduler/scheduler_config\.json .*{AGAIN}"),
+    "no weights of the UNet": (without(UNET), rf"unet has no diffusion_pytorch_model\.safetensors; {AGAIN}"),
+    "no weights of the text encoder": (without(TEXT), rf"text_encoder has no model\.safetensors; {AGAIN}"),
+    ".bin alone": (renamed(".bin", UNET, VAE), r"unet has no .*pytorch_model\.bin, which can run code.*convert"),
+    ".ckpt alone": (renamed(".ckpt", VAE), r"vae has no .*pytorch_model\.ckpt, which can run code.*convert"),
+    "a UNet cut off": (cut(UNET), rf"cannot be loaded: unet .*{AGAIN}"),
+    "a VAE cut off": (cut(VAE), rf"cannot be loaded: vae .*{AGAIN}"),
+    "a text encoder cut off": (cut(TEXT), rf"cannot be loaded: text_encoder .*{AGAIN}"),
+    "a pointer of git-lfs for the UNet": (text(UNET, LFS), rf"cannot be loaded: unet .*{AGAIN}"),
+    "a pointer of git-lfs for the text encoder": (text(TEXT, LFS), rf"cannot be loaded: text_encoder .*{AGAIN}"),
+    "weights the UNet lacks": (lacking(UNET, "conv_in"), r"weights of unet lack 2 tensors, first conv_in\.bias"),
+    "weights the VAE lacks": (
+        lacking(VAE, "encoder.conv_in"),
+        r"weights of vae lack 2 tensors, first encoder\.conv_in",
+    ),
+    "weights the text encoder lacks": (lacking(TEXT, "final_layer"), r"weights of text_encoder lack 2 tensors"),
+    "a damaged config": (text("unet/config.json", "{"), rf"cannot be loaded: unet/config\.json .*{AGAIN}"),
+    "a config that is a list": (text("vae/config.json", "[1]"), r"cannot be loaded: vae/config\.json"),
+    "a full LCM": (unet(time_cond_proj_dim=16), r"unet/config\.json: time_cond_proj_dim=16: a full LCM.*give"),
+    "an inpainting UNet": (unet(in_channels=9), r"unet/config\.json: 9 channels in and 4 out.*VAE has 4.*give a"),
+    "an editing UNet": (unet(in_channels=8), r"unet/config\.json: 8 channels in and 4 out"),
+    "a UNet that predicts variances": (unet(out_channels=8), r"unet/config\.json: 4 channels in and 8 out"),
+    "a UNet of classes": (unet(num_class_embeds=10), r"unet/config\.json: num_class_embeds=10: .*give"),
+    "a UNet of SDXL": (
+        config("unet/config.json", addition_embed_type="text_time"),
+        r"unet/config\.json: addition_embed_type=text_time: .*give",
+    ),
+    "a UNet of another text encoder": (unet(cross_attention_dim=64), r"cross_attention_dim=64, .*hidden_size=32; take"),
+    "another class of UNet": (
+        config("unet/config.json", _class_name="UNet2DModel"),
+        r"unet/config\.json: is of class UNet2DModel, expected UNet2DConditionModel; give one",
+    ),
+    "a tiny VAE": (tiny_vae, r"vae/config\.json: is of class AutoencoderTiny.*model\.preview_vae"),
+    "a schedule without its length": (
+        config(SCHEDULE, num_train_timesteps=None),
+        r"cannot be loaded: scheduler/scheduler_config\.json",
+    ),
+    "an unknown schedule of noise": (
+        config(SCHEDULE, beta_schedule="mine"),
+        r"scheduler_config\.json \(.*mine",
+    ),
+    "a class that is no scheduler": (
+        config("model_index.json", scheduler=["diffusers", "AutoencoderKL"]),
+        r"scheduler_config\.json \(AutoencoderKL is no scheduler",
+    ),
+    "another prediction": (config(SCHEDULE, prediction_type="flow"), r"prediction_type=flow is none of .*; give a"),
+}
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("saved")
+    build_tiny_pipeline().save_pretrained(folder)
+    return folder
+
+
+def changed(saved: Path, folder: Path, change: Change) -> Path:
+    shutil.copytree(saved, folder)
+    change(folder)
+    return folder
+
+
+def drawn(model: StableDiffusion) -> torch.Tensor:
+    prompts = ["a dog", "two cats"]
+    return sample(model, prompts, seeds=[0, 0], steps=2, guidance_scale=1.0, sampler=DDIM, resolution=32)
+
+
+@pytest.mark.parametrize("case", LOADED)
+def test_a_model_folder_loads_as_it_was_meant(case, saved, tmp_path):
+    model = load_stable_diffusion(str(changed(saved, tmp_path / "model", LOADED[case])))
+    assert model.default_resolution == 32
+    images = drawn(model)
+    assert (images[0] - images[1]).abs().max() > 1e-4  # it reads its prompts
+    if "timesteps" not in case and "embeds" not in case:
+        assert torch.equal(images, drawn(load_stable_diffusion(str(saved))))
+    assert encoder_key(model)["vae"] == encoder_key(load_stable_diffusion(str(saved)))["vae"]
+
+
+@pytest.mark.parametrize("case", REFUSED)
+@pytest.mark.parametrize("deferred", [False, True])
+def test_an_unfit_model_folder_is_refused_in_one_sentence(case, saved, tmp_path, deferred):
+    change, expected = REFUSED[case]
+    folder = changed(saved, tmp_path / "model", change)
+    with pytest.raises(UserError) as raised:
+        load_stable_diffusion(str(folder), defer_encoders=deferred).load_encoders()
+    message = str(raised.value).replace(str(folder), "M")
+    assert re.search(expected, message), message
+    assert message.startswith("model.path=M") and len(message) <= 300 and "\n" not in message
+
+
+def test_a_unet_that_does_not_say_its_size_gets_that_of_stable_diffusion_and_says_so(saved, tmp_path, caplog):
+    folder = changed(saved, tmp_path / "model", config("unet/config.json", sample_size=None))
+    with caplog.at_level(logging.WARNING):
+        model = load_stable_diffusion(str(folder))
+    assert model.default_resolution == 64 * model.vae_scale_factor
+    assert "unet/config.json has no sample_size: 64" in caplog.text and "data.resolution" in caplog.text
+
+
+def test_more_steps_than_the_schedule_has_are_refused(saved, tmp_path):
+    model = load_stable_diffusion(str(changed(saved, tmp_path / "model", config(SCHEDULE, num_train_timesteps=30))))
+    with pytest.raises(UserError, match="steps=50: expected 1 to 30, the model's train timesteps"):
+        sample(model, ["a"], seeds=[0], steps=50, guidance_scale=1.0, sampler=DDIM, resolution=32)
