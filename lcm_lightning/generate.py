@@ -61,14 +61,15 @@ def write_pictures(pictures: Mapping[str, Image.Image], folder: Path) -> None:
 def pictures_by_name(images: Tensor, prompts: Sequence[str], seeds: Sequence[int]) -> dict[str, Image.Image]:
     """`<prompt>-<seed>.png` of each of the images [N, 3, H, W], and all of them on one sheet, last.
 
-    The sheet is called after the prompt, or `prompts.png` where there are several, whose names stand on it then.
+    The sheet is called after the prompt, or `prompts.png` where there are several: each has a row then and stands below
+    its images.
     """
     stems = file_stems(prompts)
     pictures = {
         f"{stems[prompt]}-{seed}.png": to_pil(image) for image, prompt, seed in zip(images, prompts, seeds, strict=True)
     }
     if len(stems) > 1:
-        pictures["prompts.png"] = contact_sheet(images, columns=8, captions=prompts)
+        pictures["prompts.png"] = contact_sheet(images, columns=len(set(seeds)), captions=prompts)
     elif len(images) > 1:
         pictures[f"{stems[prompts[0]]}.png"] = contact_sheet(images)
     return pictures

@@ -10,6 +10,7 @@ import logging
 import os
 import re
 import resource
+import shlex
 import shutil
 import subprocess
 import sys
@@ -22,9 +23,11 @@ from pathlib import Path
 import pytest
 import torch
 from hydra.core.global_hydra import GlobalHydra
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
 from PIL import Image
 
+from lcm_lightning.errors import quoted
 from lcm_lightning.methods.lcm_lora import LcmLoraDistillation
 from lcm_lightning.models.adapters import LoraSettings, add_lora, lora_state_dict, save_lora
 from lcm_lightning.models.stable_diffusion import load_stable_diffusion
@@ -79,7 +82,8 @@ TRAIN_CASES: list[Case] = [
     ("trainer=nonesuch", r"trainer=nonesuch: .*there are cpu"),
     ("optimizer=nonesuch", r"optimizer=nonesuch: .*there are adamw"),
     ("hydra/launcher=nonesuch", r"hydra/launcher=nonesuch: .*there are basic"),
-    ("data.source={a", r"data\.source=\{a: .*quote"),
+    ("data.source={a", r"data\.source=\{a: .*quote the value twice: 'data\.source=\"\{a\"'$"),
+    ("data.source=a,b", r"data\.source=a,b: quote .* twice: 'data\.source=\"a,b\"'; a list takes \[\], .* -m$"),
     ("trainer.val_check_interval=${nonesuch}", r"nonesuch.*--cfg job"),
     # types
     ("data=shards data.source=???", r"data\.source: has no value; set data\.source="),
@@ -470,6 +474,16 @@ def test_processes_started_apart_are_asked_for_the_folder_they_share(
     assert state(here) == {}
 
 
+@pytest.mark.parametrize("value", ["a dog, a cat", "it's a dog", 'the word "dog", red', "a=b: {c", "(dog) [cat]"])
+def test_a_quoted_text_passes_the_shell_and_hydra_as_it_is(value: str):
+    (argument,) = shlex.split(quoted(f"prompt={value}"))
+    assert OverridesParser.create().parse_override(argument).value() == value
+
+
+def test_the_remedy_for_a_prompt_with_a_comma_is_the_readmes():
+    assert quoted("prompt=a dog, a cat") == """'prompt="a dog, a cat"'"""
+
+
 # ---- as real processes ---------------------------------------------------------------------------------------------
 
 
@@ -542,3 +556,12 @@ def test_a_process_ends_within_seconds(arguments, pattern, world, here, refusing
     assert done.returncode == 2, done.stderr
     assert re.search(pattern, the_message(done.stderr)), done.stderr
     assert state(here) == {}
+
+
+def test_a_reader_who_has_seen_enough_of_the_help_ends_it_quietly(tmp_path: Path):
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    command = shlex.join([sys.executable, "-m", "lcm_lightning.train", "--help"])
+    done = subprocess.run(
+        f"{command} | true", shell=True, cwd=tmp_path, env=environment, capture_output=True, text=True, check=True
+    )
+    assert (done.stdout, done.stderr) == ("", "")
