@@ -21,6 +21,7 @@ from torch.distributed.tensor import DTensor
 
 from lcm_lightning.errors import UserError, first_line
 from lcm_lightning.models.dropout import SampleDropout
+from lcm_lightning.models.kinds import LORA_FILE
 from lcm_lightning.models.lora_layers import FUSED_LAYERS
 from lcm_lightning.models.sampling import DDIM, make_scheduler
 from lcm_lightning.models.stable_diffusion import StableDiffusion
@@ -28,7 +29,6 @@ from lcm_lightning.output.files import write_atomic
 
 log = logging.getLogger(__name__)
 
-LORA_FILE = "pytorch_lora_weights.safetensors"
 ROUNDING = 0.1
 
 ATTENTION_LAYERS = ("to_q", "to_k", "to_v", "to_out.0")
