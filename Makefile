@@ -1,4 +1,4 @@
-# Every target sets up .venv first. PYTHON=python3.12 picks another interpreter (3.10 or newer).
+# Every target sets up .venv first. PYTHON=python3.12 picks another interpreter (3.11 or newer).
 PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
@@ -23,6 +23,8 @@ help:
 setup: $(READY)
 
 $(READY): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "PYTHON=$(PYTHON): \
+	expected Python 3.11 or newer, which diffusers needs; name one, as in: make setup PYTHON=python3.12" >&2; exit 2; }
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt -e ".[dev]"
 	touch $@

@@ -8,7 +8,7 @@ import sys
 import tempfile
 import time
 from dataclasses import dataclass, field, replace
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -253,7 +253,7 @@ def main(cfg: DictConfig) -> None:
     limit = float("inf") if cfg.minutes is None else 60 * cfg.minutes
     bench = Bench(Path(cfg.output), cfg.steps, time.monotonic() + limit)
     bench.results = {
-        "date": datetime.now(timezone.utc).isoformat(timespec="minutes"),
+        "date": datetime.now(UTC).isoformat(timespec="minutes"),
         "machine": machine_info(device),
         "versions": package_versions(),
         "settings": OmegaConf.to_container(cfg),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
+import shlex
 import sys
 import traceback
 from collections.abc import Callable, Collection
@@ -92,10 +93,15 @@ def report_configuration_errors(entry_point: Callable[P, R]) -> Callable[P, R]:
         before = os.environ.get("HYDRA_FULL_ERROR")
         os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra raises then what it would print
         try:
-            return entry_point(*args, **kwargs)
+            result = entry_point(*args, **kwargs)
+            sys.stdout.flush()  # so that a reader who has gone is noticed here
+            return result
         except (HydraException, OmegaConfBaseException, OSError) as error:
             if any(frame.name == "run_task" for frame in traceback.extract_tb(error.__traceback__)):
                 raise
+            if isinstance(error, BrokenPipeError):  # of `--help | head`
+                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes once more at its end
+                sys.exit(1)
             fail(explain(error))
         finally:
             os.environ.pop("HYDRA_FULL_ERROR")
@@ -111,18 +117,29 @@ def explain(error: Exception) -> str:
         group, _, option = error.missing_cfg_file.rpartition("/")
         return f"{group}={option}: there is no such file in conf/{group}; there are {', '.join(error.options)}"
     if isinstance(error, OverrideParseException):
-        return f"{error.override}: {first_line(error)}; quote values with other signs: 'key=\"a,b\"'"
+        remedy = f"quote the value twice: {quoted(error.override)}" if "=" in error.override else "expected key=value"
+        return f"{error.override}: {first_line(error)}; {remedy}"
     if isinstance(error, OSError) and not isinstance(error, HydraException):
         return f"hydra.run.dir: the run folder cannot be made ({error}); set hydra.run.dir=... to a place with room"
     message = first_line(error)
     if message.startswith(of_resolver := "UserError raised while resolving interpolation: "):  # without a cause
         return message.removeprefix(of_resolver)
+    if message.startswith(ambiguous := "Ambiguous value for argument "):
+        override = message.removeprefix(ambiguous)[1:-1]
+        return f"{override}: quote a text with commas twice: {quoted(override)}; a list takes [], and a sweep -m"
     advice = f"{message.removesuffix('.')}; `{SHOW_KEYS}` shows all keys"
     for override in sys.argv[1:]:
         key = override.lstrip("+~").partition("=")[0]
         if f"'{key}'" in message or key == getattr(error, "full_key", None):
             return f"{override}: {no_such_key(error, override) or advice}"
     return advice
+
+
+def quoted(override: str) -> str:
+    """An override whose value is one text, quoted for Hydra and then for the shell: ``'key="a, b"'``."""
+    key, _, value = override.partition("=")
+    escaped = value.replace('"', '\\"')
+    return shlex.quote(f'{key}="{escaped}"')
 
 
 def no_such_key(error: Exception, override: str) -> str | None:

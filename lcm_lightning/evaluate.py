@@ -5,19 +5,10 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
-import torch
 from omegaconf import DictConfig, OmegaConf
-from rich import print as rich_print
 
 from lcm_lightning.config.checks import check_writable, resolve
 from lcm_lightning.config.entry import command
-from lcm_lightning.config.instantiate import instantiate_each, instantiate_group, make_fabric
-from lcm_lightning.config.model_choice import evaluation_data, find_models
-from lcm_lightning.config.quiet import quiet_known_warnings
-from lcm_lightning.evaluation.dashboard import log_evaluation
-from lcm_lightning.evaluation.evaluation import evaluate_models
-from lcm_lightning.evaluation.reference import RealImages, check_size
-from lcm_lightning.evaluation.report import console_tables, publish
 
 EVALUATE_KEYS: tuple[str, ...] = ("models", "run", "model", "lora", "lora_role", "data", "evaluation", "logger", "seed")
 EVALUATE_KEYS += ("accelerator", "devices", "dtype", "name", "run_dir")
@@ -26,11 +17,24 @@ EVALUATE_KEYS += ("accelerator", "devices", "dtype", "name", "run_dir")
 @command("evaluate")
 def main(cfg: DictConfig) -> None:
     """Compose the evaluation, run it on every device, say where its results are."""
-    quiet_known_warnings()
     resolve(cfg, EVALUATE_KEYS)
+    # Imported once the configuration is right, and what takes ten seconds once the models are there.
+    from lcm_lightning.config.instantiate import instantiate_each, instantiate_group, make_fabric
+    from lcm_lightning.config.model_choice import evaluation_data, find_models
+
     protocol = instantiate_group(cfg, "evaluation")
     sources = find_models(cfg)
     data = evaluation_data(cfg, sources)
+    import torch
+    from rich import print as rich_print
+
+    from lcm_lightning.config.quiet import quiet_known_warnings
+    from lcm_lightning.evaluation.dashboard import log_evaluation
+    from lcm_lightning.evaluation.evaluation import evaluate_models
+    from lcm_lightning.evaluation.reference import RealImages, check_size
+    from lcm_lightning.evaluation.report import console_tables, publish
+
+    quiet_known_warnings()
     real = RealImages(data.name, data.source, protocol.split, protocol.num_images, data.resolution, data.cache_dir)
     check_size(real)  # before there are other processes that would wait for one that gave up
     if real.resolution is None:

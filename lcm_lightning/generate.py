@@ -8,23 +8,23 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from omegaconf import DictConfig, OmegaConf
 from PIL import Image
-from torch import Tensor
 
 from lcm_lightning.config.checks import check_writable, resolve
 from lcm_lightning.config.entry import command
-from lcm_lightning.config.instantiate import make_fabric
-from lcm_lightning.config.model_choice import load_model
-from lcm_lightning.config.quiet import quiet_known_warnings
 from lcm_lightning.errors import UserError
 from lcm_lightning.methods import adapter_kinds
-from lcm_lightning.models.adapters import merged_adapters
-from lcm_lightning.models.kinds import BASE, AdapterKind
-from lcm_lightning.models.sampling import SOLVERS, Sampler, sample
 from lcm_lightning.output.pictures import contact_sheet, to_pil
 from lcm_lightning.output.progress import image_progress
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from lcm_lightning.models.kinds import AdapterKind
+    from lcm_lightning.models.sampling import Sampler
 
 GENERATE_KEYS: tuple[str, ...] = (
     "run",
@@ -61,14 +61,15 @@ def write_pictures(pictures: Mapping[str, Image.Image], folder: Path) -> None:
 def pictures_by_name(images: Tensor, prompts: Sequence[str], seeds: Sequence[int]) -> dict[str, Image.Image]:
     """`<prompt>-<seed>.png` of each of the images [N, 3, H, W], and all of them on one sheet, last.
 
-    The sheet is called after the prompt, or `prompts.png` where there are several, whose names stand on it then.
+    The sheet is called after the prompt, or `prompts.png` where there are several: each has a row then and stands below
+    its images.
     """
     stems = file_stems(prompts)
     pictures = {
         f"{stems[prompt]}-{seed}.png": to_pil(image) for image, prompt, seed in zip(images, prompts, seeds, strict=True)
     }
     if len(stems) > 1:
-        pictures["prompts.png"] = contact_sheet(images, columns=8, captions=prompts)
+        pictures["prompts.png"] = contact_sheet(images, columns=len(set(seeds)), captions=prompts)
     elif len(images) > 1:
         pictures[f"{stems[prompts[0]]}.png"] = contact_sheet(images)
     return pictures
@@ -80,8 +81,11 @@ def find_sampler(name: str, adapters: Sequence[AdapterKind]) -> Sampler:
     Raises:
         UserError: there is none.
     """
-    kinds = (*adapter_kinds().values(), *adapters)
-    samplers = SOLVERS | {kind.sampler.name: kind.sampler for kind in kinds}
+    from lcm_lightning.models.sampling import SOLVERS
+
+    samplers = SOLVERS | {kind.sampler.name: kind.sampler for kind in adapters}
+    if name not in samplers:  # asked last: the methods import what trains
+        samplers = {kind.sampler.name: kind.sampler for kind in adapter_kinds().values()} | samplers
     if name not in samplers:
         raise UserError(f"sampler={name}: expected one of {', '.join(samplers)}")
     return samplers[name]
@@ -90,10 +94,20 @@ def find_sampler(name: str, adapters: Sequence[AdapterKind]) -> Sampler:
 @command("generate")
 def main(cfg: DictConfig) -> None:
     """Entry point."""
-    quiet_known_warnings()
     resolve(cfg, GENERATE_KEYS)
-    device = make_fabric(cfg.accelerator, 1).device
-    loaded = load_model(cfg)
+    # Imported once the configuration is right, and what takes five seconds once the model is there.
+    from lcm_lightning.config.instantiate import find_device
+    from lcm_lightning.config.model_choice import find_models
+
+    device = find_device(cfg.accelerator)
+    (source,) = find_models(cfg)
+    from lcm_lightning.config.quiet import quiet_known_warnings
+    from lcm_lightning.models.adapters import merged_adapters
+    from lcm_lightning.models.kinds import BASE
+    from lcm_lightning.models.sampling import sample
+
+    quiet_known_warnings()
+    loaded = source.load()
     model = loaded.model.to(device)
     usual = loaded.adapters[-1] if loaded.adapters else BASE
     sampler = usual.sampler if cfg.sampler is None else find_sampler(cfg.sampler, loaded.adapters)

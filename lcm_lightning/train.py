@@ -5,20 +5,11 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-import lightning as L
 from hydra.core.hydra_config import HydraConfig
-from lightning.pytorch.loggers import Logger
 from omegaconf import DictConfig
 
-from lcm_lightning.callbacks.loggers import MetricsFile
-from lcm_lightning.callbacks.settings_record import SettingsRecord
 from lcm_lightning.config.checks import resolve
 from lcm_lightning.config.entry import command
-from lcm_lightning.config.hints import next_commands
-from lcm_lightning.config.instantiate import build_module, check_settings, instantiate_each, instantiate_group
-from lcm_lightning.config.quiet import quiet_known_warnings
-from lcm_lightning.runs.checkpoint_files import find_checkpoint, global_step
-from lcm_lightning.runs.preemption import Preempted, requeue_slurm_job
 
 GROUPS = ("model", "method", "optimizer", "data", "trainer", "logger", "callbacks")
 TRAIN_KEYS = (*GROUPS, "name", "seed", "max_steps", "val_every", "resume", "run_dir")
@@ -27,15 +18,26 @@ TRAIN_KEYS = (*GROUPS, "name", "seed", "max_steps", "val_every", "resume", "run_
 @command("train")
 def main(cfg: DictConfig) -> float | None:
     """Compose the run, train, and say where its results are; the last validation loss, for sweepers to minimise."""
-    quiet_known_warnings()
     resolve(cfg, TRAIN_KEYS)
+    # Imported once the configuration is right: Lightning and diffusers take ten seconds.
+    import lightning as L
+
+    from lcm_lightning.callbacks.loggers import MetricsFile
+    from lcm_lightning.callbacks.settings_record import SettingsRecord
+    from lcm_lightning.config.hints import next_commands
+    from lcm_lightning.config.instantiate import build_module, check_settings, instantiate_each, instantiate_group
+    from lcm_lightning.config.quiet import quiet_known_warnings
+    from lcm_lightning.runs.checkpoint_files import find_checkpoint, global_step
+    from lcm_lightning.runs.preemption import Preempted, requeue_slurm_job
+
+    quiet_known_warnings()
     run_dir = Path(cfg.run_dir)
     L.seed_everything(cfg.seed, workers=True, verbose=False)
     checkpoint = find_checkpoint(cfg.resume, run_dir)
     data = instantiate_group(cfg, "data")
     own = checkpoint if checkpoint and checkpoint.resolve().is_relative_to(run_dir.resolve()) else None
     metrics = MetricsFile(run_dir, global_step(own) if own else 0)
-    loggers: list[Logger] = [metrics, *instantiate_each(cfg, "logger")]
+    loggers: list[L.pytorch.loggers.Logger] = [metrics, *instantiate_each(cfg, "logger")]
     settings = SettingsRecord(cfg, HydraConfig.get().overrides.task, run_dir, loggers[1:])
     callbacks = [*instantiate_each(cfg, "callbacks"), settings]  # last: others may refuse to start
     trainer = instantiate_group(cfg, "trainer", logger=loggers, callbacks=callbacks)

@@ -10,6 +10,7 @@ import logging
 import os
 import re
 import resource
+import shlex
 import shutil
 import subprocess
 import sys
@@ -21,10 +22,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
 from PIL import Image
 
 from helpers.commands import ROOT, in_process
+from lcm_lightning.errors import quoted
 from lcm_lightning.methods.lcm_lora import LcmLoraDistillation
 from lcm_lightning.models.adapters import LoraSettings, add_lora, lora_state_dict
 from lcm_lightning.models.lora_files import save_lora
@@ -460,6 +463,16 @@ def test_processes_started_apart_are_asked_for_the_folder_they_share(
     assert state(here) == {}
 
 
+@pytest.mark.parametrize("value", ["a dog, a cat", "it's a dog", 'the word "dog", red', "a=b: {c", "(dog) [cat]"])
+def test_a_quoted_text_passes_the_shell_and_hydra_as_it_is(value: str):
+    (argument,) = shlex.split(quoted(f"prompt={value}"))
+    assert OverridesParser.create().parse_override(argument).value() == value
+
+
+def test_the_remedy_for_a_prompt_with_a_comma_is_the_readmes():
+    assert quoted("prompt=a dog, a cat") == """'prompt="a dog, a cat"'"""
+
+
 # ---- as real processes ---------------------------------------------------------------------------------------------
 
 
@@ -532,3 +545,12 @@ def test_a_process_ends_within_seconds(arguments, world, here, refusing_hub, imp
     assert done.returncode == 2, done.stderr
     assert options[-1] in the_message(done.stderr)
     assert state(here) == {}
+
+
+def test_a_reader_who_has_seen_enough_of_the_help_ends_it_quietly(tmp_path: Path):
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    command = shlex.join([sys.executable, "-m", "lcm_lightning.train", "--help"])
+    done = subprocess.run(
+        f"{command} | true", shell=True, cwd=tmp_path, env=environment, capture_output=True, text=True, check=True
+    )
+    assert (done.stdout, done.stderr) == ("", "")

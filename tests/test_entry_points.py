@@ -222,11 +222,11 @@ def test_the_end_of_a_run_names_what_it_left(run: Run, capfd: pytest.CaptureFixt
     ("choices", "protocol"),
     [
         (["model=tiny", "data=twemoji"], " evaluation=quick"),
-        (["model=tiny", "data=flickr8k"], ""),
+        (["model=tiny", "data=flickr8k"], " evaluation=quick"),
         (["model=sd15", "data=twemoji"], ""),
     ],
 )
-def test_the_quick_evaluation_is_proposed_for_the_embedded_pipeline_and_data(
+def test_the_quick_evaluation_is_proposed_for_the_embedded_pipeline_on_any_data(
     tmp_path: Path, choices: list[str], protocol: str
 ):
     write_manifest(tmp_path / "lora", [Adapter(LoraFinetuning.kind)])

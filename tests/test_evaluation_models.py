@@ -23,7 +23,7 @@ from lcm_lightning.config.resolvers import register_resolvers
 from lcm_lightning.data.shards import Shard
 from lcm_lightning.errors import UserError
 from lcm_lightning.evaluation import drawing as drawing_module
-from lcm_lightning.evaluation import evaluation, reference
+from lcm_lightning.evaluation import evaluation, reference, report
 from lcm_lightning.evaluation.contenders import Contender, Lineup
 from lcm_lightning.evaluation.drawing import Drawing, Drawn, ModelImages, distinguish, image_folder
 from lcm_lightning.evaluation.model_sources import LoadedModel, ModelSource
@@ -323,8 +323,8 @@ def test_photos_are_of_the_first_model_s_own_size_unless_told(
 ):
     found = []
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(evaluate, "evaluate_models", lambda sources, **settings: found.append(settings["real"]) or {})
-    monkeypatch.setattr(evaluate, "console_tables", lambda metrics: [])
+    monkeypatch.setattr(evaluation, "evaluate_models", lambda sources, **settings: found.append(settings["real"]) or {})
+    monkeypatch.setattr(report, "console_tables", lambda metrics: [])
     places = (f"model.path={pipeline_folder}", f"data.source={flickr_shards}", "run_dir=here")
     options = ("models=[sd15,tiny]", "model=sd15", "data=flickr8k", "logger=csv", "accelerator=cpu", *places, option)
     monkeypatch.setattr(sys, "argv", ["evaluate.py", f"--config-path={CONF}", *options])

@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+import tomllib
 import venv
 import zipfile
 from collections.abc import Callable, Iterable
@@ -100,6 +101,27 @@ def test_every_import_is_of_a_declared_dependency(wheel: zipfile.ZipFile, tracke
 
     assert undeclared(always, required) == set()
     assert undeclared(sometimes, required | optional) == set()
+
+
+@pytest.mark.parametrize("interpreter", ["./old", "./nowhere"])
+def test_setup_looks_at_the_interpreter_first_and_names_the_remedy(tmp_path: Path, interpreter: str):
+    for name in ("Makefile", "pyproject.toml", "constraints.txt"):
+        shutil.copy(ROOT / name, tmp_path)
+    (tmp_path / "old").write_text(f'#!/bin/sh\nexec {sys.executable} -c "import sys; sys.version_info = (3, 10); $2"\n')
+    (tmp_path / "old").chmod(0o755)
+    done = subprocess.run(
+        ["make", "setup", f"PYTHON={interpreter}"], cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    assert done.returncode != 0 and f"PYTHON={interpreter}: expected Python 3.11 or newer" in done.stderr
+    assert "make setup PYTHON=python3.12" in done.stderr and not (tmp_path / ".venv").exists()
+
+
+def test_the_oldest_python_is_the_same_wherever_it_is_said():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    (oldest,) = re.fullmatch(r">=([\d.]+)", project["project"]["requires-python"]).groups()
+    assert project["tool"]["ruff"]["target-version"] == f"py{oldest.replace('.', '')}"
+    for page in ("README.md", "Makefile", "docs/installation.md"):
+        assert f"{oldest} or newer" in (ROOT / page).read_text(), page
 
 
 @pytest.fixture

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from lcm_lightning.methods.adapter_training import AdapterTraining
 from lcm_lightning.models.adapters import kohya_state_dict, lora_state_dict
-from lcm_lightning.models.lora_files import LORA_FILE, copy_lora, save_lora
+from lcm_lightning.models.kinds import LORA_FILE
+from lcm_lightning.models.lora_files import copy_lora, save_lora
 from lcm_lightning.runs.contents import Adapter, write_manifest
 
 log = logging.getLogger(__name__)

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlparse
 
-import wandb
 from lightning.fabric.loggers.logger import rank_zero_experiment
 from lightning.pytorch.loggers import CSVLogger, WandbLogger
 from lightning.pytorch.loggers.csv_logs import ExperimentWriter
@@ -118,6 +117,8 @@ def write_csv(path: Path, header: Sequence[str], rows: Sequence[dict[str, Any]])
 
 def has_wandb_key() -> bool:
     """Whether W&B's key is at hand: in `WANDB_API_KEY`, W&B's settings, or the netrc file `wandb login` writes."""
+    import wandb  # late, as below: only who chose it waits for it
+
     settings = wandb.Settings()
     if os.environ.get("WANDB_API_KEY") or settings.api_key:
         return True
@@ -159,6 +160,8 @@ def wandb_logger(*, project: str, save_dir: str, name: str, **settings: Any) -> 
     Raises:
         UserError: for a setting it does not know. W&B would notice on first use, in the middle of Lightning's set-up.
     """
+    import wandb
+
     known = {*inspect.signature(WandbLogger).parameters, *inspect.signature(wandb.init).parameters}
     unknown = sorted(settings.keys() - known)
     if unknown:

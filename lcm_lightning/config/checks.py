@@ -6,15 +6,14 @@ import inspect
 import math
 import types
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryFile
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal, Union, get_args, get_origin
 
-from hydra.utils import get_object
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from lcm_lightning.config.signatures import parameters
 from lcm_lightning.errors import SHOW_KEYS, UserError, first_line, suggestion
 
 INSTRUCTIONS = ("_target_", "_partial_", "_recursive_", "_convert_", "_args_")
@@ -68,6 +67,7 @@ RANGES: Mapping[str, tuple[float, float, object]] = {
     "data.caption_dropout": (0, 1, 0.1),
     "data.val_limit": (0, math.inf, 64),
     "data.max_bad_fraction": (0, 1, 0.01),
+    "method.lora.rank": (1, math.inf, 64),
     "optimizer.lr": (0, math.inf, 1e-4),
     "optimizer.weight_decay": (0, math.inf, 0.01),
     "trainer.max_steps": (-1, math.inf, 1000),
@@ -160,58 +160,18 @@ def sections(cfg: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Di
 def check_section(key: str, section: Mapping[str, Any]) -> None:
     """Raise a `UserError` for a key that the section's target does not take, or takes in another type.
 
-    A target that cannot be imported is left to `instantiate`, which says what is missing.
+    A target that no source file shows is left to `instantiate`, which says what is missing.
     """
-    try:
-        taken = parameters(get_object(section["_target_"]))
-    except Exception:  # imports fail in many ways
+    taken = parameters(str(section["_target_"]))
+    if taken is None:
         return
     for name, value in section.items():
         if name in INSTRUCTIONS:
             continue
-        hint = taken.hints.get(name, Any)
-        if name not in taken.names and not taken.open:
-            raise UserError(f"{key}.{name}={value}: nothing reads this key; {suggestion(name, taken.names)}")
+        if name not in taken.types and not taken.open:
+            raise UserError(f"{key}.{name}={value}: nothing reads this key; {suggestion(name, taken.types)}")
         if not (isinstance(value, DictConfig) and "_target_" in value):
-            check_type(f"{key}.{name}", value, hint)
-
-
-@dataclass(frozen=True)
-class Parameters:
-    """What a callable takes: names, types where annotated, and whether other names pass too."""
-
-    names: tuple[str, ...]
-    hints: Mapping[str, Any]
-    open: bool
-
-
-def parameters(target: Any) -> Parameters:
-    """The parameters of a function, or of a class and of the parents to which its `__init__` hands `**kwargs` on."""
-    if not inspect.isclass(target):
-        return own_parameters(target)
-    names: tuple[str, ...] = ()
-    hints: dict[str, Any] = {}
-    for parent in target.__mro__:
-        if "__init__" not in vars(parent) or parent is object:
-            continue
-        own = own_parameters(vars(parent)["__init__"])
-        names += tuple(name for name in own.names if name not in (*names, "self"))
-        hints = {**own.hints, **hints}
-        if not own.open:
-            return Parameters(names, hints, False)
-    return Parameters(names, hints, True)
-
-
-def own_parameters(function: Any) -> Parameters:
-    """The parameters of one function."""
-    signature = inspect.signature(function).parameters.values()
-    variadic = (inspect.Parameter.VAR_KEYWORD, inspect.Parameter.VAR_POSITIONAL)
-    names = tuple(parameter.name for parameter in signature if parameter.kind not in variadic)
-    try:
-        hints = get_type_hints(function)
-    except Exception:  # annotations may name what is imported for type checkers only
-        hints = {}
-    return Parameters(names, hints, any(p.kind is inspect.Parameter.VAR_KEYWORD for p in signature))
+            check_type(f"{key}.{name}", value, taken.hint(name))
 
 
 def fits(value: object, hint: Any) -> bool:

@@ -3,22 +3,23 @@
 from __future__ import annotations
 
 import logging
-from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import lightning as L
 import torch
 from hydra.errors import InstantiationException
 from hydra.utils import instantiate
-from lightning.fabric import Fabric
-from lightning.fabric.utilities.exceptions import MisconfigurationException
 from omegaconf import DictConfig, OmegaConf
-from torch.optim import Optimizer
 
-from lcm_lightning.data.latents import LatentCache
 from lcm_lightning.errors import SHOW_KEYS, UserError, first_line, innermost
-from lcm_lightning.models.condition import Condition
-from lcm_lightning.models.identity import cache_key
+
+if TYPE_CHECKING:
+    from functools import partial
+
+    import lightning as L
+    from lightning.fabric import Fabric
+    from torch.optim import Optimizer
+
+    from lcm_lightning.data.latents import LatentCache
 
 log = logging.getLogger(__name__)
 
@@ -102,6 +103,9 @@ def build_module(cfg: DictConfig, precision: str, cache: LatentCache | None = No
     if OmegaConf.select(cfg, "callbacks.samples.teacher_steps") is not None:
         model.check_steps(cfg.callbacks.samples.teacher_steps, "callbacks.samples.teacher_steps")
     if cache is not None:
+        from lcm_lightning.models.condition import Condition
+        from lcm_lightning.models.identity import cache_key
+
         cache.check(cache_key(model, cfg.data.resolution, cfg.method.get("teacher_lora")))
         empty = cache.empty_condition(cfg.data.get("cache_dir"))
         model.known_texts[""] = Condition(**{name: torch.from_numpy(tensor)[None] for name, tensor in empty.items()})
@@ -147,6 +151,8 @@ def instantiate_group(cfg: DictConfig, group: str, **arguments: object) -> Any:
         cause = innermost(error)
         if isinstance(cause, UserError):
             raise cause from None
+        from lightning.fabric.utilities.exceptions import MisconfigurationException  # late: most commands don't need it
+
         if isinstance(cause, MisconfigurationException):
             remedy = "; trainer=cpu runs without a GPU" if "gpu" in str(cause).lower() else ""
             raise UserError(f"{group}: {first_line(cause)}{remedy}") from error
@@ -159,12 +165,32 @@ def instantiate_group(cfg: DictConfig, group: str, **arguments: object) -> Any:
         raise
 
 
+def find_device(accelerator: str) -> torch.device:
+    """The device that one of "cpu", "cuda", "mps", "gpu" (a GPU of either kind) and "auto" (one if there is) names.
+
+    Raises:
+        UserError: another name, or there is no such device.
+    """
+    gpus = [name for name, module in (("cuda", torch.cuda), ("mps", torch.backends.mps)) if module.is_available()]
+    devices = {name: name for name in (*gpus, "cpu")} | {"auto": (*gpus, "cpu")[0]}
+    if gpus:
+        devices["gpu"] = gpus[0]
+    if accelerator not in devices:
+        raise UserError(
+            f"accelerator={accelerator} is not here: expected {', '.join(devices)}; accelerator=cpu runs anywhere"
+        )
+    return torch.device(devices[accelerator])
+
+
 def make_fabric(accelerator: str, devices: int) -> Fabric:
     """What spreads work outside training over devices.
 
     Raises:
         UserError: there is no such accelerator, or not so many devices.
     """
+    from lightning.fabric import Fabric
+    from lightning.fabric.utilities.exceptions import MisconfigurationException
+
     try:
         return Fabric(accelerator=accelerator, devices=devices)
     except (RuntimeError, ValueError, TypeError, MisconfigurationException) as error:

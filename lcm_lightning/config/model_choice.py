@@ -6,8 +6,8 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
 from hydra import compose
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import ConfigCompositionException, MissingConfigException
@@ -17,23 +17,15 @@ from lcm_lightning.config.instantiate import instantiate_group, parse_dtype
 from lcm_lightning.errors import UserError
 from lcm_lightning.evaluation.model_sources import DataChoice, LoadedModel, ModelSource
 from lcm_lightning.methods import adapter_kinds
-from lcm_lightning.models.adapters import load_lora, set_active_adapters
-from lcm_lightning.models.kinds import AdapterKind
-from lcm_lightning.models.lora_files import locate_lora
-from lcm_lightning.models.stable_diffusion import StableDiffusion
 from lcm_lightning.runs.contents import MANIFEST, read_config, read_manifest
-from lcm_lightning.runs.loading import load_run
+
+if TYPE_CHECKING:
+    import torch
+
+    from lcm_lightning.models.kinds import AdapterKind
+    from lcm_lightning.models.stable_diffusion import StableDiffusion
 
 SPECS = "the name of a file in conf/model, run:FOLDER, or lora:, lcm: or another lora_role: with a file or hub id"
-
-
-def load_model(cfg: DictConfig) -> LoadedModel:
-    """The one model that an entry point's `run`, or its `model`, `lora` and `lora_role`, name.
-
-    Raises:
-        UserError: both or neither, or it cannot be loaded.
-    """
-    return find_models(cfg)[0].load()
 
 
 def find_models(cfg: DictConfig) -> list[ModelSource]:
@@ -115,6 +107,8 @@ def _run(cfg: DictConfig, run: str, spec: str, dtype: torch.dtype) -> ModelSourc
         overrides = {key: value for key, value in cfg.model.items() if key != "_target_"}
 
     def load() -> LoadedModel:
+        from lcm_lightning.runs.loading import load_run  # late, as all that imports diffusers
+
         loaded = load_run(folder, dtype=dtype, **overrides)
         return LoadedModel(loaded.model.eval(), loaded.adapters)
 
@@ -125,6 +119,8 @@ def _lora(cfg: DictConfig, lora: str, role: str | None, spec: str, dtype: torch.
     """`model=` with the LoRA at `lora`: a run folder, which knows what its LoRAs are, a file or a hub id."""
     if cfg.get("model") is None:
         raise UserError(f"{spec}: a LoRA needs the model it belongs on; add model=sd15")
+    from lcm_lightning.models.adapters import locate_lora
+
     run = Path(lora).expanduser()
     kinds = adapter_kinds()
     if (run / "lora" / MANIFEST).is_file():
@@ -141,6 +137,8 @@ def _lora(cfg: DictConfig, lora: str, role: str | None, spec: str, dtype: torch.
 
 
 def _with_adapters(cfg: DictConfig, files: Mapping[AdapterKind, Path], dtype: torch.dtype) -> LoadedModel:
+    from lcm_lightning.models.adapters import load_lora, set_active_adapters
+
     model: StableDiffusion = instantiate_group(cfg, "model", dtype=dtype)
     for kind, file in files.items():
         load_lora(model, file, kind.name)

@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import wandb
 from lightning.pytorch.loggers import Logger, WandbLogger
 
 from lcm_lightning.evaluation.tables import MANIFOLD, METRICS, TO_TEACHER, is_known, quality_table
@@ -25,6 +24,8 @@ def log_evaluation(logger: Logger, metrics: Mapping[str, Any], folder: Path) -> 
         }
     )
     if isinstance(logger, WandbLogger):
+        import wandb
+
         quality = quality_table(metrics["models"])
         columns = ["model", *(heading for heading, _ in quality.headings[1:])]
         logger.log_table("evaluation/table", columns, [[row.title, *map(str, row.cells)] for row in quality.rows])

@@ -5,12 +5,13 @@ from __future__ import annotations
 import gc
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-import torch
+if TYPE_CHECKING:
+    import torch
 
-from lcm_lightning.models.identity import adapter_digest, model_digest
-from lcm_lightning.models.kinds import AdapterKind
-from lcm_lightning.models.stable_diffusion import StableDiffusion
+    from lcm_lightning.models.kinds import AdapterKind
+    from lcm_lightning.models.stable_diffusion import StableDiffusion
 
 
 @dataclass(frozen=True)
@@ -27,6 +28,8 @@ class LoadedModel:
 
     def identities(self) -> dict[str, str]:
         """Hex digest of the weights without adapters (under the empty name) and of each adapter by name."""
+        from lcm_lightning.models.identity import adapter_digest, model_digest  # late, as all that imports diffusers
+
         names = [kind.name for kind in self.adapters]
         return {"": model_digest(self.model)} | {name: adapter_digest(self.model, name) for name in names}
 

@@ -7,7 +7,7 @@ import io
 import json
 import math
 from collections.abc import Mapping, Sequence
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -82,7 +82,7 @@ def report_content(metrics: Mapping[str, Any], config: str, published: Sequence[
     return {
         "metrics": metrics,
         "config": config,
-        "date": datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
+        "date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
         "quality": tables.quality_table(models),
         "manifold": tables.manifold_table(models),
         "costs": tables.cost_table(models),

@@ -8,6 +8,8 @@ from typing import Any, Literal, TypeAlias
 
 from lcm_lightning.models.sampling import DDIM, Sampler
 
+LORA_FILE = "pytorch_lora_weights.safetensors"  # what diffusers calls it
+
 Role: TypeAlias = Literal["base", "finetuned", "student"]
 
 

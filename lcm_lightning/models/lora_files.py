@@ -26,11 +26,11 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from lcm_lightning.errors import UserError, first_line
+from lcm_lightning.models.kinds import LORA_FILE
 from lcm_lightning.output.files import write_atomic
 
 log = logging.getLogger(__name__)
 
-LORA_FILE = "pytorch_lora_weights.safetensors"
 PEFT_FILE = "adapter_model.safetensors"
 PEFT_CONFIG = "adapter_config.json"
 METADATA = "lora_adapter_metadata"  # diffusers' name for what it writes of rank and alpha into a file's header

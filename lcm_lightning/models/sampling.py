@@ -5,16 +5,17 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, TypeAlias
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
-import diffusers
 import torch
-from diffusers import SchedulerMixin
 from torch import Tensor
 
 from lcm_lightning.errors import UserError
 from lcm_lightning.models.condition import Condition
 from lcm_lightning.models.latent_diffusion import LatentDiffusionModel
+
+if TYPE_CHECKING:
+    from diffusers import SchedulerMixin
 
 Stage: TypeAlias = Literal["text_encoding", "denoising", "vae_decoding"]
 # What a saved scheduler config says of the model. The rest is about walking through its schedule by one class's own
@@ -79,8 +80,10 @@ def make_scheduler(sampler: Sampler, scheduler_config: Mapping[str, Any]) -> Sch
     Raises:
         UserError: diffusers has no such scheduler.
     """
+    import diffusers  # late: who asks for a sampler's name only does not wait for it
+
     scheduler: Any = getattr(diffusers, sampler.scheduler, None)
-    if SchedulerMixin not in getattr(scheduler, "__mro__", ()):
+    if diffusers.SchedulerMixin not in getattr(scheduler, "__mro__", ()):
         raise UserError(
             f"sampler={sampler.name}: this diffusers has no scheduler {sampler.scheduler}; update diffusers"
         )

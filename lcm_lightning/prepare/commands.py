@@ -48,7 +48,7 @@ def check_command(config: DictConfig) -> None:
     cache = {"cache.crops": int, "cache.flips": bool | None, "cache.batch_size": int}
     check_types(config, {**texts, **groups, **cache})
     if config.get("cache") is not None:
-        check_values(config)  # imports what training would; cutting shards needs none of it
+        check_values(config)  # cutting shards needs none of what is checked there
 
 
 def next_lines(name: str, place: list[str]) -> list[str]:

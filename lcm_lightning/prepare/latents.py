@@ -9,7 +9,7 @@ from typing import Any
 from omegaconf import DictConfig
 from rich.console import Console
 
-from lcm_lightning.config.instantiate import instantiate_group, make_fabric, parse_dtype
+from lcm_lightning.config.instantiate import find_device, instantiate_group, parse_dtype
 from lcm_lightning.config.quiet import quiet_known_warnings
 from lcm_lightning.data.datamodule import locate_images
 from lcm_lightning.data.downloads import is_url
@@ -37,7 +37,7 @@ def prepare_latents(config: DictConfig, console: Console) -> Path:
     options, data = config.cache, config.data
     flips = data.flip_probability > 0 if options.flips is None else options.flips
     settings = CacheSettings(options.crops, flips, options.dtype)
-    device = make_fabric(options.accelerator, 1).device
+    device = find_device(options.accelerator)
     model: StableDiffusion = instantiate_group(config, "model", dtype=parse_dtype(options.dtype))
     resolution = model.default_resolution if data.resolution is None else data.resolution
     model.check_resolution(resolution)

@@ -6,17 +6,18 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
-from lightning.pytorch.loggers import Logger
 from omegaconf import DictConfig, OmegaConf
 
 from lcm_lightning.errors import UserError, first_line
 from lcm_lightning.methods import adapter_kinds
-from lcm_lightning.models.kinds import AdapterKind
-from lcm_lightning.models.lora_files import LORA_FILE
+from lcm_lightning.models.kinds import LORA_FILE, AdapterKind
 from lcm_lightning.output.files import write_atomic
 from lcm_lightning.runs.folders import OVERRIDES
+
+if TYPE_CHECKING:
+    from lightning.pytorch.loggers import Logger
 
 MANIFEST = "adapters.json"
 

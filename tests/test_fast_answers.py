@@ -1,0 +1,134 @@
+"""What needs no model is answered before anything is imported that takes seconds: help, a configuration, a refusal."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Literal
+
+import pytest
+
+from lcm_lightning.config.signatures import parameters
+
+HERE = {**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent), "OMP_NUM_THREADS": "1"}
+SLOW = {"torch", "lightning", "torchmetrics", "diffusers", "transformers", "peft", "wandb", "matplotlib", "scipy"}
+PROBE = """
+import importlib, sys
+try:
+    importlib.import_module(sys.argv.pop(1)).main()
+finally:
+    print("imported:", *{name.partition(".")[0] for name in sys.modules})
+"""
+COMMANDS = {
+    "lcm_lightning.train": "trainer=cpu",
+    "lcm_lightning.evaluate": "model=tiny data=twemoji",
+    "lcm_lightning.generate": "model=tiny prompt=a",
+    "lcm_lightning.prepare.commands": "data.source=photos",
+}
+Imports = Callable[..., tuple[int, set[str]]]
+
+
+@pytest.fixture
+def imports(tmp_path: Path) -> Imports:
+    """The status a command ends with, and which packages of `SLOW` it has imported by then."""
+
+    def run(module: str, *options: str) -> tuple[int, set[str]]:
+        command = [sys.executable, "-c", PROBE, module, *options]
+        done = subprocess.run(command, cwd=tmp_path, env=HERE, capture_output=True, text=True, check=False)
+        return done.returncode, SLOW & set(done.stdout[done.stdout.rindex("imported:") :].split())
+
+    return run
+
+
+@pytest.mark.parametrize("option", ["--help", "--cfg job"])
+@pytest.mark.parametrize("module", COMMANDS)
+def test_help_and_configuration_are_shown_at_once(imports: Imports, module: str, option: str):
+    assert imports(module, *option.split(), *COMMANDS[module].split()) == (0, set())
+
+
+@pytest.mark.parametrize("module", COMMANDS)
+def test_a_mistyped_key_is_refused_at_once(imports: Imports, module: str):
+    assert imports(module, *COMMANDS[module].split(), "sead=1") == (2, set())
+
+
+@pytest.mark.parametrize(
+    ("module", "option"),
+    [
+        *(
+            ("lcm_lightning.train", option)
+            for option in ("+trainer.max_step=1", "data.batch_size=abc", "optimizer.lr=-1")
+        ),
+        ("lcm_lightning.train", "+trainer.max_step=1"),
+        ("lcm_lightning.train", "data.batch_size=abc"),
+        ("lcm_lightning.train", "optimizer.lr=-1"),
+        ("lcm_lightning.train", "method.lora.rank=0"),
+        ("lcm_lightning.train", "+callbacks.samples.foo=1"),
+        ("lcm_lightning.evaluate", "evaluation.num_images=all"),
+        ("lcm_lightning.evaluate", "devices=two"),
+        ("lcm_lightning.generate", "steps=0"),
+        ("lcm_lightning.generate", "model.unet_init=half"),
+        ("lcm_lightning.prepare.commands", "prepare.quality=101"),
+    ],
+)
+def test_a_bad_value_is_refused_at_once(imports: Imports, module: str, option: str):
+    assert imports(module, *COMMANDS[module].split(), option) == (2, set())
+
+
+@pytest.mark.parametrize("module", ["lcm_lightning.evaluate", "lcm_lightning.generate"])
+def test_a_run_that_is_not_there_is_missed_before_diffusers_and_lightning_are_imported(imports: Imports, module: str):
+    options = ["prompt=a"] if module.endswith("generate") else []
+    status, imported = imports(module, "run=nowhere", *options)
+    assert status == 2 and imported <= {"torch"}
+
+
+@pytest.mark.slow
+def test_drawing_imports_nothing_that_trains_or_measures(imports: Imports):
+    options = ("model=tiny", "prompt=heart", "steps=1", "num_images=1", "accelerator=cpu")
+    status, imported = imports("lcm_lightning.generate", *options)
+    assert status == 0 and not imported & {"lightning", "torchmetrics", "wandb", "matplotlib"}
+
+
+MODULE = """
+from __future__ import annotations
+import lightning as L
+from typing import TYPE_CHECKING, Literal
+from dataclasses import dataclass
+if TYPE_CHECKING:
+    from pathlib import Path
+Unit = Literal["step", "epoch"]
+raise SystemExit("this module was imported")
+
+@dataclass
+class Plain:
+    size: int
+    unit: Unit = "step"
+
+class Parent(L.Callback):
+    def __init__(self, folder: Path | None, *, module: L.LightningModule, **kwargs): ...
+
+class Child(Parent):
+    def __init__(self, every: "int", **parent): ...
+
+def function(a: float, *rest: int, b: list[str]): ...
+"""
+
+
+def test_signatures_are_read_without_running_their_modules(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "__init__.py").write_text("from .own import Child as Renamed, function, Plain")
+    (tmp_path / "mine" / "own.py").write_text(MODULE)
+    monkeypatch.syspath_prepend(str(tmp_path))
+
+    def taken(name: str) -> tuple[dict[str, object], bool]:
+        found = parameters(f"mine.{name}")
+        return {parameter: found.hint(parameter) for parameter in found.types}, found.open
+
+    assert taken("function") == ({"a": float, "b": list[str]}, False)
+    assert taken("Plain") == ({"size": int, "unit": Literal["step", "epoch"]}, False)
+    child, passes_others = taken("Renamed")
+    assert list(child) == ["every", "folder", "module"] and passes_others
+    assert (child["every"], child["folder"]) == (int, Path | None)
+    assert parameters("mine.own.nothing") is None and parameters("nowhere.at.all") is None
