@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 
 from omegaconf import DictConfig, OmegaConf
@@ -37,8 +36,6 @@ def main(cfg: DictConfig) -> None:
     quiet_known_warnings()
     real = RealImages(data.name, data.source, protocol.split, protocol.num_images, data.resolution, data.cache_dir)
     check_size(real)  # before there are other processes that would wait for one that gave up
-    if real.resolution is None:
-        real = replace(real, resolution=sources[0].load().model.default_resolution)
     fabric = make_fabric(cfg.accelerator, cfg.devices)
     threads = torch.get_num_threads()  # launching several processes shares the cores out between them
     fabric.launch()

@@ -83,9 +83,9 @@ def find_sampler(name: str, adapters: Sequence[AdapterKind]) -> Sampler:
     """
     from lcm_lightning.models.sampling import SOLVERS
 
-    samplers = SOLVERS | {kind.sampler.name: kind.sampler for kind in adapters}
+    samplers = {kind.sampler.name: kind.sampler for kind in adapters} | SOLVERS
     if name not in samplers:  # asked last: the methods import what trains
-        samplers = {kind.sampler.name: kind.sampler for kind in adapter_kinds().values()} | samplers
+        samplers |= {kind.sampler.name: kind.sampler for kind in adapter_kinds().values()}
     if name not in samplers:
         raise UserError(f"sampler={name}: expected one of {', '.join(samplers)}")
     return samplers[name]

@@ -21,6 +21,7 @@ from lcm_lightning.methods.lora import LoraFinetuning
 from lcm_lightning.models.adapters import LoraSettings, active_adapters, add_lora, lora_layers
 from lcm_lightning.models.condition import Condition
 from lcm_lightning.models.dropout import SampleDropout
+from lcm_lightning.models.sampling import DDIM, sample
 from lcm_lightning.models.stable_diffusion import StableDiffusion, load_stable_diffusion
 
 P = 0.3
@@ -169,6 +170,17 @@ def test_a_compiled_unet_drops_alike(pipeline_folder: Path, monkeypatch: pytest.
     batch = random_batch(1, 2)
     compiled, plain = (gradient(module(METHODS[0], pipeline_folder, compile=on), batch, [0, 1]) for on in (True, False))
     torch.testing.assert_close(compiled, plain, **CLOSE)
+
+
+def test_drawing_in_the_midst_of_training_has_no_dropout(pipeline_folder: Path):
+    trained = module(METHODS[1], pipeline_folder)
+    trained.dropout_seeds[:] = [1, 2, 3]  # of a step of another size
+    trained.train()
+    drawing = {"seeds": [0, 1], "steps": 2, "guidance_scale": 1.0, "sampler": DDIM, "resolution": 32}
+    images = sample(trained.model, ["a", "b"], **drawing)
+    assert all(layer.training for layer in trained.model.unet.modules())
+    trained.eval()
+    torch.testing.assert_close(sample(trained.model, ["a", "b"], **drawing), images, rtol=0, atol=1e-5)
 
 
 def test_a_frozen_network_s_own_dropout_is_off(tiny_model: StableDiffusion):

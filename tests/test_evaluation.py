@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import jsonschema
@@ -415,6 +416,13 @@ def test_the_lineup_follows_the_adapters():
         ("undistilled", ("finetuned",)),
         ("student", both),
     ]
+
+
+def test_a_student_is_not_asked_for_more_steps_than_its_sampler_takes():
+    lcm = adapter_kinds()["lcm"]
+    few = replace(lcm, sampler=replace(lcm.sampler, max_steps=2))
+    students = [c for c in Lineup(student_steps=(1, 2, 4, 8)).contenders([few]) if c.role == "student"]
+    assert [student.steps for student in students] == [1, 2]
 
 
 def test_rivals_are_the_teacher_by_fast_solvers_and_everyone_knows_the_teacher():

@@ -23,7 +23,7 @@ from lcm_lightning.config.resolvers import register_resolvers
 from lcm_lightning.data.shards import Shard
 from lcm_lightning.errors import UserError
 from lcm_lightning.evaluation import drawing as drawing_module
-from lcm_lightning.evaluation import evaluation, reference, report
+from lcm_lightning.evaluation import evaluation, reference
 from lcm_lightning.evaluation.contenders import Contender, Lineup
 from lcm_lightning.evaluation.drawing import Drawing, Drawn, ModelImages, distinguish, image_folder
 from lcm_lightning.evaluation.model_sources import LoadedModel, ModelSource
@@ -322,13 +322,37 @@ def test_photos_are_of_the_first_model_s_own_size_unless_told(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, pipeline_folder: Path, flickr_shards: Path, option: str, side: int
 ):
     found = []
+
+    class Asked(Exception):
+        """All that this test wants to know is known."""
+
+    def asked(real: RealImages, *_: object) -> None:
+        found.append(real)
+        raise Asked
+
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(evaluation, "evaluate_models", lambda sources, **settings: found.append(settings["real"]) or {})
-    monkeypatch.setattr(report, "console_tables", lambda metrics: [])
+    monkeypatch.setattr("lcm_lightning.evaluation.evaluation.read_reference", asked)
     places = (f"model.path={pipeline_folder}", f"data.source={flickr_shards}", "run_dir=here")
-    options = ("models=[sd15,tiny]", "model=sd15", "data=flickr8k", "logger=csv", "accelerator=cpu", *places, option)
-    monkeypatch.setattr(sys, "argv", ["evaluate.py", f"--config-path={CONF}", *options])
+    options = (
+        "models=[sd15,tiny]",
+        "model=sd15",
+        "data=flickr8k",
+        "logger=csv",
+        "accelerator=cpu",
+        "evaluation=quick",
+        "evaluation.num_images=4",
+    )
+    monkeypatch.setattr(sys, "argv", ["evaluate.py", *options, *places, option])
     GlobalHydra.instance().clear()
-    evaluate.main()
+    with pytest.raises(Asked):
+        evaluate.main()
     GlobalHydra.instance().clear()
     assert [real.resolution for real in found] == [side]
+
+
+def test_a_published_table_can_be_left_out(composed: Callable[..., DictConfig]):
+    from lcm_lightning.config.instantiate import instantiate_group
+
+    for hidden in ("evaluation.published=null", "evaluation.published.lcm_lora_distillation=null"):
+        cfg = composed("model=tiny", "evaluation=standard", hidden)
+        assert not any((instantiate_group(cfg, "evaluation").published or {}).values())

@@ -266,3 +266,14 @@ def test_a_new_adapter_changes_nothing_and_is_float32_over_half_precision(pipeli
     assert all(parameter.dtype == torch.float32 for parameter in lora_parameters(model.unet, "lcm"))
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
         assert torch.equal(model.denoise(x_t, timesteps, Condition(text)), before)
+
+
+def test_a_run_started_again_in_its_folder_keeps_the_teacher_s_lora_it_was_given_now(
+    pipeline_folder: Path, tmp_path: Path
+):
+    finetuned(pipeline_folder, tmp_path / "one")
+    finetuned(pipeline_folder, tmp_path / "two", rank=2)
+    for teacher in ("one", "two"):
+        distilled(pipeline_folder, tmp_path / "student", tmp_path / teacher)
+        kept, given = (load_file(tmp_path / place) for place in (f"student/{TEACHER_FILE}", f"{teacher}/{LORA_FILE}"))
+        assert kept.keys() == given.keys() and all(torch.equal(kept[key], given[key]) for key in given)

@@ -11,6 +11,7 @@ from typing import Literal
 
 import pytest
 
+from lcm_lightning.config.entry import with_absolute_config_path
 from lcm_lightning.config.signatures import parameters
 
 HERE = {**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent), "OMP_NUM_THREADS": "1"}
@@ -132,3 +133,12 @@ def test_signatures_are_read_without_running_their_modules(tmp_path: Path, monke
     assert list(child) == ["every", "folder", "module"] and passes_others
     assert (child["every"], child["folder"]) == (int, Path | None)
     assert parameters("mine.own.nothing") is None and parameters("nowhere.at.all") is None
+
+
+def test_a_relative_config_path_is_that_of_the_working_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    monkeypatch.chdir(tmp_path)
+    for option in ("--config-path", "-cp"):
+        absolute = with_absolute_config_path([f"{option}=conf", "seed=1"])
+        assert absolute == [f"{option}={tmp_path}/conf", "seed=1"]
+    assert with_absolute_config_path(["-cp", "conf"]) == ["-cp", f"{tmp_path}/conf"]
+    assert with_absolute_config_path(["--config-path=pkg://a.b"]) == ["--config-path=pkg://a.b"]

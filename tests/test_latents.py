@@ -45,7 +45,7 @@ from lcm_lightning.methods.lcm_lora import LcmLoraDistillation
 from lcm_lightning.methods.lora import LoraFinetuning
 from lcm_lightning.models.adapters import LoraSettings, fuse_lora, load_lora
 from lcm_lightning.models.condition import Condition
-from lcm_lightning.models.identity import cache_key
+from lcm_lightning.models.identity import cache_key, model_digest
 from lcm_lightning.models.sampling import DDIM, sample
 from lcm_lightning.models.stable_diffusion import StableDiffusion, load_stable_diffusion
 from lcm_lightning.prepare import encoding
@@ -822,3 +822,20 @@ def test_a_mistake_is_one_message(command: Callable[..., str], tmp_path: Path, o
 def test_what_trains_the_networks_themselves_wants_images(command: Callable[..., str], square_latents: Path):
     said = command("train", "experiment=pretrain_vae", f"data.source={square_latents}", "trainer=debug", "logger=csv")
     assert said.startswith("2 ") and "holds cached latents" in said
+
+
+def test_a_model_whose_encoders_were_put_off_has_the_digest_of_one_that_is_whole(pipeline_folder: Path):
+    deferred = load_stable_diffusion(str(pipeline_folder), defer_encoders=True)
+    assert model_digest(deferred) == model_digest(load_stable_diffusion(str(pipeline_folder)))
+
+
+def test_an_encoder_that_could_not_be_read_is_asked_for_again(pipeline_folder: Path, tmp_path: Path):
+    folder = Path(shutil.copytree(pipeline_folder, tmp_path / "pipeline"))
+    model = load_stable_diffusion(str(folder), defer_encoders=True)
+    weights = folder / "vae" / "diffusion_pytorch_model.safetensors"
+    weights.rename(folder / "aside")
+    with pytest.raises((OSError, UserError)):
+        model.decode_latents(torch.zeros(1, 4, 8, 8))
+    (folder / "aside").rename(weights)
+    assert model.decode_latents(torch.zeros(1, 4, 8, 8)).shape == (1, 3, 32, 32)
+    assert list(model.deferred) == ["text_encoder"]  # which nothing has needed

@@ -6,6 +6,7 @@ import json
 import sys
 from pathlib import Path
 
+import jsonschema
 import pytest
 from hydra.core.global_hydra import GlobalHydra
 
@@ -20,7 +21,7 @@ from lcm_lightning.methods.lcm_lora import LcmLoraDistillation
 from lcm_lightning.models.kinds import AdapterKind
 from lcm_lightning.models.sampling import Sampler
 
-FEWER = Sampler("fewer", "Fewer", "LCMScheduler", {"original_inference_steps": 40}, max_steps=40)
+FEWER = Sampler("fewer", "Fewer", "LCMScheduler", {"original_inference_steps": 40}, max_steps=4)
 
 
 class Copied(LcmLoraDistillation):
@@ -34,12 +35,12 @@ defaults:
 _target_: lcm_lightning.methods.copied.Copied
 """
 SMALL = ("data.num_workers=0", "data.batch_size=2", "data.val_limit=2", "method.lora.rank=4", "max_steps=1")
-GRID = ("callbacks.samples.teacher_steps=1", "callbacks.samples.num_prompts=1", "callbacks.samples.student_steps=[1]")
+GRID = ("callbacks.samples.teacher_steps=1", "callbacks.samples.num_prompts=1", "callbacks.samples.student_steps=[1,8]")
 EVALUATION = ("evaluation=quick", "logger=csv", "accelerator=cpu", "dtype=float32")
 EVALUATION += ("evaluation.num_images=4", "evaluation.bootstrap_samples=2", "evaluation.latency_repeats=1")
 EVALUATION += (
     "evaluation.lineup.teacher_steps=1",
-    "evaluation.lineup.student_steps=[1,2]",
+    "evaluation.lineup.student_steps=[1,2,8]",
     "~evaluation.lineup.rivals",
 )
 
@@ -84,7 +85,10 @@ def test_it_trains_draws_and_is_evaluated_under_its_own_name(new_method: Path, c
     assert (new_method / "run" / "generated" / "heart-0.png").is_file()
 
     run("evaluate", "run=run", *EVALUATION)
-    models = json.loads((new_method / "run" / "evaluation" / "metrics.json").read_text())["models"]
+    metrics = json.loads((new_method / "run" / "evaluation" / "metrics.json").read_text())
+    schema = Path(lcm_lightning.evaluate.__file__).parent / "evaluation" / "metrics.schema.json"
+    jsonschema.validate(metrics, json.loads(schema.read_text()))
+    models = metrics["models"]
     students = {model["slug"]: model["label"] for model in models if model["role"] == "student"}
     assert students == {"copied_lora_1": "Copied LoRA, 1 step", "copied_lora_2": "Copied LoRA, 2 steps"}
     assert [model["sampler"] for model in models if model["role"] == "student"] == ["fewer", "fewer"]

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
+import pytest
 import torch
 from omegaconf import OmegaConf
 from safetensors.torch import load_file
 
+from lcm_lightning.errors import UserError
 from lcm_lightning.methods import adapter_kinds
 from lcm_lightning.models.adapters import LoraSettings, active_adapters, add_lora, lora_parameters, lora_state_dict
 from lcm_lightning.models.condition import Condition
 from lcm_lightning.models.lora_files import LORA_FILE, save_lora
+from lcm_lightning.models.sampling import Sampler, make_scheduler
 from lcm_lightning.models.stable_diffusion import StableDiffusion, load_stable_diffusion
-from lcm_lightning.runs.contents import Adapter, write_manifest
+from lcm_lightning.runs.contents import Adapter, read_manifest, write_manifest
 from lcm_lightning.runs.loading import load_run
 
 
@@ -55,3 +59,54 @@ def test_a_lora_file_can_be_read_by_whoever_can_read_its_neighbours(tmp_path: Pa
     save_lora({"unet.a.lora_A.weight": torch.ones(2, 2)}, tmp_path / LORA_FILE)
     assert (tmp_path / LORA_FILE).stat().st_mode == (tmp_path / "neighbour").stat().st_mode
     assert load_file(tmp_path / LORA_FILE)["unet.a.lora_A.weight"].sum() == 4
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"name": "../../elsewhere"},
+        {"result": "a/b"},
+        {"file": "../pytorch_lora_weights.safetensors"},
+        {"file": "/etc/passwd"},
+        {"title": 7},
+        {"role": "boss"},
+        {"steps": "4"},
+        {"steps": 10**9},
+        {"guidance_scale": float("inf")},
+        {"sampler": {"name": "/tmp/x", "title": "x", "scheduler": "LCMScheduler", "settings": {}, "max_steps": None}},
+        {"sampler": {"name": "x", "title": "x", "scheduler": "LCMScheduler", "settings": None, "max_steps": None}},
+        {"sampler": None},
+    ],
+    ids=str,
+)
+def test_what_a_stranger_s_manifest_says_is_held_to_what_a_method_would_say(tmp_path: Path, change: dict[str, object]):
+    write_manifest(tmp_path / "lora", [Adapter(adapter_kinds()["lcm"])])
+    file = tmp_path / "lora" / "adapters.json"
+    (entry,) = json.loads(file.read_text())["adapters"]
+    assert [adapter.kind for adapter in read_manifest(tmp_path)] == [adapter_kinds()["lcm"]]
+    file.write_text(json.dumps({"adapters": [entry | change]}))
+    with pytest.raises(UserError, match=r"lora/adapters\.json is damaged, or of another version"):
+        read_manifest(tmp_path)
+
+
+def test_a_manifest_of_names_alone_is_read_by_what_the_methods_say(tmp_path: Path):
+    (tmp_path / "lora").mkdir()
+    teacher = {"name": "finetuned", "file": "teacher_lora_weights.safetensors"}
+    old = {"adapters": [teacher, {"name": "lcm", "file": LORA_FILE}]}
+    (tmp_path / "lora" / "adapters.json").write_text(json.dumps(old))
+    assert [adapter.kind for adapter in read_manifest(tmp_path)] == [adapter_kinds()[n] for n in ("finetuned", "lcm")]
+    old["adapters"][1]["name"] = "tcd"
+    (tmp_path / "lora" / "adapters.json").write_text(json.dumps(old))
+    with pytest.raises(UserError, match="no method here trains 'tcd'"):
+        read_manifest(tmp_path)
+
+
+@pytest.mark.parametrize("scheduler", ["SchedulerMixin", "StableDiffusionPipeline", "nothing"])
+def test_a_sampler_takes_a_scheduler_of_diffusers_and_the_model_s_own_noise(
+    tiny_model: StableDiffusion, scheduler: str
+):
+    config = tiny_model.scheduler_config
+    greedy = Sampler("x", "x", "DDIMScheduler", {"num_train_timesteps": 10**9, "beta_end": 0.5})
+    assert make_scheduler(greedy, config).config.num_train_timesteps == 1000
+    with pytest.raises(UserError, match=f"no scheduler {scheduler}"):
+        make_scheduler(Sampler("x", "x", scheduler), config)

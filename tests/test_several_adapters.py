@@ -9,8 +9,9 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
-from lightning.pytorch.strategies import DDPStrategy
+from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from lcm_lightning.callbacks.checkpoints import Checkpoints
 from lcm_lightning.callbacks.export import ExportLora
@@ -73,7 +74,8 @@ class Adversaries(AdapterTraining):
     def configure_gradient_clipping(self, optimizer: Any, *args: Any, **kwargs: Any) -> None:
         super().configure_gradient_clipping(optimizer, *args, **kwargs)
         gradients = [p.grad for p in self.adapter_parameters() if p.grad is not None]
-        self.norms.append(float(torch.nn.utils.get_total_norm(gradients)))
+        norm = torch.nn.utils.get_total_norm(gradients)
+        self.norms.append(float(norm.full_tensor() if isinstance(norm, DTensor) else norm))
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_index: int) -> None:
         after = self.weights()
@@ -179,6 +181,17 @@ def test_accumulated_batches_belong_to_one_turn(pipeline_folder: Path, flickr_sh
     module = adversaries(pipeline_folder)
     fit(module, tmp_path, flickr_shards, max_steps=3, accumulate_grad_batches=2)
     assert module.moved == [set(), {"rival"}, set(), {"critic"}, set(), {"critic"}]
+
+
+def test_sharded_adapters_take_turns_too(pipeline_folder: Path, flickr_shards: Path, tmp_path: Path):
+    module = adversaries(pipeline_folder)
+    module.weights = lambda: {  # type: ignore[method-assign]
+        name: torch.cat([p.full_tensor().detach().flatten() for p in lora_parameters(module.model.unet, name)])
+        for name in module.adapters
+    }
+    strategy = ModelParallelStrategy(save_distributed_checkpoint=False, process_group_backend="gloo")
+    fit(module, tmp_path, flickr_shards, max_steps=3, strategy=strategy, devices=1)
+    assert module.moved == [{"rival"}, {"critic"}, {"critic"}]
 
 
 class SameOnBothRanks(Adversaries):

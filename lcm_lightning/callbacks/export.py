@@ -38,7 +38,7 @@ class ExportLora(L.Callback):
         """Keep the LoRA below with the trained one."""
         if trainer.is_global_zero:
             try:
-                self._keep_below(module)
+                self._keep_below(module, again=True)
             except OSError as error:
                 warn_unwritten(self.folder, error)
 
@@ -74,12 +74,12 @@ class ExportLora(L.Callback):
         save_lora(kohya_state_dict(state_dict), self.folder / KOHYA_FILE)
         write_manifest(self.folder, [*below, Adapter(module.kind)])
 
-    def _keep_below(self, module: L.LightningModule) -> list[Adapter]:
+    def _keep_below(self, module: L.LightningModule, *, again: bool = False) -> list[Adapter]:
         assert isinstance(module, AdapterTraining)
         if module.below is None:
             return []
         kind, source = module.below
-        if not (self.folder / TEACHER_FILE).is_file():
+        if again or not (self.folder / TEACHER_FILE).is_file():
             copy_lora(source, self.folder / TEACHER_FILE)
         return [Adapter(kind, TEACHER_FILE)]
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import functools
+import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import ParamSpec, TypeVar
 
@@ -10,6 +12,7 @@ import hydra
 from hydra.core.config_search_path import ConfigSearchPath
 from hydra.core.plugins import Plugins
 from hydra.plugins.search_path_plugin import SearchPathPlugin
+from omegaconf import DictConfig
 
 from lcm_lightning.config.resolvers import PACKAGE, register_resolvers
 from lcm_lightning.errors import report_configuration_errors, report_user_errors
@@ -40,10 +43,30 @@ def command(config_name: str) -> Callable[[Callable[P, R]], Callable[[], R]]:
     What is wrong with the command ends it with one message and status 2.
     """
     register_resolvers()
-    Plugins.instance().register(ConfigurationsHere)
 
     def decorate(task: Callable[P, R]) -> Callable[[], R]:
         composed = hydra.main(version_base="1.3", config_path=str(configurations()), config_name=config_name)
-        return report_configuration_errors(composed(report_user_errors(task)))
+        main = report_configuration_errors(composed(report_user_errors(task)))
+
+        @functools.wraps(task)
+        def run(*config: DictConfig) -> R:
+            Plugins.instance().register(ConfigurationsHere)  # not on import: another program may compose its own
+            sys.argv[1:] = with_absolute_config_path(sys.argv[1:])
+            return main(*config)
+
+        return run
 
     return decorate
+
+
+def with_absolute_config_path(arguments: Sequence[str]) -> list[str]:
+    """Arguments whose --config-path, which Hydra takes from where the task's code lies, is the working folder's."""
+    found = list(arguments)
+    for place, argument in enumerate(arguments):
+        option, equals, path = argument.partition("=")
+        if option in ("--config-path", "-cp"):
+            if not equals and place + 1 < len(found):
+                found[place + 1] = str(Path(found[place + 1]).absolute())
+            elif equals and "://" not in path:
+                found[place] = f"{option}={Path(path).absolute()}"
+    return found

@@ -119,7 +119,7 @@ def _lora(cfg: DictConfig, lora: str, role: str | None, spec: str, dtype: torch.
     """`model=` with the LoRA at `lora`: a run folder, which knows what its LoRAs are, a file or a hub id."""
     if cfg.get("model") is None:
         raise UserError(f"{spec}: a LoRA needs the model it belongs on; add model=sd15")
-    from lcm_lightning.models.adapters import locate_lora
+    from lcm_lightning.models.lora_files import locate_lora
 
     run = Path(lora).expanduser()
     kinds = adapter_kinds()

@@ -134,4 +134,5 @@ class Lineup:
             hurried = guided(teacher, DDIM, self.undistilled_steps)
             hurried = replace(hurried, name="undistilled", role="undistilled", title="undistilled")
             lineup.append(replace(hurried, teacher_title=teacher.title))
-        return lineup + [student(kind, steps) for kind in students for steps in self.student_steps]
+        steps_of = {kind: kind.sampler.possible(self.student_steps) for kind in students}
+        return lineup + [student(kind, steps) for kind, numbers in steps_of.items() for steps in numbers]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -50,13 +51,15 @@ def evaluate_models(
         UserError: a model, the data set or a network of the metrics is missing.
     """
     loader = ModelLoader(fabric.device)
+    resolution = real.resolution or loader.load(sources[0]).model.default_resolution
+    real = replace(real, resolution=resolution)
     with image_progress(disable=not fabric.is_global_zero) as progress:
         clip = Clip(protocol.clip, fabric.device)
         with fabric.rank_zero_first():
             extractor = make_extractor(protocol.features, clip, protocol.inception_weights, fabric.device)
             reference = read_reference(real, list({e.name: e for e in (extractor, clip)}.values()), progress)
         prompts = reference.prompts(protocol.captions_per_image)
-        drawing = Drawing(prompts, protocol.seed, real.resolution, protocol.batch_size)
+        drawing = Drawing(prompts, protocol.seed, resolution, protocol.batch_size)
         drawn = draw_models(sources, loader, protocol.lineup, drawing, folder / "images", fabric, progress)
         if not fabric.is_global_zero:
             return {}
@@ -74,7 +77,7 @@ def evaluate_models(
         "dataset": f"{real.name}/{real.split}",
         "features": extractor.name,
         "n_real": n_real,
-        "resolution": real.resolution,
+        "resolution": resolution,
         "seed": protocol.seed,
         "sources": [{"name": source.name, "spec": source.spec} for source in sources],
         "warnings": _warnings(sharing, clip.name, extractor.name, dimension, len(prompts), n_real, real.split),
@@ -88,7 +91,9 @@ def evaluate_models(
         "comparisons": measured.comparisons,
     }
     grids = make_grids(drawn.images, drawing, reference, protocol)
-    write_report(folder, metrics, grids, config, list(protocol.published.values()))
+    write_report(
+        folder, metrics, grids, config, [table for table in (protocol.published or {}).values() if table is not None]
+    )
     return metrics
 
 

@@ -44,7 +44,7 @@ class DataChoice:
 
     name: str
     source: str | None
-    resolution: int
+    resolution: int | None
     cache_dir: str | None = None
 
 

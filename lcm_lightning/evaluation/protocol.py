@@ -66,7 +66,7 @@ class Protocol:
         latency_repeats: timed rounds.
         latency_batch_sizes: images at a time while timing; the first one's figures stand in the table.
         shown: rows of the grid.
-        published: tables printed elsewhere, by names of their own.
+        published: tables printed elsewhere, by names of their own; None for one, or all, that is not to be shown.
     """
 
     name: str
@@ -83,7 +83,7 @@ class Protocol:
     latency_repeats: int = 10
     latency_batch_sizes: Sequence[int] = (1,)
     shown: int = 8
-    published: Mapping[str, PublishedTable] = field(default_factory=dict)
+    published: Mapping[str, PublishedTable | None] | None = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         at_least = {"batch_size": 1, "latency_repeats": 1, "shown": 1, "bootstrap_samples": 0}

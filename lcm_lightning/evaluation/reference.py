@@ -34,14 +34,15 @@ class RealImages:
         name, source, cache_dir: see `lcm_lightning.data.datamodule.CaptionedImages`.
         split: "train", "val" or "test".
         num_images: so many, drawn with a fixed seed; None for all.
-        resolution: they are resized to this shorter side and cropped to a square at the centre, px.
+        resolution: they are resized to this shorter side and cropped to a square at the centre, px; None for that of
+            the first model they are compared with.
     """
 
     name: str
     source: str | None
     split: str
     num_images: int | None
-    resolution: int
+    resolution: int | None
     cache_dir: str | None = None
 
     def samples(self) -> Iterator[Sample]:
@@ -50,6 +51,7 @@ class RealImages:
 
     def square(self, sample: Sample) -> Tensor:
         """The photo as uint8 [3, R, R]."""
+        assert self.resolution is not None
         image = crop_square(resize_shorter_side(sample.image, self.resolution), self.resolution)
         return torch.from_numpy(np.asarray(image).transpose(2, 0, 1).copy())
 

@@ -14,6 +14,7 @@ from typing import Any
 import jinja2
 import rich.box
 from PIL import Image
+from rich.markup import escape
 from rich.table import Table as ConsoleTable
 from torch import Tensor
 
@@ -158,5 +159,5 @@ def _console_table(table: tables.Table, shown: Mapping[str, str], title: str, *,
         console.add_column(shown[heading], justify="right", no_wrap=True)
     for row in table.rows:
         cells = [row.cells[place - 1] for place in places.values()]
-        console.add_row(row.title, *(str(cell) if intervals else cell.value for cell in cells))
+        console.add_row(escape(row.title), *(str(cell) if intervals else cell.value for cell in cells))
     return console

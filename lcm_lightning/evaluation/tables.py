@@ -215,9 +215,10 @@ def compared_pairs(models: Sequence[Mapping[str, Any]]) -> list[tuple[Mapping[st
 def _nearest_rivals(student: Mapping[str, Any], models: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
     """For each solver the student's teacher in a hurry that takes most nearly the student's time."""
     rivals: dict[str, list[Mapping[str, Any]]] = {}
+    roles = {model["slug"]: model["role"] for model in models}
     for model in models:
         same_teacher = model["teacher"] == student["teacher"] and model["slug"] != model["teacher"]
-        if same_teacher and student["teacher"].startswith(model["role"]):
+        if same_teacher and roles.get(student["teacher"]) == model["role"]:
             rivals.setdefault(model["sampler"], []).append(model)
 
     def distance(model: Mapping[str, Any]) -> float:

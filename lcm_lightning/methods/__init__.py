@@ -12,6 +12,8 @@ if TYPE_CHECKING:
 
 def adapter_kinds() -> dict[str, AdapterKind]:
     """The kind of adapter that each method trains, by name."""
+    from lcm_lightning.models.kinds import AdapterKind  # late: it takes torch
+
     modules = [import_module(f"{__name__}.{module.name}") for module in iter_modules(__path__)]
-    methods = [value for module in modules for value in vars(module).values() if hasattr(value, "kind")]
-    return {method.kind.name: method.kind for method in methods}
+    found = (getattr(value, "kind", None) for module in modules for value in vars(module).values())
+    return {kind.name: kind for kind in found if isinstance(kind, AdapterKind)}

@@ -1,4 +1,4 @@
-"""What LoRA fine-tuning and LCM-LoRA distillation share: one frozen model, one trainable adapter."""
+"""What all methods share: one frozen model, trainable adapters."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 
 import torch
 from diffusers.optimization import SchedulerType, get_scheduler
+from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
@@ -141,7 +142,7 @@ class AdapterTraining(FusedClipping, ABC):
         if kind.role == "student":
             tried = [
                 SamplingSetup(kind.label(steps), names, kind.sampler, steps, kind.guidance_scale)
-                for steps in student_steps
+                for steps in kind.sampler.possible(student_steps)
             ]
         else:
             tried = [SamplingSetup(kind.label(teacher_steps), names, kind.sampler, teacher_steps, guidance_scale)]
@@ -161,8 +162,9 @@ class AdapterTraining(FusedClipping, ABC):
         loss = propagate_faults((batch["weight"] * losses).mean())
         name = "train/loss" if adapter == self.kind.name else f"train/{adapter}_loss"
         self.log(name, loss, batch_size=len(batch["captions"]))
-        # DistributedDataParallel waits for a gradient of every parameter.
-        return sum((0.0 * parameter.sum() for parameter in self._resting_parameters()), loss)
+        if self.helpers and isinstance(self.trainer.strategy, DDPStrategy):  # which waits for a gradient of every one
+            loss = sum((0.0 * parameter.sum() for parameter in self._resting_parameters()), loss)
+        return loss
 
     def on_after_backward(self) -> None:
         """Leave those whose turn it is not without a gradient."""

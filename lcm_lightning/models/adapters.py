@@ -181,7 +181,7 @@ def load_lora(model: StableDiffusion, source: str | Path, name: str, key: str = 
     said = f"{key}={short(source, 80)}"
     file = read_lora(locate_lora(source, key), said)
     if any(network == "text_encoder" for network, _ in file.updates):
-        model.load_encoders()
+        model.load_encoders("text_encoder")
     networks = {"unet": model.unet, "text_encoder": model.text_encoder}
     for network, updates in fit(file, networks, said, model.name_or_path).items():
         _add_frozen(networks[network], name, updates)

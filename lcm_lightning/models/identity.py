@@ -81,6 +81,7 @@ def model_digest(model: StableDiffusion) -> str:
     Weights, the networks' configs (a VAE's scaling factor is no weight), tokenizer and noise schedule; not where they
     lie, nor which version of a library wrote them.
     """
+    model.load_encoders()
     configs = [model.unet.config, model.vae.config, model.text_encoder.config.to_dict(), model.scheduler_config]
     content = [[_without_origin(config) for config in configs], tokenizer_digest(model.tokenizer)]
     tensors = {k.replace(".base_layer.", "."): v for k, v in model.state_dict().items() if ".lora_" not in k}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal, TypeAlias
@@ -41,12 +43,27 @@ class AdapterKind:
     def from_json(cls, content: Mapping[str, Any]) -> AdapterKind:
         """The kind that `to_json` wrote; keys of later versions are passed over.
 
+        Names become parts of files' names, so they are held to letters, digits and signs that lead nowhere.
+
         Raises:
-            KeyError, TypeError: it lacks something.
+            KeyError, TypeError, ValueError: it lacks something, or holds what no method would say.
         """
         known = {field.name: content[field.name] for field in fields(cls)}
-        sampler = {field.name: content["sampler"][field.name] for field in fields(Sampler)}
-        return cls(**{**known, "sampler": Sampler(**sampler)})
+        said = {field.name: content["sampler"][field.name] for field in fields(Sampler)}
+        for name in (known["name"], known["result"], said["name"], said["scheduler"]):
+            if not re.fullmatch(r"[A-Za-z0-9_-]{1,40}", name):
+                raise ValueError(f"{name!r} is no name")
+        if not all(isinstance(title, str) and title.isprintable() for title in (known["title"], said["title"])):
+            raise ValueError("a title is no text")
+        if known["role"] not in ("finetuned", "student"):
+            raise ValueError(f"role {known['role']!r}: expected finetuned or student")
+        numbers = (known["steps"], 1 if said["max_steps"] is None else said["max_steps"])
+        if not all(type(number) is int and 1 <= number <= 1000 for number in numbers):
+            raise ValueError("a number of steps is none from 1 to 1000")
+        known["guidance_scale"] = float(known["guidance_scale"])
+        if not 0 <= known["guidance_scale"] < math.inf or not isinstance(said["settings"], dict):
+            raise ValueError("guidance_scale or settings make no sense")
+        return cls(**{**known, "sampler": Sampler(**said)})
 
     def label(self, steps: int) -> str:
         """Heading of what is drawn in so many steps."""

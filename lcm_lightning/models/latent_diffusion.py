@@ -4,21 +4,23 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from diffusers import UNet2DConditionModel
 from torch import Tensor, nn
 
 from lcm_lightning.diffusion.schedule import PredictionType, alphas_cumprod_from_config
 from lcm_lightning.errors import UserError
 from lcm_lightning.models.condition import Condition
 
+if TYPE_CHECKING:
+    from diffusers import UNet2DConditionModel
+
 
 class LatentDiffusionModel(nn.Module, ABC):
     """A frozen latent diffusion model (Rombach et al. 2022): a UNet on the latents of a VAE, told what by captions.
 
-    Another base model is another subclass; nothing that trains or draws asks which.
+    Another base model is another subclass: methods, sampling and caching ask for no more than this.
 
     Attributes:
         unet: takes the adapters.
@@ -37,8 +39,8 @@ class LatentDiffusionModel(nn.Module, ABC):
     fused: bool = True
 
     @abstractmethod
-    def load_encoders(self) -> None:
-        """Read VAE and text encoders if that was put off. The maps below do it where they need one."""
+    def load_encoders(self, *names: str) -> None:
+        """Read VAE and text encoders, or those of them named, if that was put off. The maps below do where need be."""
 
     @abstractmethod
     def encode_text(self, captions: Sequence[str]) -> Condition:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lcm_lightning.errors import UserError
 from lcm_lightning.models.condition import Condition
@@ -43,6 +44,10 @@ class Sampler:
     scheduler: str
     settings: Mapping[str, Any] = field(default_factory=dict, hash=False)
     max_steps: int | None = None
+
+    def possible(self, steps: Iterable[int]) -> list[int]:
+        """Those of `steps` that it takes."""
+        return [number for number in steps if self.max_steps is None or number <= self.max_steps]
 
 
 # Solvers of the teacher's own ODE; students' samplers are said by their methods. DDIM (Song et al. 2020, eta = 0) as
@@ -83,12 +88,12 @@ def make_scheduler(sampler: Sampler, scheduler_config: Mapping[str, Any]) -> Sch
     import diffusers  # late: who asks for a sampler's name only does not wait for it
 
     scheduler: Any = getattr(diffusers, sampler.scheduler, None)
-    if diffusers.SchedulerMixin not in getattr(scheduler, "__mro__", ()):
+    if diffusers.SchedulerMixin not in getattr(scheduler, "__mro__", ()) or not hasattr(scheduler, "from_config"):
         raise UserError(
             f"sampler={sampler.name}: this diffusers has no scheduler {sampler.scheduler}; update diffusers"
         )
     schedule = {key: scheduler_config[key] for key in NOISE_SCHEDULE if key in scheduler_config}
-    settings = {**STABLE_DIFFUSION, **schedule, **sampler.settings}
+    settings = {**STABLE_DIFFUSION, **sampler.settings, **schedule}  # the schedule is the model's, whatever is said
     if schedule.get("rescale_betas_zero_snr"):
         settings["timestep_spacing"] = "trailing"
     wanted = inspect.signature(scheduler.__init__).parameters
@@ -151,7 +156,8 @@ def sample(
         ended("text_encoding")
         generators = [torch.Generator().manual_seed(seed) for seed in seeds[start : start + batch_size]]
         scheduler = make_scheduler(sampler, model.scheduler_config)
-        latents = _denoise(model, scheduler, condition, generators, steps, guidance_scale, resolution)
+        with evaluating(model.unet):
+            latents = _denoise(model, scheduler, condition, generators, steps, guidance_scale, resolution)
         ended("denoising")
         images.append(model.decode_latents(latents, preview=preview).cpu())
         ended("vae_decoding")
@@ -187,3 +193,15 @@ def _denoise(
             output = unconditional + guidance_scale * (conditional - unconditional)
         latents = scheduler.step(output, timestep, latents, **stochastic).prev_sample
     return latents
+
+
+@contextmanager
+def evaluating(network: nn.Module) -> Iterator[None]:
+    """`network` without dropout for the duration of a block, also in the midst of its training."""
+    training = [module for module in network.modules() if module.training]
+    network.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True

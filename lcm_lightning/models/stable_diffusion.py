@@ -75,16 +75,16 @@ class StableDiffusion(LatentDiffusionModel):
         self.dtype = dtype
         self.requires_grad_(False).eval()
 
-    def load_encoders(self) -> None:
-        """See `LatentDiffusionModel`."""
-        while self.deferred:
-            name, deferred = self.deferred.popitem()
+    def load_encoders(self, *names: str) -> None:
+        """See `LatentDiffusionModel`; all of them, or of "vae" and "text_encoder" the one that is named."""
+        for name in self.deferred.keys() & (names or ("vae", "text_encoder")):
             # In Lightning's validation the weights would otherwise be inference tensors, and the random numbers of a
             # training must not depend on when this happens.
             with torch.inference_mode(False), torch.random.fork_rng(devices=[]):
-                network = deferred.read()
+                network = self.deferred[name].read()
             if self.memory_format is not None:
                 network.to(memory_format=self.memory_format)
+            del self.deferred[name]
             self.add_module(name, network.requires_grad_(False).eval().to(self.device))
 
     def set_memory_format(self, memory_format: torch.memory_format) -> None:
@@ -119,7 +119,7 @@ class StableDiffusion(LatentDiffusionModel):
         """See `LatentDiffusionModel`; captions longer than the tokenizer's limit are cut."""
         if self.known_texts.keys() >= set(captions):
             return Condition.cat([self.known_texts[caption] for caption in captions]).to(self.device, self.dtype)
-        self.load_encoders()
+        self.load_encoders("text_encoder")
         tokens = self.tokenizer(
             list(captions),
             padding="max_length",
@@ -142,7 +142,7 @@ class StableDiffusion(LatentDiffusionModel):
     @torch.no_grad()
     def posterior(self, pixel_values: Tensor) -> tuple[Tensor, Tensor]:
         """See `LatentDiffusionModel`."""
-        self.load_encoders()
+        self.load_encoders("vae")
         with self._no_autocast():
             posterior = self.vae.encode(pixel_values.to(self.dtype)).latent_dist
         return posterior.mean.float(), posterior.std.float()
@@ -160,7 +160,7 @@ class StableDiffusion(LatentDiffusionModel):
         """
         small = self.preview_vae if preview else None
         if small is None:
-            self.load_encoders()
+            self.load_encoders("vae")
         vae = self.vae if small is None else small
         latents = latents.float() / vae.config.scaling_factor + (self._shift if small is None else 0.0)
         with self._no_autocast():

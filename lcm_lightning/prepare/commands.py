@@ -13,11 +13,9 @@ from omegaconf import DictConfig
 from rich.console import Console
 
 from lcm_lightning.config.checks import check_types, check_values, interpolate
-from lcm_lightning.config.entry import command
+from lcm_lightning.config.entry import command, configurations
 from lcm_lightning.errors import UserError, command_line
 from lcm_lightning.prepare.images import prepare_images
-
-EXPERIMENTS = ("flickr8k", "flickr30k", "folder")  # data sets with experiments of their own
 
 
 @command("prepare")
@@ -56,7 +54,8 @@ def next_lines(name: str, place: list[str]) -> list[str]:
     import torch  # late, as what imports it
 
     data = choice("data")
-    experiment = data if data in EXPERIMENTS else EXPERIMENTS[0]
+    has_its_own = (configurations() / "experiment" / f"lora_{data}.yaml").is_file()
+    experiment = data if has_its_own else "flickr8k"
     options = [f"experiment=lora_{experiment}", *([] if data == experiment else [f"data={data}"])]
     if name != experiment:
         options += [f"name=lora_{name}", *overrides_of("data.name")]

@@ -60,14 +60,22 @@ def read_manifest(run: Path) -> list[Adapter]:
     if not path.is_file():
         raise UserError(f"run={run}: no lora/{MANIFEST} there; the run ended before its first export, train it again")
     try:
-        return [Adapter(_kind(entry), entry["file"]) for entry in json.loads(path.read_text())["adapters"]]
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"run={run}: lora/{MANIFEST} is damaged ({first_line(error)}); export the run again") from error
+        return [_adapter(entry) for entry in json.loads(path.read_text())["adapters"]]
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
+        raise UserError(
+            f"run={run}: lora/{MANIFEST} is damaged, or of another version ({first_line(error)}); copy the run again, "
+            "or train it again with this version"
+        ) from error
 
 
-def _kind(entry: dict[str, Any]) -> AdapterKind:
-    """What a manifest says of an adapter; version 0.1 wrote its name alone."""
-    return AdapterKind.from_json(entry) if "role" in entry else adapter_kinds()[entry["name"]]
+def _adapter(entry: dict[str, Any]) -> Adapter:
+    """What a manifest says of an adapter; version 0.1 wrote its name and file alone."""
+    if Path(entry["file"]).name != entry["file"]:
+        raise ValueError(f"{entry['file']!r} does not lie beside it")
+    kinds = adapter_kinds()
+    if "role" not in entry and entry["name"] not in kinds:
+        raise ValueError(f"no method here trains {entry['name']!r}")
+    return Adapter(AdapterKind.from_json(entry) if "role" in entry else kinds[entry["name"]], entry["file"])
 
 
 def record_settings(cfg: DictConfig, overrides: Sequence[str], run_dir: Path, loggers: Sequence[Logger]) -> None:
