@@ -84,7 +84,7 @@ def assert_complete(run: Path, steps: int) -> None:
     with Image.open(run / "samples" / f"step_{steps:06d}.png") as grid:
         assert grid.width > 200 + 2 * config.data.resolution
     loaded = load_run(run)
-    assert loaded.adapters == tuple(adapter.name for adapter in read_manifest(run))
+    assert loaded.adapters == tuple(adapter.kind for adapter in read_manifest(run))
 
 
 @pytest.mark.parametrize("experiment", ["lora_flickr8k", "lcm_flickr8k"])

@@ -14,7 +14,7 @@ import torch
 from diffusers import AutoencoderTiny, UNet2DConditionModel
 from safetensors.torch import load_file, save_file
 
-from conftest import TINY_TEXT_LENGTH, build_tiny_pipeline
+from helpers.pipelines import TINY_TEXT_LENGTH, build_tiny_pipeline
 from lcm_lightning.errors import UserError
 from lcm_lightning.models.architectures import byte_tokenizer
 from lcm_lightning.models.identity import encoder_key
