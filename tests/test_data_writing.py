@@ -13,12 +13,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from helpers.profiles import DISPLAY_P3
 from lcm_lightning.data.images import ImageFault, open_image
 from lcm_lightning.data.records import Record
 from lcm_lightning.data.shards import find_shards, fingerprint, iterate_shards, open_split
 from lcm_lightning.data.writing import ShardSettings, encode_image, write_shard, write_shards
 from lcm_lightning.errors import UserError
-from test_data_images import DISPLAY_P3
 
 
 def image_bytes(format="PNG", size=(48, 40), mode="RGB", seed=0, **options):
