@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from lcm_lightning.data.layouts import find_images
 from lcm_lightning.data.sources import read_source
 from lcm_lightning.data.writing import ShardSettings, write_shards
 from lcm_lightning.errors import UserError
@@ -49,6 +50,19 @@ TOKENS = "".join(f"{n}.jpg#{k}\t{text}\n" for n, text in enumerate("abc") for k 
 READ: dict[str, tuple[Files, dict[str, list[str]]]] = {
     # captions.txt and results.csv
     "kaggle": (table("image,caption\n0.jpg,a\n1.jpg,b\n2.jpg,c\n"), THREE),
+    "another column behind": (table("image,caption,split\n0.jpg,a,train\n1.jpg,b,train\n2.jpg,c,test\n"), THREE),
+    "two columns of captions": (
+        table("image,caption_1,caption_2\n0.jpg,a,x\n1.jpg,b,y\n2.jpg,c,z\n"),
+        {"0.jpg": ["a", "x"], "1.jpg": ["b", "y"], "2.jpg": ["c", "z"]},
+    ),
+    "bare commas in the last column": (
+        table("image,caption\n0.jpg,a, x\n1.jpg,b\n2.jpg,c\n"),
+        THREE | {"0.jpg": ["a, x"]},
+    ),
+    "bars, captions that begin with numbers": (
+        table("image|caption\n0.jpg|2 dogs\n1.jpg|b\n2.jpg|10 cats\n"),
+        {"0.jpg": ["2 dogs"], "1.jpg": ["b"], "2.jpg": ["10 cats"]},
+    ),
     "windows line ends": (table("image,caption\r\n0.jpg,a\r\n1.jpg,b\r\n2.jpg,c\r\n"), THREE),
     "byte order mark": (table("\ufeffimage,caption\n0.jpg,a\n1.jpg,b\n2.jpg,c\n"), THREE),
     "no line end at the end": (table("image,caption\n0.jpg,a\n1.jpg,b\n2.jpg,c"), THREE),
@@ -221,3 +235,10 @@ def test_pictures_that_cannot_be_decoded_are_counted_with_the_reason(tmp_path):
     assert index["skipped"] == {"undecodable": 2}
     skipped = (tmp_path / "shards" / "skipped.csv").read_text()
     assert re.search(r"1\.heic,undecodable,.*none of JPEG, PNG", skipped) and "2.avif" in skipped
+
+
+def test_of_two_images_with_one_name_the_one_less_deep_is_meant(tmp_path: Path):
+    for place in ("Images/0.jpg", "Images/thumbs/0.jpg", "a/b/c/0.jpg"):
+        (tmp_path / place).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / place).write_bytes(JPEG)
+    assert find_images(tmp_path) == {"0.jpg": tmp_path / "Images" / "0.jpg"}

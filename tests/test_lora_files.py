@@ -22,9 +22,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from lcm_lightning import inspect
+from lcm_lightning.config.resolvers import package_file
 from lcm_lightning.errors import UserError
 from lcm_lightning.methods.lcm_lora import LcmLoraDistillation
-from lcm_lightning.models.adapters import fuse_lora, load_lora, merged_adapters
+from lcm_lightning.models.adapters import fuse_lora, load_lora, lora_layers, merged_adapters
 from lcm_lightning.models.architectures import SD15_UNET
 from lcm_lightning.models.identity import text_lora_digest
 from lcm_lightning.models.lora_files import LORA_FILE, PEFT_CONFIG, PEFT_FILE, _original_names, copy_lora, locate_lora
@@ -718,3 +719,26 @@ def test_what_diffusers_lcm_lora_script_writes_is_evaluated(tmp_path: Path):
     assert finished.returncode == 0, finished.stderr
     models = json.loads((tmp_path / "done" / "metrics.json").read_text())["models"]
     assert "student" in {model["role"] for model in models}
+
+
+def test_what_a_network_saves_of_its_own_adapter_has_its_strength(tmp_path: Path):
+    """diffusers' `unet.save_lora_adapter` writes its settings without the network's name."""
+    unet = UNet2DConditionModel.from_pretrained(package_file("assets/tiny/unet"))
+    settings = {"r": 4, "lora_alpha": 16, "target_modules": ["to_q"], "init_lora_weights": False}
+    unet.add_adapter(LoraConfig(**settings))
+    unet.save_lora_adapter(tmp_path)
+    model = load_stable_diffusion(package_file("assets/tiny"))
+    load_lora(model, tmp_path, "a")
+    assert {layer.scaling["a"] for layer in lora_layers(model.unet) if "a" in layer.scaling} == {4.0}
+
+
+def test_an_address_that_no_hub_answers_is_one_message(monkeypatch: pytest.MonkeyPatch):
+    class Unreachable(Exception):
+        """As clients of http raise it, whatever they are made with."""
+
+    def refuse(*_: object, **__: object) -> None:
+        raise Unreachable("no route\nto host")
+
+    monkeypatch.setattr("lcm_lightning.models.lora_files.hf_hub_download", refuse)
+    with pytest.raises(UserError, match=r"lora=loras/mistyped: no such folder here, and the hub cannot be asked"):
+        locate_lora("loras/mistyped")

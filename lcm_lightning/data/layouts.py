@@ -107,8 +107,9 @@ def is_image_name(name: str) -> bool:
 
 
 def find_images(folder: Path) -> dict[str, Path]:
-    """Path by file name of all images in a folder and its subfolders."""
-    return {path.name: path for path in sorted(folder.rglob("*")) if is_image_name(path.name)}
+    """Path by file name of all images in a folder and its subfolders; of two with one name that less deep."""
+    paths = sorted(folder.rglob("*"), key=lambda path: (-len(path.parts), path))
+    return {path.name: path for path in paths if is_image_name(path.name)}
 
 
 def keys_of(names: Iterable[str]) -> dict[str, str]:
@@ -142,17 +143,26 @@ def read_caption_table(path: Path) -> Captions:
         lines = path.read_text(encoding=ENCODING).split("\n")
         separator = column_separator(lines)
         rows = list(pipe_rows(lines) if separator == "|" else table_rows(lines, separator))
-        columns = len(rows[0])
         if is_image_name(table_name(rows[0][0])):
-            columns = 3 if columns > 2 and rows[0][1].strip().isdigit() else 2
+            width, chosen = (3, [2]) if len(rows[0]) > 2 and rows[0][1].strip().isdigit() else (2, [1])
         else:
-            del rows[0]
+            width, chosen = len(rows[0]), caption_places(rows.pop(0))
         captions: Captions = {}
         for row in rows:
-            captions.setdefault(table_name(row[0]), []).extend(filter(None, [separator.join(row[columns - 1 :])]))
+            cells = [*row[: width - 1], separator.join(row[width - 1 :])]  # the last may hold the separator
+            captions.setdefault(table_name(row[0]), []).extend(filter(None, [cells[place] for place in chosen]))
         if captions and not any(map(is_image_name, captions)):
             raise ValueError(f"{next(iter(captions))[:50]!r} in the first column is no file name of an image")
     return captions
+
+
+def caption_places(header: list[str]) -> list[int]:
+    """Places of the columns that hold captions. Raises `ValueError` where more columns than one might."""
+    named = re.compile(r"\s*(captions?|comments?|text|description|sentence)[ _]?\d*\s*", re.IGNORECASE)
+    chosen = [place for place, name in enumerate(header) if named.fullmatch(name)]
+    if not chosen and len(header) > 3:
+        raise ValueError(f"none of its columns {', '.join(header)[:60]} is called caption")
+    return chosen or [len(header) - 1]
 
 
 def table_name(cell: str) -> str:
@@ -174,9 +184,10 @@ def pipe_rows(lines: Iterable[str]) -> Iterator[list[str]]:
 
     In the row of 2199200615.jpg the second bar is missing: `2199200615.jpg| 4   A dog runs across the grass .`
     """
-    for line in filter(str.strip, lines):
-        name, _, rest = line.partition("|")
-        yield [name, re.sub(r"^\s*\d+\s*(\||\s)", "", rest)]
+    parts = [line.partition("|")[::2] for line in filter(str.strip, lines)]
+    numbered = any(re.match(r"\s*\d+\s*\|", rest) for _, rest in parts)
+    for name, rest in parts:
+        yield [name, re.sub(r"^\s*\d+\s*(\||\s)", "", rest) if numbered else rest]
 
 
 def table_rows(lines: Iterable[str], separator: str) -> Iterator[list[str]]:

@@ -19,7 +19,7 @@ from typing import Any, TypeAlias
 
 import torch
 from huggingface_hub import HfApi, hf_hub_download
-from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError
+from huggingface_hub.errors import EntryNotFoundError
 from peft.utils.other import get_pattern_key
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
@@ -170,10 +170,10 @@ def _download_lora(hub_id: str, key: str) -> Path:
             if PEFT_CONFIG in names:
                 hf_hub_download(hub_id, PEFT_CONFIG)
             return Path(hf_hub_download(hub_id, files[0]))
-    except (OSError, ValueError, HfHubHTTPError) as error:
+    except Exception as error:  # network, authentication and not-found errors of several libraries
         raise UserError(
-            f"{key}={hub_id}: no such folder here, and the hub cannot be asked for it ({first_line(error)}). Give a "
-            "local run folder or .safetensors file, or check the id, the network and `hf auth login`"
+            f"{key}={hub_id}: no such folder here, and the hub cannot be asked for it ({first_line(error)[:80]}). "
+            "Give a local run folder or .safetensors file, or check the id, the network and `hf auth login`"
         ) from error
     raise UserError(
         f"{key}={hub_id}: expected {LORA_FILE} or one .safetensors file there, found {files or 'none'}; download one "
@@ -296,6 +296,8 @@ def _configs(
                 for network in ("unet", "text_encoder")
             }
             configs = {network: config for network, config in configs.items() if config}
+            if entries and not configs:  # of one network alone, as diffusers' `save_lora_adapter` writes it
+                configs = {network: dict(entries) for network in ("unet", "text_encoder")}
             for config in configs.values():
                 _check_config(config, said)
             return configs, False
@@ -310,7 +312,7 @@ def _configs(
     except (OSError, ValueError, TypeError, AttributeError) as error:
         where = METADATA if METADATA in metadata else PEFT_CONFIG
         raise UserError(f"{said}: its {where} cannot be read ({first_line(error)[:100]}); export it again") from error
-    if path.name == PEFT_FILE:
+    if path.name == PEFT_FILE or any("base_model.model." in key for key in keys):
         log.warning("%s: no %s lies beside it; alpha is taken for the rank", said, PEFT_CONFIG)
     return {}, False
 
@@ -401,7 +403,8 @@ def fit(
             f"{said}: its shapes do not fit {model_name}; it was made for another base model (the first key is "
             f"{short(misfits[0])})"
         )
-    if not any(update.down.any() and update.up.any() for updates in matched.values() for update in updates.values()):
+    every = [update for updates in matched.values() for update in updates.values()]
+    if not any(update.alpha and update.down.any() and update.up.any() for update in every):
         log.warning("%s: changes nothing, all its updates are zero", said)
     return matched
 
