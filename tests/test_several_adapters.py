@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -183,15 +184,23 @@ def test_accumulated_batches_belong_to_one_turn(pipeline_folder: Path, flickr_sh
     assert module.moved == [set(), {"rival"}, set(), {"critic"}, set(), {"critic"}]
 
 
+@pytest.mark.multiprocess
 def test_sharded_adapters_take_turns_too(pipeline_folder: Path, flickr_shards: Path, tmp_path: Path):
-    module = adversaries(pipeline_folder)
-    module.weights = lambda: {  # type: ignore[method-assign]
-        name: torch.cat([p.full_tensor().detach().flatten() for p in lora_parameters(module.model.unet, name)])
-        for name in module.adapters
-    }
-    strategy = ModelParallelStrategy(save_distributed_checkpoint=False, process_group_backend="gloo")
-    fit(module, tmp_path, flickr_shards, max_steps=3, strategy=strategy, devices=1)
-    assert module.moved == [{"rival"}, {"critic"}, {"critic"}]
+    def train() -> None:
+        module = adversaries(pipeline_folder)
+        module.weights = lambda: {  # type: ignore[method-assign]
+            name: torch.cat([p.full_tensor().detach().flatten() for p in lora_parameters(module.model.unet, name)])
+            for name in module.adapters
+        }
+        strategy = ModelParallelStrategy(save_distributed_checkpoint=False, process_group_backend="gloo")
+        fit(module, tmp_path, flickr_shards, max_steps=3, strategy=strategy, devices=1)
+        assert module.moved == [{"rival"}, {"critic"}, {"critic"}]
+
+    # In a process of its own: one that has had a process group cannot fork ranks any more.
+    process = multiprocessing.get_context("fork").Process(target=train)
+    process.start()
+    process.join(timeout=200)
+    assert process.exitcode == 0
 
 
 class SameOnBothRanks(Adversaries):
