@@ -74,7 +74,7 @@ def _find(cfg: DictConfig, spec: str, dtype: torch.dtype) -> ModelSource:
         return _named_model(cfg, spec, dtype)
     if kind == "run":
         return _run(cfg, place, spec, dtype)
-    if kind in ("lora", *adapter_kinds()):
+    if kind == "lora" or kind in adapter_kinds():
         return _lora(cfg, place, cfg.lora_role if kind == "lora" else kind, spec, dtype)
     raise UserError(f"models: {spec} is of no known kind; expected {SPECS}")
 

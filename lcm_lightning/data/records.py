@@ -22,7 +22,7 @@ SPLIT_NAMES = {
 # In a folder of prepared shards: their index, written last, and the notes that let a preparation be resumed.
 INDEX_NAME = "index.json"
 PARTS_NAME = ".parts"
-STARTED_NAME = "cache.json"  # among the notes of cached latents alone
+STARTED_NAME = "cache.json"  # of cached latents alone: whose they are, known before the index is there
 INDEX_FORMAT = 1  # of the index; changes when older versions would misread it
 IMAGE_SUFFIXES = (
     *("jpg", "jpeg", "jpe", "jfif", "png", "webp", "gif", "bmp", "tif", "tiff"),

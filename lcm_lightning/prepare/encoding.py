@@ -56,7 +56,6 @@ from lcm_lightning.output.files import write_atomic
 
 FORMAT = 1
 EMPTY_CAPTION = "empty_caption.safetensors"
-# In `.parts/`: whose cache is being written, so that it is known before the index is there.
 
 # Number of samples done since the last call.
 OnSamples = Callable[[int], None]

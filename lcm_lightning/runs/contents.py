@@ -72,10 +72,12 @@ def _adapter(entry: dict[str, Any]) -> Adapter:
     """What a manifest says of an adapter; version 0.1 wrote its name and file alone."""
     if Path(entry["file"]).name != entry["file"]:
         raise ValueError(f"{entry['file']!r} does not lie beside it")
-    kinds = adapter_kinds()
-    if "role" not in entry and entry["name"] not in kinds:
+    if "role" in entry:
+        return Adapter(AdapterKind.from_json(entry), entry["file"])
+    kinds = adapter_kinds()  # asked only here: it imports every method
+    if entry["name"] not in kinds:
         raise ValueError(f"no method here trains {entry['name']!r}")
-    return Adapter(AdapterKind.from_json(entry) if "role" in entry else kinds[entry["name"]], entry["file"])
+    return Adapter(kinds[entry["name"]], entry["file"])
 
 
 def record_settings(cfg: DictConfig, overrides: Sequence[str], run_dir: Path, loggers: Sequence[Logger]) -> None:
