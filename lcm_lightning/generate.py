@@ -31,6 +31,7 @@ GENERATE_KEYS: tuple[str, ...] = (
     "model",
     "lora",
     "lora_role",
+    "student",
     "prompt",
     "negative_prompt",
     "num_images",

@@ -140,6 +140,7 @@ method.distillation.num_ode_steps=2000
 method.distillation.huber_c=0
 method=lora method.min_snr_gamma=0
 method=lora method.noise_offset=-1
+method=lora method.timestep_exponent=0
 # names and combinations
 method.w_min=20
 method.distillation.loss=l1

@@ -50,7 +50,7 @@ SMALL = (
     "evaluation.batch_size=2",
     "evaluation.lineup.teacher_steps=3",
     "evaluation.lineup.rivals={ddim:[2],dpmpp:[2]}",
-    "evaluation.lineup.undistilled_steps=2",
+    "evaluation.lineup.undistilled_steps=[2]",
     "evaluation.lineup.student_steps=[1,2]",
     "evaluation.latency_repeats=2",
     "evaluation.latency_batch_sizes=[1,2]",
@@ -144,7 +144,7 @@ def test_metrics_json_keeps_its_schema_and_holds_every_role(evaluated: Path):
         ("base_ddim_3", "base", 6),
         ("base_ddim_2", "base", 4),
         ("base_dpmpp_2", "base", 4),
-        ("undistilled_ddim_2", "undistilled", 4),
+        ("undistilled_dpmpp_2", "undistilled", 4),
         ("lcm_lora_1", "student", 1),
         ("lcm_lora_2", "student", 2),
     ]
@@ -170,9 +170,9 @@ def test_every_figure_has_an_interval_and_every_second_a_stage(evaluated: Path):
 
 @pytest.mark.slow
 def test_samplers_with_the_same_steps_draw_the_same_prompts_differently(evaluated: Path):
-    """The hurried teacher and the DDIM rival of as many steps are the same pictures, drawn once."""
+    """The hurried teacher and the rival by the same solver of as many steps are the same pictures, drawn once."""
     folders = {model["slug"]: evaluated / model["images"] for model in read_metrics(evaluated)["models"]}
-    assert folders["undistilled_ddim_2"] == folders["base_ddim_2"]
+    assert folders["undistilled_dpmpp_2"] == folders["base_dpmpp_2"]
     first = {slug: (folder / "000000.png").read_bytes() for slug, folder in folders.items()}
     assert len(set(first.values())) == 5
 
@@ -343,6 +343,11 @@ def test_generate_draws_several_prompts_into_one_sheet(tmp_path: Path):
         ("generate", ("model=tiny", "prompt=x", "accelerator=gpu"), "accelerator=gpu"),
         ("generate", ("model=tiny", "prompt=x", f"lora={ASSETS}"), "lora_role=None: say what"),
         ("evaluate", ("model=tiny", "data=twemoji", "evaluation.lineup.student_steps=[64]"), "student_steps=[64]"),
+        (
+            "evaluate",
+            ("model=tiny", "data=twemoji", "evaluation.lineup.undistilled_steps=[0]"),
+            "undistilled_steps=[0]",
+        ),
         ("generate", ("model=tiny", "prompt=x", "resolution=65"), "resolution=65: expected a positive multiple"),
     ],
 )
@@ -405,7 +410,7 @@ def test_latents_are_never_clipped():
 def test_the_lineup_follows_the_adapters():
     def roles(*adapters: str) -> list[tuple[str, tuple[str, ...]]]:
         kinds = [adapter_kinds()[name] for name in adapters]
-        return [(c.role, c.adapters) for c in Lineup(student_steps=(4,)).contenders(kinds)]
+        return [(c.role, c.adapters) for c in Lineup(undistilled_steps=(4,), student_steps=(4,)).contenders(kinds)]
 
     assert roles() == [("base", ())]
     assert roles("finetuned") == [("base", ()), ("finetuned", ("finetuned",))]
@@ -430,7 +435,8 @@ def test_rivals_are_the_teacher_by_fast_solvers_and_everyone_knows_the_teacher()
     tuned, lcm = (adapter_kinds()[name] for name in ("finetuned", "lcm"))
     slugs = [contender.slug for contender in lineup.contenders((tuned, lcm))]
     rivals = ["finetuned_ddim_10", "finetuned_dpmpp_10", "finetuned_dpmpp_20"]
-    assert slugs == ["base_ddim_50", "finetuned_ddim_50", *rivals, "undistilled_ddim_4", "lcm_lora_4"]
+    hurried = ["undistilled_dpmpp_4", "undistilled_dpmpp_2", "undistilled_dpmpp_1"]
+    assert slugs == ["base_ddim_50", "finetuned_ddim_50", *rivals, *hurried, "lcm_lora_4"]
     assert {contender.teacher for contender in lineup.contenders((tuned, lcm))} == {"finetuned_ddim_50"}
     assert {contender.teacher for contender in lineup.contenders((lcm,))} == {"base_ddim_50"}
     assert lineup.contenders(())[1].label == "base, DDIM 10 steps"

@@ -705,7 +705,7 @@ def test_what_diffusers_lcm_lora_script_writes_is_evaluated(tmp_path: Path):
     file = tmp_path / "unet_lora" / LORA_FILE
     assert all(key.startswith("unet.base_model.model.") for key in load_file(file))
     options = ["num_images=4", "batch_size=2", "lineup.teacher_steps=2", "lineup.rivals={ddim:[],dpmpp:[]}"]
-    options += ["lineup.undistilled_steps=1", "lineup.student_steps=[1]", "latency_repeats=1", "bootstrap_samples=5"]
+    options += ["lineup.undistilled_steps=[1]", "lineup.student_steps=[1]", "latency_repeats=1", "bootstrap_samples=5"]
     command = ["model=tiny", f"models=[lcm:{file}]", "data=twemoji", "evaluation=quick", "logger=csv", "run_dir=done"]
     finished = subprocess.run(
         [sys.executable, str(ROOT / "evaluate.py"), *command, *(f"evaluation.{option}" for option in options)],

@@ -25,6 +25,7 @@ from lcm_lightning.methods import adapter_training
 from lcm_lightning.methods.adapter_training import AdapterTraining
 from lcm_lightning.methods.lcm_lora import LcmLoraDistillation
 from lcm_lightning.methods.lora import LoraFinetuning
+from lcm_lightning.methods.randomness import SampleRandomness
 from lcm_lightning.models.adapters import LoraSettings, lora_parameters
 from lcm_lightning.models.stable_diffusion import load_stable_diffusion
 
@@ -58,7 +59,7 @@ class FixedDraws:
     def uniform(self, low: float = 0.0, high: float = 1.0) -> Tensor:
         return low + (high - low) * self.unit
 
-    def integer(self, high: int) -> Tensor:
+    def integer(self, high: int, exponent: float = 1.0) -> Tensor:
         assert self.integers.max() < high
         self.highs.append(high)
         return self.integers
@@ -377,6 +378,21 @@ def test_finetuning_step_is_the_denoising_loss(
     assert draws.highs == [1000]
     assert_same_loss(found, *expected.values())
     assert_same_gradients(gradients(module.model.unet, "finetuned"), *expected_gradients.values())
+
+
+@pytest.mark.parametrize("exponent", [1.0, 0.5, 1e-9])
+def test_timesteps_of_finetuning_follow_the_exponent(
+    pipeline_folder: Path, monkeypatch: pytest.MonkeyPatch, exponent: float
+):
+    """P(t < s) = (s / T)^(1 / exponent); t stays below T where u^exponent rounds to 1."""
+    model = load_stable_diffusion(str(pipeline_folder))
+    module = LoraFinetuning(model, timestep_exponent=exponent, lora=LORA, optimizer=partial(torch.optim.SGD, lr=0.1))
+    seen = []
+    monkeypatch.setattr(model, "denoise", lambda x_t, timesteps, condition: seen.append(timesteps) or x_t)
+    randomness = SampleRandomness(torch.arange(4000), torch.device("cpu"))
+    module.losses(torch.zeros(4000, 1, 1, 1), model.encode_text([""]), randomness)
+    assert seen[0].min() >= 0 and seen[0].max() == 999
+    assert (seen[0] < 500).float().mean().item() == pytest.approx(0.5 ** (1 / exponent), abs=0.025)
 
 
 # ---- through Lightning's Trainer -----------------------------------------------------------------------------------

@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 
 SPECS = "the name of a file in conf/model, run:FOLDER, or lora:, lcm: or another lora_role: with a file or hub id"
 
+OWN_STUDENT = "student"  # in a model's folder: a run's folder, or its lora/ alone
+
 
 def find_models(cfg: DictConfig) -> list[ModelSource]:
     """Everything that the entry point's `models` name; `run`, or `model` with or without `lora`, stand for one of them.
@@ -50,6 +52,8 @@ def _specs(cfg: DictConfig) -> list[str]:
     """`models`, or what the shorthands stand for."""
     models = cfg.get("models")
     shorthand = [f"{key}={cfg[key]}" for key in ("run", "lora") if cfg[key] is not None]
+    if cfg.get("student"):
+        return [f"lora:{_own_student(cfg, shorthand)}"]
     if models is not None:
         if isinstance(models, str) or not all(isinstance(spec, str) for spec in models) or not models:
             raise UserError(f"models={models}: expected a list such as 'models=[sd15,run:outputs/...,lcm:FILE]'")
@@ -66,6 +70,22 @@ def _specs(cfg: DictConfig) -> list[str]:
         several = ", or several of them with models=[...]" if "models" in cfg else ""
         raise UserError(f"give run=outputs/<experiment>/<date_time>, or model=sd15 with or without lora=...{several}")
     return [_chosen_model()]
+
+
+def _own_student(cfg: DictConfig, others: Sequence[str]) -> Path:
+    """The folder of the few-step adapter that lies in a model's own folder.
+
+    Raises:
+        UserError: there is none, or others are asked for beside it.
+    """
+    if others:
+        raise UserError(f"student=true and {others[0]}: the model's own student, or another one; give one of the two")
+    if cfg.get("model") is None:
+        raise UserError("student=true: a model's own student needs its model; add model=tiny")
+    folder = Path(cfg.model.path).expanduser() / OWN_STUDENT
+    if not (folder / "lora" / MANIFEST).is_file():
+        raise UserError(f"student=true: model.path={cfg.model.path} has no {OWN_STUDENT}/lora; give lora=... instead")
+    return folder
 
 
 def _find(cfg: DictConfig, spec: str, dtype: torch.dtype) -> ModelSource:

@@ -8,11 +8,13 @@ from typing import Literal, TypeAlias, get_args
 
 from lcm_lightning.errors import UserError
 from lcm_lightning.models.kinds import BASE, AdapterKind
-from lcm_lightning.models.sampling import DDIM, SOLVERS, Sampler, network_evaluations
+from lcm_lightning.models.sampling import DDIM, DPMPP, SOLVERS, Sampler, network_evaluations
 
 Role: TypeAlias = Literal["base", "finetuned", "undistilled", "student"]
 ROLES: tuple[Role, ...] = get_args(Role)
 MOST_STUDENT_STEPS = 50
+# The strongest solver at a student's number of steps: 1 to 4 of DDIM start in the middle of the noise, or below.
+UNDISTILLED = DPMPP
 
 
 @dataclass(frozen=True)
@@ -82,25 +84,23 @@ class Lineup:
         guidance_scale: theirs, in diffusers' form; more than 1 takes two network evaluations a step.
         rivals: numbers of steps by sampler ("ddim", "dpmpp") at which the teacher competes with its students: what a
             fast solver reaches without any training.
-        undistilled_steps: DDIM steps of the teacher where it is as hurried as a student.
+        undistilled_steps: of the teacher where it is as hurried as a student, by `UNDISTILLED`.
         student_steps: of the distilled model, by its method's own sampler and guidance.
     """
 
     teacher_steps: int = 50
     guidance_scale: float = 7.5
     rivals: Mapping[str, Sequence[int]] = field(default_factory=dict)
-    undistilled_steps: int = 4
-    student_steps: Sequence[int] = (1, 2, 4, 8)
+    undistilled_steps: Sequence[int] = (4, 2, 1)
+    student_steps: Sequence[int] = (8, 4, 2, 1)
 
     def __post_init__(self) -> None:
-        for key in ("teacher_steps", "undistilled_steps"):
-            if getattr(self, key) < 1:
-                raise UserError(f"evaluation.lineup.{key}={getattr(self, key)}: expected at least 1")
-        if any(not 1 <= steps <= MOST_STUDENT_STEPS for steps in self.student_steps):
-            raise UserError(
-                f"evaluation.lineup.student_steps={list(self.student_steps)}: expected numbers from 1 to "
-                f"{MOST_STUDENT_STEPS}"
-            )
+        if self.teacher_steps < 1:
+            raise UserError(f"evaluation.lineup.teacher_steps={self.teacher_steps}: expected at least 1")
+        for key in ("undistilled_steps", "student_steps"):
+            numbers = list(getattr(self, key))
+            if any(not 1 <= steps <= MOST_STUDENT_STEPS for steps in numbers):
+                raise UserError(f"evaluation.lineup.{key}={numbers}: expected numbers from 1 to {MOST_STUDENT_STEPS}")
         for sampler, numbers in self.rivals.items():
             if sampler not in SOLVERS:
                 raise UserError(
@@ -131,8 +131,8 @@ class Lineup:
         lineup += [rival for rival in dict.fromkeys(rivals) if rival not in lineup]
         students = [kind for kind in adapters if kind.role == "student"]
         if students:
-            hurried = guided(teacher, DDIM, self.undistilled_steps)
-            hurried = replace(hurried, name="undistilled", role="undistilled", title="undistilled")
-            lineup.append(replace(hurried, teacher_title=teacher.title))
+            hurried = [guided(teacher, UNDISTILLED, steps) for steps in dict.fromkeys(self.undistilled_steps)]
+            changes = {"name": "undistilled", "title": "undistilled", "teacher_title": teacher.title}
+            lineup += [replace(contender, role="undistilled", **changes) for contender in hurried]
         steps_of = {kind: kind.sampler.possible(self.student_steps) for kind in students}
         return lineup + [student(kind, steps) for kind, numbers in steps_of.items() for steps in numbers]

@@ -90,7 +90,7 @@ def evaluate_models(
         ],
         "comparisons": measured.comparisons,
     }
-    grids = make_grids(drawn.images, drawing, reference, protocol)
+    grids = make_grids(drawn.images, costs, drawing, reference, protocol)
     write_report(
         folder, metrics, grids, config, [table for table in (protocol.published or {}).values() if table is not None]
     )

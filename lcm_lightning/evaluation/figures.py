@@ -21,7 +21,7 @@ from lcm_lightning.evaluation.contenders import Contender
 from lcm_lightning.evaluation.drawing import Drawing, ModelImages, read_images
 from lcm_lightning.evaluation.protocol import Protocol
 from lcm_lightning.evaluation.reference import Reference, evenly
-from lcm_lightning.evaluation.tables import METRICS, Metric, is_known
+from lcm_lightning.evaluation.tables import METRICS, Metric, is_known, three_digits
 from lcm_lightning.models.sampling import DDIM
 from lcm_lightning.output.pictures import labelled_grid
 
@@ -58,8 +58,18 @@ class Grid:
         return labelled_grid(self.columns, self.headings, words)
 
 
-def make_grids(images: Sequence[ModelImages], drawing: Drawing, reference: Reference, protocol: Protocol) -> list[Grid]:
-    """The first prompt of some photos: the photo, then every contender's image, fast solvers apart."""
+def make_grids(
+    images: Sequence[ModelImages],
+    costs: Sequence[Mapping[str, Any]],
+    drawing: Drawing,
+    reference: Reference,
+    protocol: Protocol,
+) -> list[Grid]:
+    """The first prompt of some photos: the photo, then every contender's image, fast solvers apart.
+
+    Args:
+        costs: of each of `images`, as `lcm_lightning.evaluation.latency.time_models` has them.
+    """
     rows = evenly(len(reference.shown), protocol.shown)
     starts = np.cumsum([0] + [len(captions[: protocol.captions_per_image]) for captions in reference.captions])
     firsts = starts[[reference.places[row] for row in rows]]
@@ -67,15 +77,22 @@ def make_grids(images: Sequence[ModelImages], drawing: Drawing, reference: Refer
     titles = {False: "Models", True: "The teacher by fast solvers"}
     grids = []
     for rivals, title in titles.items():
-        shown = [entry for entry in images if is_rival(entry.contender, protocol) == rivals]
+        both = zip(images, costs, strict=True)
+        shown = [(entry, cost) for entry, cost in both if is_rival(entry.contender, protocol) == rivals]
         for start in range(0, len(shown), COLUMNS):
             chunk = shown[start : start + COLUMNS]
-            drawn = [torch.cat([read_images(e.folder, range(i, i + 1)) for i in firsts.tolist()]) for e in chunk]
-            headings = ["real", *(entry.contender.label for entry in chunk)]
+            drawn = [torch.cat([read_images(e.folder, range(i, i + 1)) for i in firsts.tolist()]) for e, _ in chunk]
+            headings = ["real", *(heading(entry.contender, cost) for entry, cost in chunk)]
             columns = [real, *(column.float() / 255 for column in drawn)]
             captions, seeds = ([of[i] for i in firsts.tolist()] for of in (drawing.prompts, drawing.seeds))
             grids.append(Grid(title, columns, headings, captions, seeds))
     return grids
+
+
+def heading(contender: Contender, cost: Mapping[str, Any]) -> str:
+    """Over its pictures: who drew them, and what one cost."""
+    passes, seconds = contender.network_evaluations, cost["seconds_per_image"]["median"]
+    return f"{contender.label}\n{passes} pass{'es' * (passes > 1)}\n{three_digits(seconds)} s"
 
 
 def is_rival(contender: Contender, protocol: Protocol) -> bool:

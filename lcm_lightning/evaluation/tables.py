@@ -218,7 +218,7 @@ def _nearest_rivals(student: Mapping[str, Any], models: Sequence[Mapping[str, An
     roles = {model["slug"]: model["role"] for model in models}
     for model in models:
         same_teacher = model["teacher"] == student["teacher"] and model["slug"] != model["teacher"]
-        if same_teacher and roles.get(student["teacher"]) == model["role"]:
+        if same_teacher and model["role"] in ("undistilled", roles.get(student["teacher"])):
             rivals.setdefault(model["sampler"], []).append(model)
 
     def distance(model: Mapping[str, Any]) -> float:

@@ -23,6 +23,8 @@ class LoraFinetuning(AdapterTraining):
         min_snr_gamma: cap of the loss weight in SNR (`min_snr_weight`; 5 in the paper), or None for weight 1.
         noise_offset: standard deviation of a shift common to all pixels of a channel, added to the noise (Guttenberg
             2023, "Diffusion with offset noise"; 0.05 to 0.1 where used), so that brightness is learnt.
+        timestep_exponent: timesteps are ``T u^exponent`` with uniform u; below 1 favours noisy ones, which decide the
+            layout of an image.
         **training: see `AdapterTraining`.
     """
 
@@ -34,15 +36,24 @@ class LoraFinetuning(AdapterTraining):
         *,
         min_snr_gamma: float | None = None,
         noise_offset: float = 0.0,
+        timestep_exponent: float = 1.0,
         **training: Any,
     ) -> None:
-        self.check_settings(min_snr_gamma=min_snr_gamma, noise_offset=noise_offset)
+        self.check_settings(min_snr_gamma=min_snr_gamma, noise_offset=noise_offset, timestep_exponent=timestep_exponent)
         super().__init__(model, **training)
         self.min_snr_gamma = min_snr_gamma
         self.noise_offset = noise_offset
+        self.timestep_exponent = timestep_exponent
 
     @classmethod
-    def check_settings(cls, *, min_snr_gamma: float | None = None, noise_offset: float = 0.0, **training: Any) -> None:
+    def check_settings(
+        cls,
+        *,
+        min_snr_gamma: float | None = None,
+        noise_offset: float = 0.0,
+        timestep_exponent: float = 1.0,
+        **training: Any,
+    ) -> None:
         """See `AdapterTraining.check_settings`."""
         if min_snr_gamma is not None and min_snr_gamma <= 0:
             raise UserError(
@@ -50,11 +61,15 @@ class LoraFinetuning(AdapterTraining):
             )
         if noise_offset < 0:
             raise UserError(f"method.noise_offset={noise_offset}: expected at least 0, such as 0.05")
+        if timestep_exponent <= 0:
+            raise UserError(
+                f"method.timestep_exponent={timestep_exponent}: expected a positive number; 1 draws all timesteps alike"
+            )
         super().check_settings(**training)
 
     def losses(self, latents: Tensor, condition: Condition, randomness: SampleRandomness) -> Tensor:
-        """Squared error per sample on what the UNet predicts, at a uniform timestep."""
-        timesteps = randomness.integer(len(self.alphas_cumprod))
+        """Squared error per sample on what the UNet predicts, at a random timestep."""
+        timesteps = randomness.integer(len(self.alphas_cumprod), self.timestep_exponent)
         noise = randomness.normal(latents.shape[1:])
         if self.noise_offset:
             noise = noise + self.noise_offset * randomness.normal((latents.shape[1], 1, 1))

@@ -33,8 +33,10 @@ class SampleRandomness:
         unit = self._put([torch.rand((), generator=generator) for generator in self.generators])
         return low + (high - low) * unit
 
-    def integer(self, high: int) -> Tensor:
-        """Uniform int64 [B] in [0, high)."""
+    def integer(self, high: int, exponent: float = 1.0) -> Tensor:
+        """``floor(high u^exponent)`` with uniform u: int64 [B] in [0, high), uniform where the exponent is 1."""
+        if exponent != 1:
+            return (high * self.uniform() ** exponent).long().clamp(max=high - 1)
         return self._put([torch.randint(high, (), generator=generator) for generator in self.generators])
 
     def _put(self, draws: list[Tensor]) -> Tensor:

@@ -49,7 +49,7 @@ def labelled_grid(columns: Sequence[Tensor], headings: Sequence[str], captions: 
     cell = side * max(1, SMALLEST_CELL // side)
     font = ImageFont.load_default(14)
     width = CAPTION + len(columns) * (cell + GAP) + GAP
-    wrapped = [textwrap.fill(heading, max(1, cell // 8)) for heading in headings]
+    wrapped = ["\n".join(textwrap.fill(line, max(1, cell // 8)) for line in text.split("\n")) for text in headings]
     top = HEADING + HEADING_LINE * max((heading.count("\n") for heading in wrapped), default=0)
     grid = Image.new("RGB", (width, top + len(captions) * (cell + GAP)), "white")
     draw = ImageDraw.Draw(grid)

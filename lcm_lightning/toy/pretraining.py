@@ -247,7 +247,7 @@ class UnetPretraining(Pretraining):
         randomness = SampleRandomness(batch["seed"], self.device)
         mean, std = self.posterior(batch["keys"], batch["pixel_values"]).unbind(dim=1)
         latents = mean + std * randomness.normal(mean.shape[1:])
-        timesteps = (len(self.alphas_cumprod) * randomness.uniform() ** self.timestep_exponent).long()
+        timesteps = randomness.integer(len(self.alphas_cumprod), self.timestep_exponent)
         noise = randomness.normal(mean.shape[1:])
         alpha_cumprod = self.alphas_cumprod[timesteps]
         x_t = add_noise(latents, noise, alpha_cumprod)
