@@ -33,7 +33,8 @@ quickstart: $(READY)
 	$(BIN)/python train.py experiment=quickstart_lora hydra.run.dir=outputs/quickstart_lora/$(NOW)
 	$(BIN)/python train.py experiment=quickstart method.teacher_lora=outputs/quickstart_lora/$(NOW) \
 		hydra.run.dir=outputs/quickstart/$(NOW)
-	$(BIN)/python evaluate.py run=outputs/quickstart/$(NOW) evaluation=quick logger=csv accelerator=cpu devices=2
+	$(BIN)/python evaluate.py run=outputs/quickstart/$(NOW) evaluation=quick evaluation.num_images=null \
+		logger=csv accelerator=cpu devices=2
 
 test: $(READY)
 	$(BIN)/python -m pytest $(PARALLEL) $(ARGS)

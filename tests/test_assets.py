@@ -59,6 +59,17 @@ def test_both_styles_hold_out_the_same_emoji():
     assert not set(keys("noto_emoji", "train")) & set(keys("noto_emoji", "test") + keys("noto_emoji", "val"))
 
 
+def test_the_small_set_is_a_part_of_the_large_one_split_by_split():
+    for split in ("train", "val", "test"):
+        large, small = (
+            {sample.key: sample for sample in iterate_split(str(ASSETS / "data" / name), split)}
+            for name in ("twemoji", "twemoji_small")
+        )
+        assert all(small[key].captions == large[key].captions for key in small)
+        assert all(small[key].image.tobytes() == large[key].image.tobytes() for key in small)
+    assert len(keys("twemoji_small", "train")) == 109
+
+
 @pytest.mark.parametrize("style", STYLES)
 def test_pictures_are_64_px_with_clean_captions(style: str):
     for sample in iterate_split(str(ASSETS / "data" / style), "test"):
