@@ -9,8 +9,8 @@ from omegaconf import DictConfig, OmegaConf
 from lcm_lightning.config.checks import check_writable, resolve
 from lcm_lightning.config.entry import command
 
-EVALUATE_KEYS: tuple[str, ...] = ("models", "run", "model", "lora", "lora_role", "data", "evaluation", "logger", "seed")
-EVALUATE_KEYS += ("accelerator", "devices", "dtype", "name", "run_dir")
+EVALUATE_KEYS: tuple[str, ...] = ("models", "run", "model", "lora", "lora_role", "student", "data", "evaluation")
+EVALUATE_KEYS += ("logger", "seed", "accelerator", "devices", "dtype", "name", "run_dir")
 
 
 @command("evaluate")

@@ -92,6 +92,22 @@ def test_a_lora_is_called_by_its_file_or_the_folder_that_tells_it_from_others(co
     assert found.name == name
 
 
+def test_a_model_may_bring_a_student_of_its_own(composed, tmp_path: Path):
+    make_run(tmp_path / "model" / "student")
+    model = ("model=tiny", f"model.path={tmp_path}/model")
+    (own,) = find_models(composed(*model, "student=true"))
+    (named,) = find_models(composed(*model, f"lora={tmp_path}/model/student"))
+    assert (own.name, own.spec) == (named.name, named.spec)
+    for mistake, said in (
+        (("student=true",), "student=true: a model's own student needs its model; add model=tiny"),
+        ((*model, "student=true", "lora=x.safetensors"), "student=true and lora=x.safetensors: .*; give one"),
+        ((*model, "student=true", "models=[tiny]"), r"student=true and models=\[\.\.\.\]: .*; give one"),
+        (("model=tiny", f"model.path={tmp_path}", "student=true"), "student=true: model.path=.* has no student/lora"),
+    ):
+        with pytest.raises(UserError, match=said):
+            find_models(composed(*mistake))
+
+
 def test_the_shorthands_are_lists_of_one(composed, tmp_path: Path):
     run = make_run(tmp_path / "a")
     (tmp_path / "x.safetensors").touch()

@@ -32,6 +32,7 @@ TYPES: Mapping[str, Any] = {
     "run": str | None,
     "lora": str | None,
     "lora_role": str | None,
+    "student": bool,
     "prompt": str | list[str],
     "negative_prompt": str,
     "num_images": int,

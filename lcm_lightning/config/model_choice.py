@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 SPECS = "the name of a file in conf/model, run:FOLDER, or lora:, lcm: or another lora_role: with a file or hub id"
 
-OWN_STUDENT = "student"  # in a model's folder: a run's folder, or its lora/ alone
+OWN_STUDENT = "student"  # in a model's folder: what is in a run's, at least its lora/
 
 
 def find_models(cfg: DictConfig) -> list[ModelSource]:
@@ -52,8 +52,8 @@ def _specs(cfg: DictConfig) -> list[str]:
     """`models`, or what the shorthands stand for."""
     models = cfg.get("models")
     shorthand = [f"{key}={cfg[key]}" for key in ("run", "lora") if cfg[key] is not None]
-    if cfg.get("student"):
-        return [f"lora:{_own_student(cfg, shorthand)}"]
+    if cfg.student:
+        return [f"lora:{_own_student(cfg, shorthand if models is None else ['models=[...]'])}"]
     if models is not None:
         if isinstance(models, str) or not all(isinstance(spec, str) for spec in models) or not models:
             raise UserError(f"models={models}: expected a list such as 'models=[sd15,run:outputs/...,lcm:FILE]'")
