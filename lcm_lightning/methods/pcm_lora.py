@@ -32,7 +32,7 @@ class PcmLoraDistillation(TrajectoryLoraDistillation):
         self.check_settings(distillation=distillation, phases=phases)
         super().__init__(model, distillation=distillation, **trajectory)
         self.phase = distillation.num_ode_steps // phases * distillation.skip(self.alphas_cumprod)
-        self._draw_by(phases, min_steps=phases, max_steps=phases)
+        self._draw_in(phases, min_steps=phases, max_steps=phases)
 
     @classmethod
     def check_settings(

@@ -1,4 +1,4 @@
-"""TCD-LoRA: distil a guided Stable Diffusion model into an adapter that gets better, not worse, with more steps."""
+"""TCD-LoRA: distil a guided Stable Diffusion model into an adapter that is drawn in any few steps without noise."""
 
 from __future__ import annotations
 
@@ -39,11 +39,13 @@ class TcdLoraDistillation(TrajectoryLoraDistillation):
     ) -> None:
         self.check_settings(distillation=distillation, schedules=schedules, gamma=gamma)
         super().__init__(model, distillation=distillation, **trajectory)
-        steps, skip = distillation.num_ode_steps, distillation.skip(self.alphas_cumprod)
-        numbers = None if schedules is None else range(schedules[0], schedules[1] + 1)
-        table = None if numbers is None else scheduled_destinations(steps, skip, numbers)
+        steps, table = distillation.num_ode_steps, None
+        if schedules is not None:
+            fewest, most = schedules
+            skip = distillation.skip(self.alphas_cumprod)
+            table = scheduled_destinations(steps, skip, range(fewest, most + 1))
         self.register_buffer("scheduled", table, persistent=False)
-        self._draw_by(min(self.kind.steps, steps), settings={"eta": gamma}, max_steps=steps)
+        self._draw_in(min(self.kind.steps, steps), min_steps=1, max_steps=steps, eta=gamma)
 
     @classmethod
     def check_settings(

@@ -88,9 +88,8 @@ class TrajectoryLoraDistillation(Distillation):
             return self.unguided_teacher(condition)
         return guided(self.teacher(condition), randomness.uniform(self.w_min, self.w_max))
 
-    def _draw_by(self, steps: int, **sampler: Any) -> None:
-        """Say of this run's student what its settings have made of its kind."""
-        settings = {**self.kind.sampler.settings, "original_inference_steps": self.distillation.num_ode_steps}
-        settings |= sampler.pop("settings", {})
-        drawn_by = replace(self.kind.sampler, settings=settings, **sampler)
-        self.kind = replace(self.kind, sampler=drawn_by, steps=steps, guidance_scale=self.student_guidance)
+    def _draw_in(self, steps: int, *, min_steps: int, max_steps: int, eta: float = 0.0) -> None:
+        """Make of the method's kind that of this run: usual, fewest and most steps, and the noise between them."""
+        settings = {"original_inference_steps": self.distillation.num_ode_steps, "eta": eta}
+        sampler = replace(self.kind.sampler, settings=settings, min_steps=min_steps, max_steps=max_steps)
+        self.kind = replace(self.kind, sampler=sampler, steps=steps, guidance_scale=self.student_guidance)
