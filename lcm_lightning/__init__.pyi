@@ -4,6 +4,7 @@ from .callbacks.export import ExportLora as ExportLora
 from .config.resolvers import package_file as package_file
 from .data.datamodule import CaptionedImages as CaptionedImages
 from .diffusion.consistency import ConsistencyDistillation as ConsistencyDistillation
+from .diffusion.trajectory import TrajectoryDistillation as TrajectoryDistillation
 from .errors import UserError as UserError
 from .evaluation.contenders import Lineup as Lineup
 from .evaluation.evaluation import evaluate_models as evaluate_models
@@ -13,6 +14,8 @@ from .evaluation.protocol import Protocol as Protocol
 from .evaluation.reference import RealImages as RealImages
 from .methods.lcm_lora import LcmLoraDistillation as LcmLoraDistillation
 from .methods.lora import LoraFinetuning as LoraFinetuning
+from .methods.pcm_lora import PcmLoraDistillation as PcmLoraDistillation
+from .methods.tcd_lora import TcdLoraDistillation as TcdLoraDistillation
 from .models.adapters import LoraSettings as LoraSettings
 from .models.adapters import active_adapters as active_adapters
 from .models.adapters import load_lora as load_lora

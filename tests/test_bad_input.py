@@ -138,12 +138,30 @@ method.warmup_steps=-1
 method.distillation.num_ode_steps=0
 method.distillation.num_ode_steps=2000
 method.distillation.huber_c=0
+method.distillation.solver_steps=0
+method.distillation.solver=dpmpp -> method\.distillation\.solver_steps=1: expected at least 2 with .*solver=dpmpp
+method.distillation.solver_steps=20 -> method\.distillation\.solver_steps=20: expected at most 19
+method=tcd_lora method.gamma=1.5
+method=tcd_lora method.schedules=[4] -> method\.schedules=\[4\]: expected the fewest and the most
+method=tcd_lora method.schedules=[0,8] -> method\.schedules=\[0, 8\]:
+method=tcd_lora method.schedules=[8,4] -> method\.schedules=\[8, 4\]:
+method=tcd_lora method.schedules=[4,60] -> method\.schedules=\[4, 60\]: .*num_ode_steps=50
+method=tcd_lora method.schedules=8
+method=tcd_lora method.student_guidance=0.5
+method=tcd_lora method.distillation.num_ode_steps=2000
+method=tcd_lora method.distillation.huber_c=0
+method=tcd_lora method.w_min=20 -> method\.w_min=20
+method=pcm_lora method.phases=0
+method=pcm_lora method.phases=3 -> method\.phases=3: expected a divisor of method\.distillation\.num_ode_steps=40
+method=pcm_lora method.phases=few
+method=pcm_lora +method.schedules=[4,8] -> method\.schedules
 method=lora method.min_snr_gamma=0
 method=lora method.noise_offset=-1
 method=lora method.timestep_exponent=0
 # names and combinations
 method.w_min=20
 method.distillation.loss=l1
+method.distillation.solver=euler
 method.lr_scheduler=fast
 method.lr_scheduler=piecewise_constant
 method.lora.target_modules=everything

@@ -1,57 +1,15 @@
-"""Distillation of a teacher whose ODE is solved on paper.
-
-For Gaussian data N(m, s^2) the optimal noise prediction is linear, and the probability-flow ODE keeps
-``(x_t - sqrt(a_t) m) / sqrt(a_t s^2 + 1 - a_t)`` constant. So the map from any x_t to the ODE's end is known, guided
-by w included: guidance shifts the mean as m_u + (1 + w) (m_c - m_u) when both conditions share s.
-"""
+"""Distillation of a teacher whose ODE is solved on paper."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 
 import pytest
 import torch
 from torch import Tensor, nn
 
+from helpers.gaussian import ALPHAS_CUMPROD, GUIDANCE, MEAN, STD, Constant, Student, exact_map, points, teacher
 from lcm_lightning.diffusion.consistency import ConsistencyDistillation
-from lcm_lightning.diffusion.schedule import add_noise, alphas_cumprod_from_config
-from lcm_lightning.models.architectures import SD15_SCHEDULER
-
-ALPHAS_CUMPROD = alphas_cumprod_from_config(SD15_SCHEDULER)
-MEAN, UNCONDITIONAL_MEAN, STD, GUIDANCE = 0.5, 0.2, 0.6, 1.0
-GUIDED_MEAN = UNCONDITIONAL_MEAN + (1 + GUIDANCE) * (MEAN - UNCONDITIONAL_MEAN)
-
-
-def optimal_epsilon(x_t: Tensor, timesteps: Tensor, mean: float) -> Tensor:
-    """E[eps | x_t] for data N(mean, STD^2)."""
-    a = ALPHAS_CUMPROD[timesteps][:, None]
-    return (1 - a).sqrt() * (x_t - a.sqrt() * mean) / (a * STD**2 + 1 - a)
-
-
-def teacher(x_t: Tensor, timesteps: Tensor) -> tuple[Tensor, Tensor]:
-    return optimal_epsilon(x_t, timesteps, MEAN), optimal_epsilon(x_t, timesteps, UNCONDITIONAL_MEAN)
-
-
-def exact_map(x_t: Tensor, timesteps: Tensor) -> Tensor:
-    """Where the guided ODE from x_t ends, at timestep 0."""
-    a, a_0 = ALPHAS_CUMPROD[timesteps][:, None], ALPHAS_CUMPROD[0]
-    standardised = (x_t - a.sqrt() * GUIDED_MEAN) / (a * STD**2 + 1 - a).sqrt()
-    return a_0.sqrt() * GUIDED_MEAN + (a_0 * STD**2 + 1 - a_0).sqrt() * standardised
-
-
-class Student(nn.Module):
-    """Noise prediction in closed form but for two learnt functions of time: ``x_t u(t) + v(t)``."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.net = nn.Sequential(nn.Linear(16, 64), nn.SiLU(), nn.Linear(64, 64), nn.SiLU(), nn.Linear(64, 2))
-
-    def forward(self, x_t: Tensor, timesteps: Tensor) -> Tensor:
-        frequencies = torch.exp(torch.linspace(0, math.log(50), 8))
-        phase = timesteps[:, None].float() / 1000 * frequencies
-        u, v = self.net(torch.cat([phase.sin(), phase.cos()], 1)).chunk(2, 1)
-        return x_t * u + v
 
 
 class WithoutBoundary(ConsistencyDistillation):
@@ -86,7 +44,7 @@ def distil(method: ConsistencyDistillation, guidance: float = GUIDANCE, steps: i
 @torch.no_grad()
 def error(method: ConsistencyDistillation, student: nn.Module) -> float:
     """Root mean square distance from the exact map, over all timesteps of the ODE, in units of the data's std."""
-    timesteps, x_t = _points(method)
+    timesteps, x_t = points(method.timesteps(ALPHAS_CUMPROD))
     reached = method.consistency_function(student, x_t, timesteps, ALPHAS_CUMPROD)
     return ((reached - exact_map(x_t, timesteps)).square().mean().sqrt() / STD).item()
 
@@ -94,7 +52,7 @@ def error(method: ConsistencyDistillation, student: nn.Module) -> float:
 @torch.no_grad()
 def solver_error(method: ConsistencyDistillation) -> float:
     """The same for the teacher's DDIM solver walked to the end: what the student imitates, and its limit."""
-    timesteps, x_t = _points(method)
+    timesteps, x_t = points(method.timesteps(ALPHAS_CUMPROD))
     exact = exact_map(x_t, timesteps)
     w = torch.full((len(x_t),), GUIDANCE)
     for _ in range(method.num_ode_steps):
@@ -102,13 +60,6 @@ def solver_error(method: ConsistencyDistillation) -> float:
         x_t = torch.where(timesteps[:, None] > 0, moved, x_t)
         timesteps = (timesteps - method.skip(ALPHAS_CUMPROD)).clamp(min=0)
     return ((x_t - exact).square().mean().sqrt() / STD).item()
-
-
-def _points(method: ConsistencyDistillation) -> tuple[Tensor, Tensor]:
-    generator = torch.Generator().manual_seed(1)
-    timesteps = method.timesteps(ALPHAS_CUMPROD).repeat_interleave(64)
-    x_0 = GUIDED_MEAN + STD * torch.randn(len(timesteps), 1, generator=generator)
-    return timesteps, add_noise(x_0, torch.randn(x_0.shape, generator=generator), ALPHAS_CUMPROD[timesteps])
 
 
 # In standard deviations of the data. The solver alone is off by 0.04, an untrained student by 7.
@@ -129,10 +80,6 @@ def test_the_solver_leaves_room_under_the_bound() -> None:
 
 def test_a_student_that_only_lowers_its_loss_is_caught() -> None:
     """A constant agrees with itself perfectly. Without the boundary its loss is 0; with it, it is not."""
-
-    class Constant(nn.Module):
-        def forward(self, x_t: Tensor, timesteps: Tensor) -> Tensor:
-            return torch.zeros_like(x_t)
 
     def loss_of(method: ConsistencyDistillation, student: nn.Module) -> float:
         x_0, noise = MEAN + STD * torch.randn(512, 1), torch.randn(512, 1)

@@ -15,9 +15,12 @@ from torch import Tensor, nn
 
 from helpers.adapters import gradients, random_batch, randomise
 from lcm_lightning.diffusion.consistency import ConsistencyDistillation
+from lcm_lightning.diffusion.trajectory import TrajectoryDistillation
 from lcm_lightning.methods.adapter_training import AdapterTraining
 from lcm_lightning.methods.lcm_lora import LcmLoraDistillation
 from lcm_lightning.methods.lora import LoraFinetuning
+from lcm_lightning.methods.pcm_lora import PcmLoraDistillation
+from lcm_lightning.methods.tcd_lora import TcdLoraDistillation
 from lcm_lightning.models.adapters import LoraSettings, active_adapters, add_lora, lora_layers
 from lcm_lightning.models.condition import Condition
 from lcm_lightning.models.dropout import SampleDropout
@@ -25,11 +28,16 @@ from lcm_lightning.models.sampling import DDIM, sample
 from lcm_lightning.models.stable_diffusion import StableDiffusion, load_stable_diffusion
 
 P = 0.3
-METHODS = [LoraFinetuning, partial(LcmLoraDistillation, distillation=ConsistencyDistillation(loss="l2"))]
+METHODS = [
+    LoraFinetuning,
+    partial(LcmLoraDistillation, distillation=ConsistencyDistillation(loss="l2")),
+    partial(TcdLoraDistillation, distillation=TrajectoryDistillation(loss="l2")),
+    partial(PcmLoraDistillation, distillation=TrajectoryDistillation(num_ode_steps=40, loss="l2")),
+]
 # The same sums over batches of other sizes are rounded otherwise.
 CLOSE = {"rtol": 1e-4, "atol": 1e-6}
 
-each_method = pytest.mark.parametrize("method", METHODS, ids=["lora", "lcm"])
+each_method = pytest.mark.parametrize("method", METHODS, ids=["lora", "lcm", "tcd", "pcm"])
 
 
 def module(method: Callable[..., AdapterTraining], folder: Path, p: float = P, **options: object) -> AdapterTraining:

@@ -21,9 +21,12 @@ from lcm_lightning.callbacks.progress_bar import ProgressBar
 from lcm_lightning.callbacks.skipped_samples import SkippedSamples
 from lcm_lightning.callbacks.throughput import Throughput
 from lcm_lightning.diffusion.consistency import ConsistencyDistillation
+from lcm_lightning.diffusion.trajectory import TrajectoryDistillation
 from lcm_lightning.methods.adapter_training import AdapterTraining
 from lcm_lightning.methods.lcm_lora import LcmLoraDistillation
 from lcm_lightning.methods.lora import LoraFinetuning
+from lcm_lightning.methods.pcm_lora import PcmLoraDistillation
+from lcm_lightning.methods.tcd_lora import TcdLoraDistillation
 from lcm_lightning.models.adapters import LoraSettings
 from lcm_lightning.models.stable_diffusion import load_stable_diffusion
 
@@ -63,11 +66,15 @@ def module(method: str, pipeline_folder: Path) -> AdapterTraining:
     }
     if method == "lora":
         return LoraFinetuning(model, **training)
+    if method == "tcd":
+        return TcdLoraDistillation(model, distillation=TrajectoryDistillation(), schedules=[4, 8], **training)
+    if method == "pcm":
+        return PcmLoraDistillation(model, distillation=TrajectoryDistillation(num_ode_steps=40), **training)
     distillation = ConsistencyDistillation(num_ode_steps=50, loss="huber", huber_c=0.001)
     return LcmLoraDistillation(model, distillation=distillation, **training)
 
 
-@pytest.mark.parametrize("method", ["lora", "lcm"])
+@pytest.mark.parametrize("method", ["lora", "lcm", "tcd", "pcm"])
 def test_no_number_is_read_from_the_device_in_a_step_that_is_not_logged(
     tmp_path: Path, pipeline_folder: Path, flickr_shards: Path, method: str
 ):

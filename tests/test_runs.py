@@ -95,9 +95,9 @@ def test_a_manifest_of_names_alone_is_read_by_what_the_methods_say(tmp_path: Pat
     old = {"adapters": [teacher, {"name": "lcm", "file": LORA_FILE}]}
     (tmp_path / "lora" / "adapters.json").write_text(json.dumps(old))
     assert [adapter.kind for adapter in read_manifest(tmp_path)] == [adapter_kinds()[n] for n in ("finetuned", "lcm")]
-    old["adapters"][1]["name"] = "tcd"
+    old["adapters"][1]["name"] = "nonesuch"
     (tmp_path / "lora" / "adapters.json").write_text(json.dumps(old))
-    with pytest.raises(UserError, match="no method here trains 'tcd'"):
+    with pytest.raises(UserError, match="no method here trains 'nonesuch'"):
         read_manifest(tmp_path)
 
 

@@ -20,12 +20,15 @@ from torch.utils.data import DataLoader
 
 from helpers.adapters import gradients, random_batch, randomise
 from lcm_lightning.diffusion.consistency import ConsistencyDistillation
+from lcm_lightning.diffusion.trajectory import TrajectoryDistillation
 from lcm_lightning.errors import UserError
 from lcm_lightning.methods import adapter_training
 from lcm_lightning.methods.adapter_training import AdapterTraining
 from lcm_lightning.methods.lcm_lora import LcmLoraDistillation
 from lcm_lightning.methods.lora import LoraFinetuning
+from lcm_lightning.methods.pcm_lora import PcmLoraDistillation
 from lcm_lightning.methods.randomness import SampleRandomness
+from lcm_lightning.methods.tcd_lora import TcdLoraDistillation
 from lcm_lightning.models.adapters import LoraSettings, lora_parameters
 from lcm_lightning.models.stable_diffusion import load_stable_diffusion
 
@@ -43,7 +46,7 @@ ALPHAS_CUMPROD = np.cumprod(1 - np.linspace(0.00085**0.5, 0.012**0.5, 1000) ** 2
 class FixedDraws:
     """Stands in for `SampleRandomness`: given draws instead of random ones, each checked for its range."""
 
-    def __init__(self, *, normals: list[Tensor], unit: Tensor, integers: Tensor) -> None:
+    def __init__(self, *, normals: list[Tensor], unit: Tensor, integers: Tensor | dict[int, Tensor]) -> None:
         self.normals, self.unit, self.integers, self.highs = list(normals), unit, integers, []
         self.left = iter(())
 
@@ -60,9 +63,10 @@ class FixedDraws:
         return low + (high - low) * self.unit
 
     def integer(self, high: int, exponent: float = 1.0) -> Tensor:
-        assert self.integers.max() < high
+        draw = self.integers[high] if isinstance(self.integers, dict) else self.integers
+        assert draw.max() < high
         self.highs.append(high)
-        return self.integers
+        return draw
 
 
 @pytest.fixture
@@ -315,6 +319,129 @@ def test_zero_terminal_snr_with_epsilon_prediction_is_refused(saved_pipeline: Ca
     folder = saved_pipeline(prediction_type="epsilon", rescale_betas_zero_snr=True)
     with pytest.raises(UserError, match=r"model\.path=.*zero terminal SNR with prediction_type=epsilon"):
         load_stable_diffusion(str(folder))
+
+
+# ---- trajectory consistency distillation ---------------------------------------------------------------------------
+
+
+def trajectory_loss(
+    reference: Reference,
+    student: UNet2DConditionModel,
+    teacher: UNet2DConditionModel,
+    batch: dict[str, object],
+    *,
+    t: list[int],
+    reached: list[int],
+    s: list[int],
+    w: Tensor | None,
+    prediction_type: str,
+    loss: str,
+) -> Tensor:
+    """Zheng et al. 2024, section 4.1, with Phi the DDIM solver and theta^- = theta without gradient."""
+    dtype = reference.dtype
+    a_t, a_reached, a_s = (at(ALPHAS_CUMPROD, torch.tensor(places), dtype) for places in (t, reached, s))
+    condition, no_condition = reference.text(batch["captions"]), reference.text([""] * 4)
+
+    def jump(x: Tensor, places: list[int], a: Tensor) -> Tensor:
+        output = student(x, torch.tensor(places), condition).sample
+        x_0, epsilon = to_x_0_and_epsilon(output, x, a, prediction_type)
+        return a_s.sqrt() * x_0 + (1 - a_s).sqrt() * epsilon
+
+    z_t = a_t.sqrt() * reference.latents(batch["pixel_values"]) + (1 - a_t).sqrt() * NOISE
+    with torch.no_grad():
+        output = teacher(z_t, torch.tensor(t), condition).sample
+        if w is not None:
+            output = output + w.reshape(-1, 1, 1, 1) * (output - teacher(z_t, torch.tensor(t), no_condition).sample)
+        x_0, epsilon = to_x_0_and_epsilon(output, z_t, a_t, prediction_type)
+        z_reached = a_reached.sqrt() * x_0 + (1 - a_reached).sqrt() * epsilon
+        target = jump(z_reached, reached, a_reached)
+        # Where the jump ends where the teacher's step has, there is none.
+        there = (torch.tensor(reached) == torch.tensor(s)).reshape(-1, 1, 1, 1)
+        target = torch.where(there, z_reached, target)
+    difference = jump(z_t, t, a_t) - target
+    distance = (difference**2 + 0.001**2) ** 0.5 - 0.001 if loss == "huber" else difference**2
+    return (batch["weight"] * distance.mean((1, 2, 3))).sum() / 4
+
+
+# Of 40 ODE steps of 25 timesteps: the first, the last, two between; where the teacher gets to; and where the student
+# goes, by 4 phases, by a unit draw of 0.5 among all up to there, and by schedules of 4, 5, 6 and 8 steps.
+STEP_INDEX, T, REACHED = [0, 39, 30, 12], [24, 999, 774, 324], [0, 974, 749, 299]
+PHASED, ANYWHERE, SCHEDULED = [0, 749, 749, 249], [0, 487, 375, 150], [0, 799, 674, 249]
+
+
+@pytest.mark.parametrize(
+    ("method", "settings", "s", "guidance"),
+    [
+        (PcmLoraDistillation, {}, PHASED, 1.0),
+        (PcmLoraDistillation, {}, PHASED, 4.0),
+        (TcdLoraDistillation, {}, ANYWHERE, 1.0),
+        (TcdLoraDistillation, {"schedules": [4, 8]}, SCHEDULED, 1.0),
+    ],
+    ids=["pcm", "pcm that keeps guidance", "tcd", "tcd of schedules"],
+)
+@pytest.mark.parametrize(
+    ("prediction_type", "loss", "with_teacher_lora"),
+    [("epsilon", "huber", False), ("v_prediction", "l2", False), ("v_prediction", "huber", True)],
+)
+def test_trajectory_step_is_its_papers_algorithm(
+    saved_pipeline: Callable[..., Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    batch: dict[str, object],
+    method: type[PcmLoraDistillation] | type[TcdLoraDistillation],
+    settings: dict[str, object],
+    s: list[int],
+    guidance: float,
+    prediction_type: str,
+    loss: str,
+    with_teacher_lora: bool,
+):
+    folder = saved_pipeline(prediction_type=prediction_type)
+    file, weights = teacher_lora_file(Reference(folder), tmp_path) if with_teacher_lora else (None, {})
+    module = method(
+        load_stable_diffusion(str(folder)),
+        distillation=TrajectoryDistillation(num_ode_steps=40, loss=loss),
+        w_min=W_MIN,
+        w_max=W_MAX,
+        student_guidance=guidance,
+        teacher_lora=str(file) if file else None,
+        lora=LORA,
+        optimizer=partial(torch.optim.SGD, lr=0.1),
+        **settings,
+    )
+    randomise(module, seed=7)
+    draws = FixedDraws(
+        normals=[POSTERIOR_NOISE, NOISE],
+        unit=torch.full((4,), 0.5),
+        integers={40: torch.tensor(STEP_INDEX), 5: torch.tensor([0, 1, 2, 4])},
+    )
+    monkeypatch.setattr(adapter_training, "SampleRandomness", draws)
+    found = module.training_step(batch, 0)
+    found.backward()
+
+    teacher_adapters = {"finetuned": (RANK, weights)} if with_teacher_lora else {}
+    expected, expected_gradients = {}, {}
+    for dtype in (torch.float32, torch.float64):
+        reference = Reference(folder, dtype)
+        student = reference.unet(**teacher_adapters, trained=(ALPHA, adapter_weights(module)))
+        expected[dtype] = trajectory_loss(
+            reference,
+            student,
+            reference.unet(**teacher_adapters),
+            batch,
+            t=T,
+            reached=REACHED,
+            s=s,
+            w=None if guidance > 1 else torch.full((4,), (W_MIN + W_MAX) / 2),
+            prediction_type=prediction_type,
+            loss=loss,
+        )
+        expected[dtype].backward()
+        expected_gradients[dtype] = gradients(student, "trained")
+    assert_same_loss(found, *expected.values())
+    found_gradients = gradients(module.model.unet, module.kind.name)
+    named = {name.replace(f".{module.kind.name}.", ".trained."): g for name, g in found_gradients.items()}
+    assert_same_gradients(named, *expected_gradients.values())
 
 
 # ---- LoRA fine-tuning ----------------------------------------------------------------------------------------------

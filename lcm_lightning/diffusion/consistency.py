@@ -16,13 +16,23 @@ from lcm_lightning.diffusion.schedule import (
     predicted_epsilon,
     predicted_x_0,
 )
-from lcm_lightning.diffusion.solver import ddim_step, guide, ode_timesteps, previous_timesteps
+from lcm_lightning.diffusion.solver import ddim_step, guide, ode_timesteps, previous_timesteps, second_order_x_0
 
 Denoiser: TypeAlias = Callable[[Tensor, Tensor], Tensor]
 """Maps ``x_t`` [B, ...] and timesteps [B] to the network's output, shape of ``x_t``."""
 
 GuidedDenoiser: TypeAlias = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 """As `Denoiser`, giving the outputs with and without the condition."""
+
+
+def guided(denoiser: GuidedDenoiser, guidance_scale: Tensor) -> Denoiser:
+    """`denoiser` under guidance, its output float32; see `guide`."""
+
+    def denoise(x_t: Tensor, timesteps: Tensor) -> Tensor:
+        conditional, unconditional = denoiser(x_t, timesteps)
+        return guide(conditional.float(), unconditional.float(), guidance_scale)
+
+    return denoise
 
 
 def boundary_scalings(
@@ -49,21 +59,66 @@ def squared_error(prediction: Tensor, target: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
-class ConsistencyDistillation:
-    """One step of latent consistency distillation as a function of networks, samples and random draws.
+class OdeDistillation:
+    """What distillations share that follow the teacher's ODE, a skip at a time.
 
     Attributes:
         prediction_type: what the networks predict.
-        num_ode_steps: N, the steps the teacher's ODE is solved in; the skipping interval is ``k = T // N``.
+        num_ode_steps: N, the skips the teacher's ODE is solved in; each is of ``k = T // N`` timesteps.
+        solver: "ddim", or "dpmpp", DPM-Solver++ 2M (Lu et al. 2022, arXiv 2211.01095, Algorithm 2).
+        solver_steps: of the solver in a skip, each an evaluation of the teacher. The first is DDIM's: 2M has nothing
+            before it to go by.
         loss: "huber" (`pseudo_huber`) or "l2".
         huber_c: ``c`` of the Huber loss, in units of the latents.
-        sigma_data, timestep_scaling: see `boundary_scalings`.
     """
 
     prediction_type: PredictionType = "epsilon"
     num_ode_steps: int = 50
+    solver: Literal["ddim", "dpmpp"] = "ddim"
+    solver_steps: int = 1
     loss: Literal["huber", "l2"] = "huber"
     huber_c: float = 0.001
+
+    @torch.no_grad()
+    def skip_step(self, teacher: Denoiser, x_t: Tensor, timesteps: Tensor, alphas_cumprod: Tensor) -> Tensor:
+        """Where the teacher's ODE leads from t to ``max(t - k, 0)``, float32 (Luo et al. 2023a, eq. 13)."""
+        length = timesteps - previous_timesteps(timesteps, self.skip(alphas_cumprod))
+        edges = [timesteps - length * n // self.solver_steps for n in range(self.solver_steps + 1)]
+        a = [alphas_cumprod[edge] for edge in edges]
+        before: Tensor | None = None
+        for n in range(self.solver_steps):
+            output = teacher(x_t, edges[n]).float()
+            here = x_0 = predicted_x_0(output, x_t, a[n], self.prediction_type)
+            epsilon = predicted_epsilon(output, x_t, a[n], self.prediction_type)
+            if self.solver == "dpmpp" and before is not None:
+                x_0 = second_order_x_0(here, before, a[n - 1], a[n], a[n + 1])
+                epsilon = predicted_epsilon(x_0, x_t, a[n], "sample")
+            x_t, before = ddim_step(x_0, epsilon, a[n + 1]), here
+        return x_t
+
+    def distances(self, prediction: Tensor, target: Tensor) -> Tensor:
+        """The loss of each sample, [B]."""
+        if self.loss == "huber":
+            return pseudo_huber(prediction, target, self.huber_c)
+        return squared_error(prediction, target)
+
+    def timesteps(self, alphas_cumprod: Tensor) -> Tensor:
+        """The ODE's timesteps, int64 [N], on the device of `alphas_cumprod`."""
+        return ode_timesteps(len(alphas_cumprod), self.num_ode_steps, alphas_cumprod.device)
+
+    def skip(self, alphas_cumprod: Tensor) -> int:
+        """The skipping interval ``k``, in train timesteps."""
+        return len(alphas_cumprod) // self.num_ode_steps
+
+
+@dataclass(frozen=True)
+class ConsistencyDistillation(OdeDistillation):
+    """One step of latent consistency distillation as a function of networks, samples and random draws.
+
+    Attributes:
+        sigma_data, timestep_scaling: see `boundary_scalings`.
+    """
+
     sigma_data: float = 0.5
     timestep_scaling: float = 10.0
 
@@ -76,7 +131,6 @@ class ConsistencyDistillation:
         x_0 = predicted_x_0(output, x_t, alphas_cumprod[timesteps], self.prediction_type)
         return expand(c_skip, x_t) * x_t + expand(c_out, x_t) * x_0
 
-    @torch.no_grad()
     def teacher_step(
         self,
         teacher: GuidedDenoiser,
@@ -85,16 +139,8 @@ class ConsistencyDistillation:
         guidance_scale: Tensor,
         alphas_cumprod: Tensor,
     ) -> Tensor:
-        """One guided DDIM step of the teacher's ODE from t to ``max(t - k, 0)`` (Luo et al. 2023a, eq. 13)."""
-        conditional, unconditional = (output.float() for output in teacher(x_t, timesteps))
-        output = guide(conditional, unconditional, guidance_scale)
-        a_t = alphas_cumprod[timesteps]
-        a_s = alphas_cumprod[previous_timesteps(timesteps, self.skip(alphas_cumprod))]
-        return ddim_step(
-            predicted_x_0(output, x_t, a_t, self.prediction_type),
-            predicted_epsilon(output, x_t, a_t, self.prediction_type),
-            a_s,
-        )
+        """`skip_step` of the guided teacher."""
+        return self.skip_step(guided(teacher, guidance_scale), x_t, timesteps, alphas_cumprod)
 
     def losses(
         self,
@@ -127,14 +173,4 @@ class ConsistencyDistillation:
             earlier = previous_timesteps(timesteps, self.skip(alphas_cumprod))
             target = self.consistency_function(student, x_s, earlier, alphas_cumprod)
         prediction = self.consistency_function(student, x_t, timesteps, alphas_cumprod)
-        if self.loss == "huber":
-            return pseudo_huber(prediction, target, self.huber_c)
-        return squared_error(prediction, target)
-
-    def timesteps(self, alphas_cumprod: Tensor) -> Tensor:
-        """The ODE's timesteps, int64 [N], on the device of `alphas_cumprod`."""
-        return ode_timesteps(len(alphas_cumprod), self.num_ode_steps, alphas_cumprod.device)
-
-    def skip(self, alphas_cumprod: Tensor) -> int:
-        """The skipping interval ``k``, in train timesteps."""
-        return len(alphas_cumprod) // self.num_ode_steps
+        return self.distances(prediction, target)

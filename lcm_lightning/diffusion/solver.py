@@ -40,3 +40,17 @@ def ddim_step(x_0: Tensor, epsilon: Tensor, alpha_cumprod_previous: Tensor) -> T
     """Deterministic DDIM step to the noise level ``a_s`` [B] (Song et al. 2020, arXiv 2010.02502, eq. 12, eta = 0)."""
     a = expand(alpha_cumprod_previous, x_0)
     return a.sqrt() * x_0 + (1 - a).sqrt() * epsilon
+
+
+def second_order_x_0(x_0: Tensor, before: Tensor, a_before: Tensor, a_t: Tensor, a_s: Tensor) -> Tensor:
+    """``x_0`` whose `ddim_step` from t to s is that of DPM-Solver++ 2M (Lu et al. 2022, arXiv 2211.01095, Algorithm 2).
+
+    ``x_0 + (x_0 - before) / (2 r)``, ``r = (lambda_t - lambda_before) / (lambda_s - lambda_t)``, where ``lambda = log(a
+    / (1 - a)) / 2``.
+
+    Args:
+        x_0, before: predicted at t, and one step before; [B, ...].
+        a_before, a_t, a_s: ``a`` at that step, at t and at s; [B]. ``a_before`` may be 0, where the order is the first.
+    """
+    ratio = (a_t.logit() - a_before.logit()) / (a_s.logit() - a_t.logit())
+    return x_0 + (x_0 - before) / expand(2 * ratio, x_0)

@@ -59,7 +59,7 @@ class AdapterTraining(FusedClipping, ABC):
     """
 
     alphas_cumprod: Tensor
-    kind: ClassVar[AdapterKind]
+    kind: AdapterKind  # the class's, or a run's own where its settings decide how it is drawn
     helpers: ClassVar[tuple[str, ...]] = ()
 
     def __init__(

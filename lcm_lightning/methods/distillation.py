@@ -7,7 +7,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from lcm_lightning.diffusion.consistency import Denoiser, GuidedDenoiser
+from lcm_lightning.diffusion.consistency import Denoiser, GuidedDenoiser, OdeDistillation
 from lcm_lightning.errors import UserError
 from lcm_lightning.methods.adapter_training import AdapterTraining
 from lcm_lightning.methods.lora import LoraFinetuning
@@ -90,3 +90,45 @@ class Distillation(AdapterTraining):
             return conditional, unconditional
 
         return guided
+
+    def unguided_teacher(self, condition: Condition) -> Denoiser:
+        """The network without adapters, given the condition."""
+
+        def denoise(x_t: Tensor, timesteps: Tensor) -> Tensor:
+            with active_adapters(self.model.unet, ()):
+                return self.model.denoise(x_t, timesteps, condition)
+
+        return denoise
+
+
+def check_distillation(distillation: OdeDistillation) -> None:
+    """Raise a `UserError` for a setting that is wrong whatever the model is."""
+    key = "method.distillation"
+    if distillation.loss not in ("huber", "l2"):
+        raise UserError(f"{key}.loss={distillation.loss}: expected huber or l2")
+    if distillation.huber_c <= 0:
+        raise UserError(f"{key}.huber_c={distillation.huber_c}: expected a positive number; try 0.001")
+    if distillation.solver not in ("ddim", "dpmpp"):
+        raise UserError(f"{key}.solver={distillation.solver}: expected ddim or dpmpp")
+    least = 2 if distillation.solver == "dpmpp" else 1
+    if distillation.solver_steps < least:
+        raise UserError(
+            f"{key}.solver_steps={distillation.solver_steps}: expected at least {least} with "
+            f"{key}.solver={distillation.solver}" + "; its first step is DDIM's" * (least > 1)
+        )
+
+
+def check_skip(distillation: OdeDistillation, model: LatentDiffusionModel) -> None:
+    """Raise a `UserError` unless the model's schedule has the timesteps that the ODE is to be solved in."""
+    train_timesteps = model.scheduler_config["num_train_timesteps"]
+    if not 1 <= distillation.num_ode_steps <= train_timesteps:
+        raise UserError(
+            f"method.distillation.num_ode_steps={distillation.num_ode_steps}: expected 1 to {train_timesteps}, the "
+            "model's train timesteps; LCM uses 50"
+        )
+    most = max(train_timesteps // distillation.num_ode_steps - 1, 1)
+    if distillation.solver_steps > most:
+        raise UserError(
+            f"method.distillation.solver_steps={distillation.solver_steps}: expected at most {most}, the timesteps of "
+            f"the shortest of {distillation.num_ode_steps} ODE steps"
+        )

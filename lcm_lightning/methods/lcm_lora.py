@@ -8,8 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from lcm_lightning.diffusion.consistency import ConsistencyDistillation
-from lcm_lightning.errors import UserError
-from lcm_lightning.methods.distillation import Distillation
+from lcm_lightning.methods.distillation import Distillation, check_distillation, check_skip
 from lcm_lightning.methods.randomness import SampleRandomness
 from lcm_lightning.models.condition import Condition
 from lcm_lightning.models.kinds import AdapterKind
@@ -33,29 +32,15 @@ class LcmLoraDistillation(Distillation):
 
     def __init__(self, model: LatentDiffusionModel, *, distillation: ConsistencyDistillation, **teaching: Any) -> None:
         self.check_settings(distillation=distillation)
-        self._check_steps(distillation, model)
+        check_skip(distillation, model)
         super().__init__(model, **teaching)
         self.distillation = replace(distillation, prediction_type=model.prediction_type)
 
     @classmethod
     def check_settings(cls, *, distillation: ConsistencyDistillation = DEFAULTS, **teaching: Any) -> None:
         """See `Distillation.check_settings`."""
-        if distillation.loss not in ("huber", "l2"):
-            raise UserError(f"method.distillation.loss={distillation.loss}: expected huber or l2")
-        if distillation.huber_c <= 0:
-            raise UserError(
-                f"method.distillation.huber_c={distillation.huber_c}: expected a positive number; try 0.001"
-            )
+        check_distillation(distillation)
         super().check_settings(**teaching)
-
-    @staticmethod
-    def _check_steps(distillation: ConsistencyDistillation, model: LatentDiffusionModel) -> None:
-        train_timesteps = model.scheduler_config["num_train_timesteps"]
-        if not 1 <= distillation.num_ode_steps <= train_timesteps:
-            raise UserError(
-                f"method.distillation.num_ode_steps={distillation.num_ode_steps}: expected 1 to {train_timesteps}, the "
-                "model's train timesteps; LCM uses 50"
-            )
 
     def losses(self, latents: Tensor, condition: Condition, randomness: SampleRandomness) -> Tensor:
         """`ConsistencyDistillation.losses` at a uniform step of the ODE and a uniform guidance scale."""

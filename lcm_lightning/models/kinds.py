@@ -49,7 +49,8 @@ class AdapterKind:
             KeyError, TypeError, ValueError: it lacks something, or holds what no method would say.
         """
         known = {field.name: content[field.name] for field in fields(cls)}
-        said = {field.name: content["sampler"][field.name] for field in fields(Sampler)}
+        sampler = {"min_steps": 1, **content["sampler"]}  # version 0.1 had none
+        said = {field.name: sampler[field.name] for field in fields(Sampler)}
         for name in (known["name"], known["result"], said["name"], said["scheduler"]):
             if not re.fullmatch(r"[A-Za-z0-9_-]{1,40}", name):
                 raise ValueError(f"{name!r} is no name")
@@ -57,9 +58,11 @@ class AdapterKind:
             raise ValueError("a title is no text")
         if known["role"] not in ("finetuned", "student"):
             raise ValueError(f"role {known['role']!r}: expected finetuned or student")
-        numbers = (known["steps"], 1 if said["max_steps"] is None else said["max_steps"])
+        numbers = (known["steps"], said["min_steps"], 1000 if said["max_steps"] is None else said["max_steps"])
         if not all(type(number) is int and 1 <= number <= 1000 for number in numbers):
             raise ValueError("a number of steps is none from 1 to 1000")
+        if not numbers[1] <= numbers[0] <= numbers[2]:
+            raise ValueError("the sampler does not take the usual steps")
         known["guidance_scale"] = float(known["guidance_scale"])
         if not 0 <= known["guidance_scale"] < math.inf or not isinstance(said["settings"], dict):
             raise ValueError("guidance_scale or settings make no sense")

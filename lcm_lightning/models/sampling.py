@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -35,8 +36,9 @@ class Sampler:
         name: what users type.
         title: in headings.
         scheduler: name of the class in diffusers.
-        settings: of that class, beside the model's noise schedule.
+        settings: of that class, beside the model's noise schedule, and of its steps: ``eta``, a share of noise.
         max_steps: it takes at most so many; None for as many as the model was trained on.
+        min_steps: it takes at least so many.
     """
 
     name: str
@@ -44,10 +46,12 @@ class Sampler:
     scheduler: str
     settings: Mapping[str, Any] = field(default_factory=dict, hash=False)
     max_steps: int | None = None
+    min_steps: int = 1
 
     def possible(self, steps: Iterable[int]) -> list[int]:
         """Those of `steps` that it takes."""
-        return [number for number in steps if self.max_steps is None or number <= self.max_steps]
+        most = math.inf if self.max_steps is None else self.max_steps
+        return [number for number in steps if self.min_steps <= number <= most]
 
 
 # Solvers of the teacher's own ODE; students' samplers are said by their methods. DDIM (Song et al. 2020, eta = 0) as
@@ -138,8 +142,11 @@ def sample(
     if steps < 1:
         raise UserError(f"steps={steps}: expected at least 1")
     model.check_steps(steps)
-    if sampler.max_steps is not None and steps > sampler.max_steps:
-        raise UserError(f"steps={steps}: the sampler {sampler.title} takes at most {sampler.max_steps}; try 4")
+    if not sampler.possible([steps]):
+        least, most = sampler.min_steps, sampler.max_steps
+        span = f"at least {least}" if steps < least else f"at most {most}; try 4"
+        taken = f"exactly {most}" if least == most else span
+        raise UserError(f"steps={steps}: the sampler {sampler.title} takes {taken}")
     if len(prompts) != len(seeds):
         raise ValueError(f"{len(prompts)} prompts but {len(seeds)} seeds")
     model.check_resolution(resolution)
@@ -155,9 +162,8 @@ def sample(
             condition = Condition.cat([condition.with_caption(unconditional), condition])
         ended("text_encoding")
         generators = [torch.Generator().manual_seed(seed) for seed in seeds[start : start + batch_size]]
-        scheduler = make_scheduler(sampler, model.scheduler_config)
         with evaluating(model.unet):
-            latents = _denoise(model, scheduler, condition, generators, steps, guidance_scale, resolution)
+            latents = _denoise(model, sampler, condition, generators, steps, guidance_scale, resolution)
         ended("denoising")
         images.append(model.decode_latents(latents, preview=preview).cpu())
         ended("vae_decoding")
@@ -170,20 +176,22 @@ def sample(
 
 def _denoise(
     model: LatentDiffusionModel,
-    scheduler: SchedulerMixin,
+    sampler: Sampler,
     condition: Condition,
     generators: list[torch.Generator],
     steps: int,
     guidance_scale: float,
     resolution: int,
 ) -> Tensor:
-    """Latents [B, C, h, w], float32, by `scheduler`; of B conditions, or 2 B if guided, unconditional first."""
+    """Latents [B, C, h, w], float32, by `sampler`; of B conditions, or 2 B if guided, unconditional first."""
     shape = model.latent_shape(resolution)
     latents = torch.stack([torch.randn(shape, generator=generator) for generator in generators]).to(model.device)
+    scheduler: Any = make_scheduler(sampler, model.scheduler_config)
     scheduler.set_timesteps(steps)
     latents = latents * scheduler.init_noise_sigma
     passes = len(condition) // len(latents)
-    stochastic = {"generator": generators} if "generator" in inspect.signature(scheduler.step).parameters else {}
+    noise = {"generator": generators, "eta": sampler.settings.get("eta", 0.0)}
+    stochastic = {key: noise[key] for key in noise.keys() & inspect.signature(scheduler.step).parameters}
     for timestep in scheduler.timesteps:
         scaled = scheduler.scale_model_input(latents, timestep)
         with torch.autocast(model.device.type, dtype=model.dtype, enabled=model.dtype != torch.float32):

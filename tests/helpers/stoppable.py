@@ -47,6 +47,8 @@ SETTINGS: dict[str, tuple[int, tuple[str, ...]]] = {
     # With latents, which take the place of the images' shards, and with latents of which one sample is not a number.
     "lcm, latents, two workers": (1, ("experiment=lcm_flickr8k", "data.num_workers=2", "data.source=latents")),
     "lora, a sample that is no number": (1, ("experiment=lora_flickr8k", "data.source=spoilt", "data.num_workers=1")),
+    "tcd, two workers": (1, ("experiment=lcm_flickr8k", "method=tcd_lora", "data.num_workers=2")),
+    "pcm, no worker": (1, ("experiment=lcm_flickr8k", "method=pcm_lora")),
     "lora, two processes": (2, ("experiment=lora_flickr8k", *TWO)),
     "lcm, two processes, a worker each, accumulated": (
         2,
