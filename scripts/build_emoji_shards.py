@@ -25,8 +25,7 @@ from lcm_lightning.data.writing import PARTS_NAME, ShardSettings, write_shards
 
 VERSION = "16.0.0"
 STYLES = {"noto_emoji": "google", "twemoji": "twitter"}
-# About as many pictures as people have of a style: every fourth training name of what anyone recognises, and all held-out
-# ones.
+# About as many pictures as people have of a style: every fourth training name of what anyone recognises.
 SMALL, SMALL_OF, EVERY = "twemoji_small", "twemoji", 4
 RECOGNISED = ("smileys & emotion", "animals & nature", "food & drink")
 LEFT_OUT = ("Flags", "Component")
