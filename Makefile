@@ -11,7 +11,7 @@ PARALLEL := -n auto --maxprocesses 8 --dist loadfile
 .PHONY: help setup quickstart test test-fast test-faults coverage eval bench lint pretrain
 
 help:
-	@echo "make quickstart        fine-tune, distil and evaluate the embedded pipeline, 10 to 14 minutes"
+	@echo "make quickstart        fine-tune, distil and evaluate the embedded pipeline, 8 minutes on two cores"
 	@echo "make test              all tests; make test-fast leaves out the slow ones"
 	@echo "make test-faults       the long tests of faults: runs killed at random, damaged files and networks"
 	@echo "make coverage          all tests, and which lines of the package they run: at least 90 %, in htmlcov/"
