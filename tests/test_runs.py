@@ -72,6 +72,7 @@ def test_a_lora_file_can_be_read_by_whoever_can_read_its_neighbours(tmp_path: Pa
         {"role": "boss"},
         {"steps": "4"},
         {"steps": 10**9},
+        {"steps": 51},
         {"guidance_scale": float("inf")},
         {"sampler": {"name": "/tmp/x", "title": "x", "scheduler": "LCMScheduler", "settings": {}, "max_steps": None}},
         {"sampler": {"name": "x", "title": "x", "scheduler": "LCMScheduler", "settings": None, "max_steps": None}},
@@ -87,6 +88,15 @@ def test_what_a_stranger_s_manifest_says_is_held_to_what_a_method_would_say(tmp_
     file.write_text(json.dumps({"adapters": [entry | change]}))
     with pytest.raises(UserError, match=r"lora/adapters\.json is damaged, or of another version"):
         read_manifest(tmp_path)
+
+
+def test_a_manifest_whose_sampler_says_no_fewest_steps_is_read(tmp_path: Path):
+    write_manifest(tmp_path / "lora", [Adapter(adapter_kinds()["lcm"])])
+    file = tmp_path / "lora" / "adapters.json"
+    (entry,) = json.loads(file.read_text())["adapters"]
+    assert entry["sampler"].pop("min_steps") == 1
+    file.write_text(json.dumps({"adapters": [entry]}))
+    assert [adapter.kind for adapter in read_manifest(tmp_path)] == [adapter_kinds()["lcm"]]
 
 
 def test_a_manifest_of_names_alone_is_read_by_what_the_methods_say(tmp_path: Path):
