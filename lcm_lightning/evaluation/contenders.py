@@ -131,8 +131,8 @@ class Lineup:
         lineup += [rival for rival in dict.fromkeys(rivals) if rival not in lineup]
         students = [kind for kind in adapters if kind.role == "student"]
         if students:
-            hurried = [guided(teacher, UNDISTILLED, steps) for steps in dict.fromkeys(self.undistilled_steps)]
-            changes = {"name": "undistilled", "title": "undistilled", "teacher_title": teacher.title}
-            lineup += [replace(contender, role="undistilled", **changes) for contender in hurried]
+            for steps in dict.fromkeys(self.undistilled_steps):
+                hurried = replace(guided(teacher, UNDISTILLED, steps), name="undistilled", role="undistilled")
+                lineup.append(replace(hurried, title="undistilled", teacher_title=teacher.title))
         steps_of = {kind: kind.sampler.possible(self.student_steps) for kind in students}
         return lineup + [student(kind, steps) for kind, numbers in steps_of.items() for steps in numbers]

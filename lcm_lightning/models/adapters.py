@@ -8,9 +8,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
-from diffusers import StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import UNet2DConditionModel
 from peft import LoraConfig, get_peft_model_state_dict, inject_adapter_in_model
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
@@ -22,6 +23,9 @@ from lcm_lightning.models.lora_files import LayerUpdate, adaptable_layers, fit, 
 from lcm_lightning.models.lora_layers import FUSED_LAYERS
 from lcm_lightning.models.sampling import DDIM, make_scheduler
 from lcm_lightning.models.stable_diffusion import StableDiffusion
+
+if TYPE_CHECKING:
+    from diffusers import StableDiffusionPipeline
 
 log = logging.getLogger(__name__)
 
@@ -300,6 +304,8 @@ def kohya_state_dict(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
 
 def as_pipeline(model: StableDiffusion) -> StableDiffusionPipeline:
     """The model's own networks (no copies) as a diffusers pipeline; without those that are still deferred."""
+    from diffusers import StableDiffusionPipeline  # late: it takes a second that drawing does not need
+
     return StableDiffusionPipeline(
         vae=model.vae,
         text_encoder=model.text_encoder,

@@ -11,7 +11,7 @@ from typing import Any
 
 import diffusers
 import torch
-from diffusers import AutoencoderKL, SchedulerMixin, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import AutoencoderKL, SchedulerMixin, UNet2DConditionModel
 from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
@@ -56,7 +56,9 @@ def locate_pipeline(path: str, revision: str | None) -> Path:
         )
     left_out = {"safety_checker": None, "requires_safety_checker": False, "feature_extractor": None}
     try:
-        folder = Path(StableDiffusionPipeline.download(path, revision=revision, use_safetensors=True, **left_out))
+        folder = Path(
+            diffusers.StableDiffusionPipeline.download(path, revision=revision, use_safetensors=True, **left_out)
+        )
     except (OSError, ValueError) as error:
         raise UserError(
             f"model.path={path}: cannot be loaded ({first_line(error)}). Without network, give a local copy: "
