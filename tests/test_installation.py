@@ -177,7 +177,7 @@ def test_a_shipped_configuration_wins_over_one_of_the_same_name_in_the_working_f
     own("experiment/quickstart_lora.yaml", "# @package _global_\nname: mine\nmax_steps: 1\n")
     own("train.yaml", "name: mine\n")
     ((cfg, _),) = composed("train", "experiment=quickstart_lora")
-    assert (cfg.name, cfg.max_steps) == ("quickstart_lora", 450)
+    assert (cfg.name, cfg.max_steps) == ("quickstart_lora", 400)
 
 
 @pytest.mark.filterwarnings("error")

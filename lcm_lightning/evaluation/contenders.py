@@ -98,9 +98,9 @@ class Lineup:
         if self.teacher_steps < 1:
             raise UserError(f"evaluation.lineup.teacher_steps={self.teacher_steps}: expected at least 1")
         for key in ("undistilled_steps", "student_steps"):
-            numbers = list(getattr(self, key))
-            if any(not 1 <= steps <= MOST_STUDENT_STEPS for steps in numbers):
-                raise UserError(f"evaluation.lineup.{key}={numbers}: expected numbers from 1 to {MOST_STUDENT_STEPS}")
+            asked = list(getattr(self, key))
+            if any(not 1 <= steps <= MOST_STUDENT_STEPS for steps in asked):
+                raise UserError(f"evaluation.lineup.{key}={asked}: expected numbers from 1 to {MOST_STUDENT_STEPS}")
         for sampler, numbers in self.rivals.items():
             if sampler not in SOLVERS:
                 raise UserError(
