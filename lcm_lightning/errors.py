@@ -55,6 +55,12 @@ def first_line(error: BaseException) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
 
 
+def short(text: object, limit: int = 60) -> str:
+    """A long path or key without its middle, so that a message stays one that is read."""
+    whole, start = str(text), limit // 4
+    return whole if len(whole) <= limit else f"{whole[:start]}...{whole[start + 3 - limit :]}"
+
+
 def innermost(error: BaseException) -> BaseException:
     """What `error` was raised from, and that from, to the first or to a `UserError`: Hydra wraps an error by levels."""
     while error.__cause__ is not None and not isinstance(error, UserError):

@@ -163,7 +163,7 @@ model.path=W/flow
 model.path=W/cut_pipeline
 model.path=W/no_unet
 model.path=W/not_json
-model.path=owner/name -> model\.path=owner/name: cannot be loaded .*hf download
+model.path=owner/name -> model\.path=owner/name: no such folder here, and the hub cannot be reached; .*hf download
 method.teacher_lora=./nowhere
 method.teacher_lora=W/empty
 method.teacher_lora=W/foreign.safetensors -> method\.teacher_lora=.*foreign\.safetensors: .*another base model

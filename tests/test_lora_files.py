@@ -6,6 +6,7 @@ import copy
 import json
 import logging
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Mapping
@@ -676,6 +677,33 @@ def test_inspect_reads_a_model_s_folder(
     assert "pipeline StableDiffusionPipeline" in said and "cross-attention" in said and "predicts epsilon" in said
 
 
+@pytest.mark.parametrize(
+    ("network", "values", "shown"),
+    [
+        ("unet", {"sample_size": "16"}, "latents 16 wide, 4 channels"),
+        ("unet", {"cross_attention_dim": [32, 32]}, "base model unknown, by cross-attention 32, 32 wide"),
+        ("unet", {"block_out_channels": 5}, "blocks of 5 channels"),
+        ("unet", {"block_out_channels": None, "in_channels": {}}, "blocks of None channels"),
+        ("scheduler", {"prediction_type": ["flow"], "_class_name": 7}, "predicts flow"),
+        ("text_encoder", {"hidden_size": "wide"}, "base model unknown, by cross-attention 32 wide"),
+    ],
+)
+def test_inspect_shows_a_config_that_makes_no_sense_and_why_it_is_refused(
+    pipeline_folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture,
+    network: str,
+    values: dict,
+    shown: str,
+):
+    folder = shutil.copytree(pipeline_folder, tmp_path / "model")
+    file = folder / network / ("scheduler_config.json" if network == "scheduler" else "config.json")
+    file.write_text(json.dumps(json.loads(file.read_text()) | values))
+    said = said_of(folder, monkeypatch=monkeypatch, capsys=capsys)
+    assert shown in said and "refused model.path=" in said
+
+
 def test_inspect_ends_with_a_sentence_for_what_is_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ):
@@ -732,13 +760,12 @@ def test_what_a_network_saves_of_its_own_adapter_has_its_strength(tmp_path: Path
     assert {layer.scaling["a"] for layer in lora_layers(model.unet) if "a" in layer.scaling} == {4.0}
 
 
-def test_an_address_that_no_hub_answers_is_one_message(monkeypatch: pytest.MonkeyPatch):
-    class Unreachable(Exception):
-        """As clients of http raise it, whatever they are made with."""
-
+def test_an_id_that_the_hub_does_not_know_is_one_message(monkeypatch: pytest.MonkeyPatch):
     def refuse(*_: object, **__: object) -> None:
-        raise Unreachable("no route\nto host")
+        raise ValueError("401 Client Error\nRepository Not Found")
 
     monkeypatch.setattr("lcm_lightning.models.lora_files.hf_hub_download", refuse)
-    with pytest.raises(UserError, match=r"lora=loras/mistyped: no such folder here, and the hub cannot be asked"):
+    for module in ("models.lora_files", "hub"):
+        monkeypatch.setattr(f"lcm_lightning.{module}.hub_answers", lambda: True)
+    with pytest.raises(UserError, match=r"no such folder here, and the hub refuses it: 401 Client Error; give a local"):
         locate_lora("loras/mistyped")
