@@ -131,7 +131,8 @@ class Contents:
     @cached_property
     def image_folders(self) -> set[Path]:
         """Folders that an image lies in, at whatever depth."""
-        return {parent for paths in self.images.values() for path in paths for parent in path.parents}
+        innermost = {path.parent for paths in self.images.values() for path in paths}
+        return innermost.union(*(folder.parents for folder in innermost))
 
 
 def folded(name: str) -> str:
@@ -218,14 +219,15 @@ def source_of(
     """
     keys = keys_of(names.values())
     folders = {path: folder_split(path.relative_to(folder)) for path in names}
+    by_folder = any(folders.values())
 
     def split(path: Path) -> str | None:
         if published is not None:
             return published[0].get(names[path])
-        return folders[path] if any(folders.values()) else hash_split(names[path])
+        return folders[path] if by_folder else hash_split(names[path])
 
     records = [Record(keys[names[path]], path, tuple(captions[path]), split(path)) for path in names]
-    origin = "the folders train/, val/, test/" if any(folders.values()) else HASH_SPLIT_ORIGIN
+    origin = "the folders train/, val/, test/" if by_folder else HASH_SPLIT_ORIGIN
     return Source(layout, mixed(records), len(records), origin if published is None else published[1])
 
 

@@ -391,6 +391,11 @@ def fit(
     misfits = [] if unused else [update.key for update in _shape(matched, networks)]
     if (unused or misfits) and base not in (None, BASE_MODELS.get(_config(networks["unet"]).cross_attention_dim)):
         raise UserError(f"{said}: is for {base}, and {model_name} is not; it was made for another base model")
+    if halves := [key for key in file.unused if (match := SUFFIX.fullmatch(key)) and match["side"]]:
+        raise UserError(
+            f"{said}: {short(halves[0])} is half of an update ({len(halves)} of its keys are), which changes nothing; "
+            "export or download it again"
+        )
     if unused:
         raise UserError(
             f"{said}: no layer of {model_name} takes {len(unused)} of its keys, the first {short(unused[0])}; "
