@@ -8,11 +8,11 @@ import shlex
 import signal
 import sys
 import traceback
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator
 from contextlib import suppress
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any, NoReturn, ParamSpec, TypeVar
+from typing import NoReturn, ParamSpec, TypeVar
 
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException, MissingConfigException, OverrideParseException
@@ -164,10 +164,11 @@ def no_such_key(error: Exception, override: str) -> str | None:
     if "hydra" in known:  # the top; a choice of experiment leaves no key
         known[known.index("hydra")] = "experiment"
     adding = f"; +{override} would add it" if override.partition("=")[0].endswith(f".{name}") else ""
+    assert isinstance(section, DictConfig), "it has keys"
     return f"there is no such key; {suggestion(str(name), known, section._get_root())}{adding}"
 
 
-def suggestion(name: str, known: Collection[str], config: Mapping[str, Any]) -> str:
+def suggestion(name: str, known: Collection[str], config: object) -> str:
     """What a name may have been meant to be.
 
     Args:

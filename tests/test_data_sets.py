@@ -136,6 +136,19 @@ READ: dict[str, tuple[Files, dict[str, list[str]]]] = {
         | images("train/Images/0.jpg", "test/Images/1.jpg", "test/Images/2.jpg"),
         THREE,
     ),
+    "captions.csv": (table("image,caption\n0.jpg,a\n1.jpg,b\n2.jpg,c\n", "captions.csv"), THREE),
+    "COCO 2017": (
+        {
+            "annotations/captions_val2017.json": json.dumps(
+                {
+                    "images": [{"id": 7, "file_name": "0.jpg"}],
+                    "annotations": [{"id": 1, "image_id": 7, "caption": "a"}],
+                }
+            ),
+            **images("val2017/0.jpg"),
+        },
+        {"0.jpg": ["a"]},
+    ),
     "the same table twice, one deeper": (
         table("image| comment_number| comment\n0.jpg| 0| a\n1.jpg| 0| b\n", "f/results.csv", photos=("0.jpg", "1.jpg"))
         | {"f/f/results.csv": "image| comment_number| comment\n0.jpg| 0| a\n1.jpg| 0| b\n"},
@@ -189,6 +202,17 @@ READ: dict[str, tuple[Files, dict[str, list[str]]]] = {
         metadata("file_name,caption_10,caption,caption_2\n0.jpg,z,a,x\n1.jpg,,b,\n"),
         {"0.jpg": ["a", "x", "z"], "1.jpg": ["b", ""]},
     ),
+    "lists as numpy writes them": (
+        metadata("file_name,captions\n0.jpg,\"['a'\n 'x']\"\n1.jpg,['b']\n"),
+        {"0.jpg": ["a", "x"], "1.jpg": ["b"]},
+    ),
+    "quotes as MySQL escapes them": (
+        metadata('file_name,text\n0.jpg,"a \\"x\\""\n1.jpg,"b"\n'),
+        TWO | {"0.jpg": ['a "x"']},
+    ),
+    "blanks behind commas": (metadata('file_name, text\n0.jpg, "a, x"\n1.jpg, b\n'), TWO | {"0.jpg": ["a, x"]}),
+    "blanks behind names": (metadata("file_name,text\n0.jpg ,a\n1.jpg ,b\n"), TWO),
+    "nan written out": (metadata("file_name,text\n0.jpg,a\n1.jpg,nan\n"), {"0.jpg": ["a"], "1.jpg": []}),
     "a column of prompts, in metadata": (metadata("file_name,prompt\n0.jpg,a\n1.jpg,b\n"), TWO),
     "nothing as pandas writes it": (
         metadata(
@@ -217,6 +241,10 @@ READ: dict[str, tuple[Files, dict[str, list[str]]]] = {
     "txt beside": (images("0.jpg", "1.jpg") | {"0.txt": "a\n", "1.txt": "b"}, TWO),
     "caption beside": (images("0.jpg", "1.jpg") | {"0.caption": "a\n", "1.caption": "b"}, TWO),
     "txt and caption beside": (images("0.jpg", "1.jpg") | {"0.txt": "a", "0.caption": "x", "1.caption": "b"}, TWO),
+    "boxes beside": (
+        images("0.jpg", "1.jpg") | {"0.txt": "0 0.5 0.5 0.2 0.2\n1 0.1 0.1 0.05 0.05\n", "1.txt": "2 dogs 3 4 5"},
+        {"0.jpg": [], "1.jpg": ["2 dogs 3 4 5"]},
+    ),
     "capital .TXT beside": (images("0.jpg", "1.jpg") | {"0.TXT": "a", "1.CAPTION": "b"}, TWO),
     "files behind whole names": (images("0.jpg", "1.jpg") | {"0.jpg.txt": "a", "1.jpg.caption": "b"}, TWO),
     "an empty txt before a caption": (images("0.jpg", "1.jpg") | {"0.txt": " ", "0.caption": "a", "1.txt": "b"}, TWO),
@@ -285,6 +313,10 @@ REFUSED: dict[str, tuple[Files, str]] = {
     "no column of captions": (
         metadata("file_name,width\n0.jpg,40\n1.jpg,40\n"),
         r"metadata\.csv: none of its columns file_name, width holds captions; call one",
+    ),
+    "captions in dictionaries of a csv": (
+        metadata('file_name,captions\n0.jpg,"{""en"": ""a""}"\n'),
+        r"metadata\.csv cannot be read \(row 1: a caption is a dict",
     ),
     "captions in dictionaries": (
         metadata([{"file_name": "0.jpg", "captions": {"en": "a"}}], "metadata.jsonl"),
@@ -397,9 +429,15 @@ def test_names_in_an_old_encoding_are_read(tmp_path):
 
 
 def test_kohyas_repeats_are_said_to_be_ignored_once(tmp_path):
-    files = images(*(f"{number}_dog/{number}.jpg" for number in range(1, 4)))
+    files = images(*(f"{number}_dog/{number}.jpg" for number in range(1, 4))) | {"1_dog/1.txt": "a"}
     source = read_source(str(folder_of(files, tmp_path)), "folder")
-    assert "repeats are ignored" in source.layout
+    assert "repeats are ignored; 2 are captioned by their folder's name" in source.layout
+
+
+def test_the_folder_that_was_given_is_no_caption_whatever_it_is_called(tmp_path):
+    source = read_source(str(folder_of(images("0.jpg", "1.jpg") | {"0.txt": "a"}, tmp_path / "01_raw")), "folder")
+    assert {record.image.name: list(record.captions) for record in source.records} == {"0.jpg": ["a"], "1.jpg": []}
+    assert source.layout == "folder of images"
 
 
 def test_pictures_that_cannot_be_decoded_are_counted_with_the_reason(tmp_path):

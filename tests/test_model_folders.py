@@ -114,6 +114,21 @@ def spoilt(file: str, value: float, *keys: str) -> Change:
     return change
 
 
+def of_type(file: str, dtype: torch.dtype) -> Change:
+    """The weights in another type."""
+
+    def change(folder: Path) -> None:
+        tensors = {key: tensor.to(dtype) for key, tensor in load_file(folder / file).items()}
+        save_file(tensors, folder / file, metadata={"format": "pt"})
+
+    return change
+
+
+def added(file: str, **tensors: torch.Tensor) -> Change:
+    """Further tensors beside the weights."""
+    return lambda folder: save_file(load_file(folder / file) | tensors, folder / file, metadata={"format": "pt"})
+
+
 def vocabulary_of_merges(kept: int) -> Change:
     """`vocab.json` and `merges.txt` of four merged tokens beside the letters, with the first merges alone."""
 
@@ -173,6 +188,9 @@ LOADED: dict[str, Change] = {
     "the scheduler's class in its config alone": config("model_index.json", scheduler=GONE),
     "another scheduler": config("model_index.json", scheduler=["diffusers", "PNDMScheduler"]),
     "no sizes of the VAE's": config(VAE_CONFIG, sample_size=GONE),
+    "weights of 8 bits": of_type(UNET, torch.float8_e5m2),
+    "weights of 64 bits": of_type(UNET, torch.float64),
+    "positions kept with the weights": added(TEXT, **{"text_model.embeddings.position_ids": torch.arange(16)[None]}),
     "no train timesteps": config(SCHEDULE, num_train_timesteps=GONE),
     "few train timesteps": config(SCHEDULE, num_train_timesteps=30),
 }
@@ -298,6 +316,14 @@ REFUSED: dict[str, tuple[Change, str]] = {
     ),
     "a size of fractions": (config(VAE_CONFIG, sample_size=8.5), r"vae/config\.json: sample_size=8\.5: expected whole"),
     "an empty size": (config(UNET_CONFIG, sample_size=[]), r"unet/config\.json: sample_size=\[\]: expected whole"),
+    "a scale of nothing": (config(VAE_CONFIG, scaling_factor=None), r"vae/config\.json: scaling_factor=None: expected"),
+    "a scale of zero": (config(VAE_CONFIG, scaling_factor=0), r"vae/config\.json: scaling_factor=0: expected a number"),
+    "a shift that is a text": (config(VAE_CONFIG, shift_factor="x"), r"vae/config\.json: shift_factor='x': expected a"),
+    "quantised weights": (of_type(UNET, torch.int8), r"unet is quantised .*is of type I8.*give its weights"),
+    "a LoRA beside the weights": (
+        added(UNET, **{"conv_in.lora_A.default.weight": torch.ones(4, 4, 3, 3)}),
+        r"unet has a LoRA beside its weights, first conv_in\.lora_A\.default\.weight.*fuse it",
+    ),
     "blocks of nothing": (
         config(VAE_CONFIG, block_out_channels=None),
         r"vae/config\.json: block_out_channels=None: exp",
@@ -330,7 +356,7 @@ def test_a_model_folder_loads_as_it_was_meant(case, saved, tmp_path):
     assert model.default_resolution == 32
     images = drawn(model)
     assert (images[0] - images[1]).abs().max() > 1e-4  # it reads its prompts
-    if not any(word in case for word in ("timesteps", "embeds", "tokens")):
+    if not any(word in case for word in ("timesteps", "embeds", "tokens", "8 bits")):
         assert torch.equal(images, drawn(load_stable_diffusion(str(saved))))
     assert encoder_key(model)["vae"] == encoder_key(load_stable_diffusion(str(saved)))["vae"]
 
@@ -357,6 +383,16 @@ def test_weights_beyond_half_precision_are_refused_where_they_are_read_in_it(sav
             UserError, match=r"weights of unet are not finite in torch\.float16, first conv_out\.weight"
         ):
             load_stable_diffusion(str(folder), dtype=dtype)
+
+
+@pytest.mark.parametrize("name", ["v1-5-pruned.safetensors", "v1-5.ckpt"])
+def test_a_checkpoint_in_one_file_is_refused_with_the_way_to_make_a_folder_of_it(tmp_path, monkeypatch, name):
+    (tmp_path / "models").mkdir()
+    (tmp_path / "models" / name).write_bytes(b"")
+    monkeypatch.chdir(tmp_path)
+    for path in (tmp_path / "models" / name, Path("models") / name):
+        with pytest.raises(UserError, match=r"is one file, a folder is expected; .*from_single_file"):
+            load_stable_diffusion(str(path))
 
 
 def test_a_long_path_stands_in_the_message_without_its_middle(saved, tmp_path):

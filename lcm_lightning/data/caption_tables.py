@@ -102,17 +102,13 @@ def caption_columns(columns: Iterable[str]) -> list[str]:
 
 
 def texts_of(value: object) -> list[str]:
-    """Captions in a cell: a text, or a list of them, also as JSON or Python write one into a table; [] for nothing.
+    """Captions in a cell: a text, or a list of them, also as JSON, Python or numpy write one; [] for nothing.
 
     Raises:
         ValueError: it holds something else, which nobody would say of an image.
     """
-    if isinstance(value, str) and value.lstrip().startswith("["):
-        for parse in (json.loads, ast.literal_eval):
-            with suppress(ValueError, SyntaxError, RecursionError, MemoryError):
-                found = parse(value.strip())
-                if isinstance(found, list) and all(isinstance(text, str) for text in found):
-                    return found
+    if isinstance(value, str):
+        value = parsed(value)
     if value is None or value != value:  # not a number, which pandas writes for nothing
         return []
     if isinstance(value, str | int | float):
@@ -120,6 +116,20 @@ def texts_of(value: object) -> list[str]:
     if isinstance(value, list | tuple) and not any(isinstance(text, list | tuple | dict) for text in value):
         return [text for item in value for text in texts_of(item)]
     raise ValueError(f"a caption is a {type(value).__name__} of others: {short(value)}")
+
+
+def parsed(cell: str) -> object:
+    """The list of texts or the dictionary that a cell spells, None where it spells nothing; else the cell."""
+    if cell.strip() in ("nan", "NaN", "None", "null"):
+        return None
+    with_commas = re.sub(r"""(['"])\s+(?=['"])""", r"\1, ", cell.strip())  # which numpy leaves out
+    for parse, text in ((json.loads, cell), (ast.literal_eval, with_commas)):
+        if cell.lstrip().startswith(("[", "{")):
+            with suppress(ValueError, SyntaxError, RecursionError, MemoryError):
+                found = parse(text)
+                if isinstance(found, dict) or (isinstance(found, list) and all(isinstance(t, str) for t in found)):
+                    return found
+    return cell
 
 
 def row_captions(row: Mapping[str, Any]) -> tuple[str, ...]:
@@ -159,7 +169,7 @@ def are_numbered(cells: Iterable[str], rows: Sequence[object]) -> bool:
     return 2 * sum(cell.strip().isdigit() for cell in cells) > len(rows)
 
 
-def table_rows(lines: Iterable[str], separator: str) -> Iterator[list[str]]:
+def table_rows(lines: Sequence[str], separator: str) -> Iterator[list[str]]:
     """Cells of the rows of a CSV table, whose quoted cells may go over lines.
 
     In tables written by hand a quote may be opened and never closed. It is a sign like any other then, if the line
@@ -170,6 +180,8 @@ def table_rows(lines: Iterable[str], separator: str) -> Iterator[list[str]]:
     """
     row: list[str] = []
     start = 0
+    first = next(filter(str.strip, lines), "")
+    spaced = f"{separator} " in first and not is_image_name(table_name(first.partition(separator)[0]))
     for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
@@ -179,7 +191,18 @@ def table_rows(lines: Iterable[str], separator: str) -> Iterator[list[str]]:
         start = start if row else number
         row.append(line)
         with suppress(csv.Error):  # in the middle of a quoted cell, or with more behind its end
-            yield next(csv.reader([" ".join(row)], delimiter=separator, strict=True))
+            text = " ".join(row)
+            escape = None if '\\"' not in text else "\\"  # as MySQL writes quotes
+            yield next(
+                csv.reader(
+                    [text],
+                    delimiter=separator,
+                    strict=True,
+                    skipinitialspace=spaced,
+                    escapechar=escape,
+                    doublequote=escape is None,
+                )
+            )
             row = []
         if len(row) > MAX_LINES:
             break
@@ -212,7 +235,7 @@ def metadata_rows(path: Path) -> Iterator[tuple[str, tuple[str, ...]]]:
                 )
             columns.update(dict.fromkeys(row))
             try:
-                yield name, row_captions(row)
+                yield name.strip(), row_captions(row)
             except ValueError as error:
                 raise ValueError(f"row {number}: {error}") from error
     if columns and not caption_columns(columns):

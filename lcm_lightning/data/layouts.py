@@ -43,9 +43,11 @@ DOWNLOADS = {
     ),
 }
 TOKEN_FILES = ("Flickr8k.token.txt", "results_20130124.token")
-TABLE_FILES = ("captions.txt", "results.csv")
+TABLE_FILES = ("captions.txt", "captions.csv", "results.csv")
 KARPATHY_FILES = ("dataset_flickr8k.json", "dataset_flickr30k.json")
-COCO_FILES = {"val": "captions_val2014.json", "train": "captions_train2014.json"}
+COCO_FILES = {
+    year: {"val": f"captions_val{year}.json", "train": f"captions_train{year}.json"} for year in ("2014", "2017")
+}
 SPLIT_FILES = {
     "train": "Flickr_8k.trainImages.txt",
     "val": "Flickr_8k.devImages.txt",
@@ -58,6 +60,8 @@ TABLE_DEPTH = 2
 CAPTION_FILES = (".txt", ".caption")
 # kohya's folders: how often an epoch repeats their images, and a caption for those that have none of their own.
 REPEATS_FOLDER = re.compile(r"\d{1,3}_(.+)")
+# A line of the files that detectors are trained on: the number of a class and a box or an outline.
+BOX = re.compile(r"\s*\d+(\s+-?[\d.]+){4,}\s*")
 
 
 def data_options(name: str) -> str:
@@ -243,9 +247,14 @@ def read_coco_captions(path: Path) -> Captions:
 
 
 def read_coco(folder: Path) -> Source:
-    """COCO 2014 as its authors publish it: `train2014/`, `val2014/` or one of them, and `annotations/`."""
+    """COCO 2014 or 2017 as its authors publish it: `train2014/`, `val2014/` or one of them, and `annotations/`.
+
+    Of both years the first is read: each has all photos, in other splits.
+    """
     contents = Contents.of(folder)
-    tables = {split: contents.tables([name])[0] for split, name in COCO_FILES.items() if contents.tables([name])}
+    year = next(year for year, files in COCO_FILES.items() if contents.tables(list(files.values())))
+    found = {split: contents.tables([name]) for split, name in COCO_FILES[year].items()}
+    tables = {split: paths[0] for split, paths in found.items() if paths}
     published = {split: read_coco_captions(path) for split, path in tables.items()}
     records = [
         Record(
@@ -259,7 +268,7 @@ def read_coco(folder: Path) -> Source:
         & set(map(folded, captions))  # the captions of both come together, their photos do not
         for name, sentences in captions.items()
     ]
-    return Source("COCO 2014", mixed(records), len(records), "COCO's own train2014 and val2014")
+    return Source(f"COCO {year}", mixed(records), len(records), f"COCO's own train{year} and val{year}")
 
 
 def mixed(records: Iterable[Record]) -> list[Record]:
@@ -314,17 +323,24 @@ def beside(image: Path, contents: Contents) -> Sequence[str]:
     files = caption_files(image, contents)
     for text in files:
         with reading(text, "a caption a line"):
-            if lines := [line for line in text.read_text(encoding=ENCODING).splitlines() if line.strip()]:
+            lines = [line for line in text.read_text(encoding=ENCODING).splitlines() if line.strip()]
+            if not all(map(BOX.fullmatch, lines)):
                 return lines
-    kohya = REPEATS_FOLDER.fullmatch(image.parent.name)
+    kohya = repeats_folder(image, contents.folder)
     return () if files or kohya is None else (kohya[1],)
+
+
+def repeats_folder(image: Path, folder: Path) -> re.Match[str] | None:
+    """The name of the folder of kohya's that an image lies in, below the `folder` that was given."""
+    return None if image.parent == folder else REPEATS_FOLDER.fullmatch(image.parent.name)
 
 
 def read_folder(folder: Path) -> Source:
     """A plain folder of images with a metadata file or a file of captions beside each image."""
     captions = folder_captions(Contents.of(folder))
-    repeats = any(REPEATS_FOLDER.fullmatch(path.parent.name) for path in captions)
-    note = " (kohya's, whose repeats are ignored: each counts once)" if repeats else ""
+    kohya = {path: match[1] for path in captions if (match := repeats_folder(path, folder))}
+    alone = sum(tuple(captions[path]) == (name,) for path, name in kohya.items())
+    note = f" (kohya's, whose repeats are ignored; {alone} are captioned by their folder's name)" if kohya else ""
     names = {path: path.relative_to(folder).as_posix() for path in captions}
     return source_of(f"folder of images{note}", captions, names, folder)
 
@@ -333,7 +349,7 @@ def has_captioned_images(contents: Contents) -> bool:
     """True for a folder with a metadata file, with an image that has a file of captions beside it, or kohya's."""
     images = (path for path in contents.files if is_image_name(path.name))
     return any(path.name in METADATA_FILES for path in contents.files) or any(
-        caption_files(path, contents) or REPEATS_FOLDER.fullmatch(path.parent.name) for path in images
+        caption_files(path, contents) or repeats_folder(path, contents.folder) for path in images
     )
 
 
@@ -349,7 +365,7 @@ class Layout:
 LAYOUTS = (
     Layout(
         "COCO (captions_val2014.json)",
-        lambda contents: bool(contents.tables(list(COCO_FILES.values()))),
+        lambda contents: any(contents.tables(list(files.values())) for files in COCO_FILES.values()),
         read_coco,
     ),
     Layout(

@@ -49,6 +49,7 @@ OTHER_KINDS = (
     (r"\.ia3_|\.on_input$", "an IA3", MERGE),
     (r"\.vera_lambda", "a VeRA", MERGE),
     (r"\.[ab][12]\.weight$", "a GLoRA", MERGE),
+    (r"\.scalar$", "a LyCORIS with scalars of its layers", MERGE),
     (r"\.[wb]_norm$", "a LoRA with weights of normalisations", MERGE),
     (r"lora_controlnet|^control_model\.", "a ControlNet", "give a LoRA"),
     (

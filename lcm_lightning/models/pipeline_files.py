@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterator, Mapping
+import math
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from inspect import signature
 from pathlib import Path
@@ -13,6 +14,7 @@ from typing import Any
 import diffusers
 import torch
 from diffusers import AutoencoderKL, SchedulerMixin, StableDiffusionPipeline, UNet2DConditionModel
+from safetensors import safe_open
 from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
@@ -53,6 +55,11 @@ def locate_pipeline(path: str, revision: str | None) -> Path:
     if folder.is_dir():
         _check_pipeline_class(folder, path)
         return folder
+    if folder.is_file():
+        raise UserError(
+            f"{model_path(path)}: is one file, a folder is expected; make one of it with diffusers: "
+            "StableDiffusionPipeline.from_single_file(FILE).save_pretrained(FOLDER)"
+        )
     if path.startswith((".", "/", "~")) or path.count("/") != 1:
         raise UserError(
             f"{model_path(path)}: no such folder; give a diffusers pipeline folder (with model_index.json) or a hub id "
@@ -127,11 +134,11 @@ def check_networks(folder: Path) -> None:
             "take UNet and text encoder of one model"
         )
     for name, config in (("unet", unet), ("vae", vae)):
-        for key, is_right, example in (("sample_size", _is_size, 64), ("block_out_channels", _are_sizes, [128, 256])):
+        for key, (is_right, expected) in CONFIG_VALUES.items():
             if key in config and not is_right(config[key]):
                 raise UserError(
-                    f"{model_path(folder)}: {name}/config.json: {key}={short(repr(config[key]))}: expected whole "
-                    f"numbers, such as {example}; {AGAIN}"
+                    f"{model_path(folder)}: {name}/config.json: {key}={short(repr(config[key]))}: expected {expected}; "
+                    f"{AGAIN}"
                 )
     if unet.get("sample_size") is None:
         log.warning(
@@ -147,6 +154,20 @@ def _are_sizes(value: object) -> bool:
 def _is_size(value: object) -> bool:
     """Whether a config may say so of the side of images or latents: a number, height and width, or nothing."""
     return value is None or _are_sizes(value if isinstance(value, list) else [value])
+
+
+def _is_scale(value: object) -> bool:
+    """Whether latents can be divided by a value of a config."""
+    return isinstance(value, int | float) and math.isfinite(value) and value != 0
+
+
+# Values of UNet and VAE that are computed with here, and what they have to be.
+CONFIG_VALUES: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "sample_size": (_is_size, "whole numbers, such as 64"),
+    "block_out_channels": (_are_sizes, "whole numbers, such as [128, 256]"),
+    "scaling_factor": (_is_scale, "a number, such as 0.18215"),
+    "shift_factor": (lambda value: not value or _is_scale(value), "a number or null"),
+}
 
 
 def _check_class(folder: Path, name: str, found: str | None) -> None:
@@ -205,6 +226,8 @@ def weight_files(folder: Path) -> tuple[list[Path], str | None]:
 def read_network(folder: Path, name: str, dtype: torch.dtype) -> nn.Module:
     """A network of the pipeline in `folder`. Raises `UserError`: its files are missing, damaged or incomplete."""
     network_class = NETWORKS[name][0]
+    with reading(folder, name):
+        _refuse_quantised(folder, name)
     options = {
         "use_safetensors": True,
         "variant": weight_files(folder / name)[1],
@@ -218,6 +241,11 @@ def read_network(folder: Path, name: str, dtype: torch.dtype) -> nn.Module:
         raise UserError(
             f"{model_path(folder)}: the weights of {name} lack {len(missing)} tensors, first {missing[0]}; {AGAIN}"
         )
+    if adapters := [key for key in report["unexpected_keys"] if ".lora_" in key]:
+        raise UserError(
+            f"{model_path(folder)}: {name} has a LoRA beside its weights, first {short(adapters[0])}, which would not "
+            "act; fuse it (pipe.fuse_lora()) and save the model again"
+        )
     for tensor_name, weight in network.named_parameters():
         if weight.numel() and not torch.stack(weight.aminmax()).isfinite().all():  # in one pass, without a copy
             raise UserError(
@@ -225,6 +253,19 @@ def read_network(folder: Path, name: str, dtype: torch.dtype) -> nn.Module:
                 f"{AGAIN}, or take one from before its training diverged"
             )
     return network
+
+
+def _refuse_quantised(folder: Path, name: str) -> None:
+    """Raise a `UserError` for weights of whole numbers: without what they are scaled by they are none."""
+    for file in weight_files(folder / name)[0]:
+        with safe_open(file, "pt") as tensors:
+            for key in tensors.keys():  # noqa: SIM118  # no mapping
+                kind = tensors.get_slice(key).get_dtype()
+                if "F" not in kind and not key.endswith("position_ids"):
+                    raise UserError(
+                        f"{model_path(folder)}: {name} is quantised ({short(key)} is of type {kind}), which is not "
+                        "supported; give its weights in float16 or float32"
+                    )
 
 
 def read_tokenizer(folder: Path) -> CLIPTokenizer:
