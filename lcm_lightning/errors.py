@@ -5,9 +5,10 @@ from __future__ import annotations
 import functools
 import os
 import shlex
+import signal
 import sys
 import traceback
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator
 from contextlib import suppress
 from difflib import get_close_matches
 from pathlib import Path
@@ -15,7 +16,7 @@ from typing import NoReturn, ParamSpec, TypeVar
 
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException, MissingConfigException, OverrideParseException
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 P = ParamSpec("P")
@@ -39,6 +40,7 @@ def command_line(name: str) -> str:
     return f"python {name}.py" if name in ("train", "evaluate") else f"python -m lcm_lightning.{name}"
 
 
+SUGGESTED = 3  # places that a name may be meant to stand at
 SHOW_KEYS = f"{program()} --cfg job"
 
 
@@ -55,6 +57,12 @@ def first_line(error: BaseException) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
 
 
+def short(text: object, limit: int = 60) -> str:
+    """A long path or key without its middle, so that a message stays one that is read."""
+    whole, start = str(text), limit // 4
+    return whole if len(whole) <= limit else f"{whole[:start]}...{whole[start + 3 - limit :]}"
+
+
 def innermost(error: BaseException) -> BaseException:
     """What `error` was raised from, and that from, to the first or to a `UserError`: Hydra wraps an error by levels."""
     while error.__cause__ is not None and not isinstance(error, UserError):
@@ -63,7 +71,7 @@ def innermost(error: BaseException) -> BaseException:
 
 
 def report_user_errors(entry_point: Callable[P, R]) -> Callable[P, R]:
-    """Decorate an entry point so that a `UserError` ends it with one message on stderr and status 2.
+    """Decorate an entry point so that a `UserError` ends it with one message on stderr and status 2; Ctrl-C with 130.
 
     Goes under `@hydra.main`: Hydra would otherwise print the traceback of its own machinery. A run folder that holds
     nothing yet is removed.
@@ -77,6 +85,11 @@ def report_user_errors(entry_point: Callable[P, R]) -> Callable[P, R]:
             with suppress(OSError):  # a disk that refuses to write may refuse that too
                 remove_unused_run_folder()
             fail(str(error))
+        except KeyboardInterrupt:
+            with suppress(OSError):
+                remove_unused_run_folder()
+            print("\ninterrupted", file=sys.stderr)
+            sys.exit(128 + signal.SIGINT)
 
     return run_task
 
@@ -151,13 +164,33 @@ def no_such_key(error: Exception, override: str) -> str | None:
     if "hydra" in known:  # the top; a choice of experiment leaves no key
         known[known.index("hydra")] = "experiment"
     adding = f"; +{override} would add it" if override.partition("=")[0].endswith(f".{name}") else ""
-    return f"there is no such key; {suggestion(str(name), known)}{adding}"
+    assert isinstance(section, DictConfig), "it has keys"
+    return f"there is no such key; {suggestion(str(name), known, section._get_root())}{adding}"
 
 
-def suggestion(name: str, known: Collection[str]) -> str:
-    """The known name that a misspelt one looks like, or all of them."""
-    close = get_close_matches(name, known, n=1)
-    return f"did you mean {close[0]}? `{SHOW_KEYS}` shows all" if close else f"there are {', '.join(known)}"
+def suggestion(name: str, known: Collection[str], config: object) -> str:
+    """What a name may have been meant to be.
+
+    Args:
+        known: names where it was looked for.
+        config: the whole configuration, in whose sections it may stand.
+    """
+    elsewhere: dict[str, list[str]] = {}
+    for key in keys_below(OmegaConf.to_container(config) if isinstance(config, DictConfig) else config):
+        if key != name:
+            elsewhere.setdefault(key.rpartition(".")[2], []).append(key)
+    close = elsewhere.get(name) or get_close_matches(name, known, n=1)
+    close = close or [key for leaf in get_close_matches(name, elsewhere, n=1) for key in elsewhere[leaf]]
+    if not close:
+        return f"there are {', '.join(known)}"
+    return f"did you mean {' or '.join(close[:SUGGESTED])}? `{SHOW_KEYS}` shows all"
+
+
+def keys_below(section: object, prefix: str = "") -> Iterator[str]:
+    """Dotted keys of the values in a configuration's sections, without Hydra's own and instructions."""
+    for name, value in section.items() if isinstance(section, dict) else ():
+        if not str(name).startswith("_") and prefix + str(name) != "hydra":
+            yield from keys_below(value, f"{prefix}{name}.") if isinstance(value, dict) else [f"{prefix}{name}"]
 
 
 def remove_unused_run_folder() -> None:

@@ -105,7 +105,7 @@ def main(cfg: DictConfig) -> None:
     from lcm_lightning.config.quiet import quiet_known_warnings
     from lcm_lightning.models.adapters import merged_adapters
     from lcm_lightning.models.kinds import BASE
-    from lcm_lightning.models.sampling import sample
+    from lcm_lightning.models.sampling import check_finite, sample
 
     quiet_known_warnings()
     loaded = source.load()
@@ -141,6 +141,7 @@ def main(cfg: DictConfig) -> None:
             on_batch=lambda number: progress.advance(bar, number),
             preview=cfg.preview,
         )
+    check_finite(source.spec, images)
     pictures = pictures_by_name(images, prompts, seeds)
     write_pictures(pictures, Path(cfg.output))
     for name in pictures:

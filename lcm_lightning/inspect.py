@@ -11,14 +11,13 @@ from typing import Any
 
 import torch
 from diffusers import UNet2DConditionModel
-from huggingface_hub.errors import StrictDataclassError
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel
 
-from lcm_lightning.errors import UserError, first_line, program, report_user_errors
+from lcm_lightning.errors import UserError, first_line, program, report_user_errors, short
 from lcm_lightning.models.architectures import SD15_TEXT, SD15_UNET
 from lcm_lightning.models.lora_files import (
     BASE_MODELS,
@@ -29,7 +28,12 @@ from lcm_lightning.models.lora_files import (
     locate_lora,
     match_layers,
     read_lora,
-    short,
+)
+from lcm_lightning.models.pipeline_files import (
+    check_networks,
+    locate_pipeline,
+    read_scheduler_config,
+    read_tokenizer,
 )
 from lcm_lightning.runs.contents import MANIFEST, read_manifest
 
@@ -157,28 +161,42 @@ def build(unet: Mapping[str, Any], text: Mapping[str, Any]) -> dict[str, nn.Modu
         with torch.device("meta"):
             text_encoder = CLIPTextModel(CLIPTextConfig(**text))
             return {"unet": UNet2DConditionModel.from_config(dict(unet)), "text_encoder": text_encoder}
-    except (TypeError, ValueError, StrictDataclassError) as error:
+    except Exception as error:  # whatever such a value does where it is first used
         raise UserError(f"--model: its configs are of no Stable Diffusion ({first_line(error)[:100]})") from error
 
 
 def model_rows(folder: Path) -> list[tuple[str, str]]:
-    """What a model's folder says of itself."""
+    """What a model's folder says of itself, right or wrong; None where it says nothing."""
     unet = read_json(folder / "unet" / "config.json")
     scheduler = read_json(folder / "scheduler" / "scheduler_config.json")
-    width: Any = unet.get("cross_attention_dim")
-    return [
-        ("pipeline", str(read_json(folder / "model_index.json").get("_class_name"))),
-        ("base model", f"{BASE_MODELS.get(width, 'unknown')}, by cross-attention {width} wide"),
-        ("UNet", f"blocks of {', '.join(map(str, unet.get('block_out_channels', ())))} channels"),
-        ("latents", f"{unet.get('sample_size')} wide, {unet.get('in_channels')} channels"),
-        ("predicts", str(scheduler.get("prediction_type"))),
+    width = unet.get("cross_attention_dim")
+    base = BASE_MODELS.get(width, "unknown") if isinstance(width, int) else "unknown"
+    rows = [
+        ("pipeline", said(read_json(folder / "model_index.json").get("_class_name"))),
+        ("base model", f"{base}, by cross-attention {said(width)} wide"),
+        ("UNet", f"blocks of {said(unet.get('block_out_channels'))} channels"),
+        ("latents", f"{said(unet.get('sample_size'))} wide, {said(unet.get('in_channels'))} channels"),
+        ("scheduler", said(scheduler.get("_class_name"))),
+        ("predicts", said(scheduler.get("prediction_type"))),
     ]
+    try:
+        check_networks(locate_pipeline(str(folder), None))
+        read_scheduler_config(folder)
+        read_tokenizer(folder)
+    except UserError as error:
+        rows.append(("refused", str(error)))
+    return rows
+
+
+def said(value: object) -> str:
+    """A value of a config in a few words; a list by its items."""
+    return short(", ".join(map(str, value)) if isinstance(value, list) else str(value))
 
 
 def read_json(path: Path) -> dict[str, Any]:
     """An object of a file. Raises `UserError`."""
     try:
-        return dict(json.loads(path.read_text()))
+        return dict(json.loads(path.read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError) as error:
         raise UserError(f"{short(path, 80)}: cannot be read ({first_line(error)[:100]}); download it again") from error
 

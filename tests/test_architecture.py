@@ -12,13 +12,14 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "lcm_lightning"
 USES = {
     "errors": set(),
+    "hub": set(),
     "output": set(),
     "diffusion": set(),
-    "data": {"output"},
-    "models": {"diffusion", "output"},
+    "data": {"hub", "output"},
+    "models": {"diffusion", "hub", "output"},
     "methods": {"diffusion", "models"},
     "runs": {"methods", "models", "output"},
-    "evaluation": {"data", "models", "output"},
+    "evaluation": {"data", "hub", "models", "output"},
     "callbacks": {"data", "methods", "models", "output", "runs"},
     "toy": {"data", "diffusion", "methods", "models"},
     "config": {"data", "evaluation", "methods", "models", "runs"},

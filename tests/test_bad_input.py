@@ -57,6 +57,16 @@ TRAIN_CASES = r"""
 foo=1 -> foo=1: there is no such key; there are experiment, model
 max_step=1 -> max_step=1: there is no such key; did you mean max_steps\? `.*--cfg job` shows all$
 experimnt=quickstart
+batch_size=4 -> batch_size=4: there is no such key; did you mean data\.batch_size or callbacks\.samples\.batch_size\?
+lr=1e-4 -> lr=1e-4: there is no such key; did you mean optimizer\.lr\?
++lr=1e-4 -> lr=0\.0001: nothing reads this key; did you mean optimizer\.lr\?
+rank=8 -> did you mean method\.lora\.rank\?
+method.rank=8 -> method\.rank=8: there is no such key; did you mean method\.lora\.rank\?
+bach_size=4 -> did you mean data\.batch_size or
+--experiment=quickstart -> --experiment=quickstart: settings are written without dashes; try experiment=quickstart
+--experiment quickstart -> --experiment: settings are written without dashes; try experiment=quickstart
+--learning-rate 1e-4 -> --learning-rate: settings are written without dashes; try learning_rate=1e-4
+-x -> -x: settings are written without dashes; try x=
 optimzer.lr=1
 trainer.max_step=1
 +foo=1
@@ -182,7 +192,7 @@ model.path=W/flow
 model.path=W/cut_pipeline
 model.path=W/no_unet
 model.path=W/not_json
-model.path=owner/name -> model\.path=owner/name: cannot be loaded .*hf download
+model.path=owner/name -> model\.path=owner/name: no such folder here, and the hub cannot be reached; .*hf download
 method.teacher_lora=./nowhere
 method.teacher_lora=W/empty
 method.teacher_lora=W/foreign.safetensors -> method\.teacher_lora=.*foreign\.safetensors: .*another base model
@@ -231,6 +241,7 @@ run=W/run output=W/a_file
 run=W/run output=/proc/images
 run=W/run prompt={a:1} -> prompt=\{'a': 1\}:
 run=W/run +foo=1
+run=W/run --prompt b -> --prompt: settings are written without dashes; try prompt=b
 model=sd15 model.path=W/pipeline lora=W/good.safetensors
 model=sd15 model.path=W/pipeline lora=W/foreign.safetensors lora_role=lcm -> lora=
 model=sd15 model.path=W/pipeline lora=W/cut.safetensors lora_role=lcm -> lora=
@@ -270,6 +281,7 @@ model=tiny data=twemoji evaluation.clip=./nowhere
 model=tiny data=twemoji devices=0
 model=tiny data=twemoji run_dir=/proc/evaluation
 model=tiny data=twemoji +foo=1
+model=tiny data=twemoji num_images=4 -> did you mean evaluation\.num_images\?
 """
 
 
@@ -490,6 +502,20 @@ def test_a_quoted_text_passes_the_shell_and_hydra_as_it_is(value: str):
 
 def test_the_remedy_for_a_prompt_with_a_comma_is_the_readmes():
     assert quoted("prompt=a dog, a cat") == """'prompt="a dog, a cat"'"""
+
+
+@pytest.mark.parametrize("program", ["evaluate", "lcm_lightning.generate", "lcm_lightning.prepare.commands", "train"])
+def test_ctrl_c_ends_a_command_with_one_word(program, world, here, capfd, monkeypatch):
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    importlib.import_module(program)
+    for place in ("generate.resolve", "evaluate.resolve", "train.resolve", "prepare.commands.check_command"):
+        monkeypatch.setattr(f"lcm_lightning.{place}", interrupt)
+    with pytest.raises(SystemExit) as end:
+        in_process(program, *overrides(COMMANDS[program][0], "", world))
+    assert end.value.code == 130 and capfd.readouterr().err == "\ninterrupted\n"
+    assert state(here) == {}
 
 
 # ---- as real processes ---------------------------------------------------------------------------------------------

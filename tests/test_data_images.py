@@ -51,6 +51,13 @@ def test_every_mode_becomes_rgb_of_the_same_brightness(mode):
     assert pixel == pytest.approx((255,) * 3 if mode == "1" else (128,) * 3, abs=1)
 
 
+@pytest.mark.parametrize("mode", ["I", "F"])
+def test_pixels_of_32_bits_are_left_out_as_nobody_knows_their_range(mode):
+    data = encoded(Image.new(mode, (40, 40), 128), "TIFF")
+    with pytest.raises(ImageFault, match="pixels of 32 bits"):
+        decode_image(data)
+
+
 @pytest.mark.parametrize(("mode", "dtype"), [("I;16", "<u2"), ("I;16B", ">u2"), ("I", "<i4")])
 def test_high_bit_depths_keep_their_upper_bits_without_a_wide_copy(mode, dtype):
     values = np.linspace(0, 65535, 1_000_000).astype(dtype).reshape(1000, 1000)

@@ -7,8 +7,9 @@ import json
 import pytest
 from PIL import Image
 
+from lcm_lightning.data.caption_tables import read_caption_table
 from lcm_lightning.data.images import ImageFault
-from lcm_lightning.data.layouts import read_caption_table, recognise
+from lcm_lightning.data.layouts import recognise
 from lcm_lightning.data.records import hash_split, sample_key
 from lcm_lightning.data.sources import read_source
 from lcm_lightning.data.writing import load_bytes

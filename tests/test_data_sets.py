@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import re
 from pathlib import Path
 
 import pytest
 from PIL import Image
 
-from lcm_lightning.data.layouts import find_images
+from lcm_lightning.data.layouts import Contents
 from lcm_lightning.data.sources import read_source
 from lcm_lightning.data.writing import ShardSettings, write_shards
 from lcm_lightning.errors import UserError
@@ -101,6 +102,66 @@ READ: dict[str, tuple[Files, dict[str, list[str]]]] = {
     ),
     "quoted names with commas": (table('image,caption\n"p, q.jpg",a\n', photos=("p, q.jpg",)), {"p, q.jpg": ["a"]}),
     "a token file": (table(TOKENS, "Flickr8k.token.txt"), THREE),
+    "no header, first caption begins with a number": (
+        table("0.jpg,2,maybe 3 dogs\n1.jpg,b\n2.jpg,c , x\n"),
+        {"0.jpg": ["2,maybe 3 dogs"], "1.jpg": ["b"], "2.jpg": ["c , x"]},
+    ),
+    "bars, a caption with a bar behind a number": (
+        table("image|caption\n0.jpg|a\n1.jpg|3 | 4 men\n2.jpg|c\n"),
+        THREE | {"1.jpg": ["3 | 4 men"]},
+    ),
+    "lists as Python writes them": (
+        table('image,caption\n0.jpg,"[\'a\', \'x\']"\n1.jpg,"[""b\'s""]"\n2.jpg,[c]\n'),
+        {"0.jpg": ["a", "x"], "1.jpg": ["b's"], "2.jpg": ["[c]"]},
+    ),
+    "a column of prompts": (table("image,prompt,seed\n0.jpg,a,7\n1.jpg,b,8\n2.jpg,c,9\n"), THREE),
+    "names in other cases": (
+        table("image,caption\nA.JPG,a\nb.jpg,b\n", photos=("a.jpg", "b.JPG")),
+        {"a.jpg": ["a"], "b.JPG": ["b"]},
+    ),
+    "names in another form of Unicode": (
+        table("image,caption\ncafe\u0301.jpg,a\n", photos=("caf\u00e9.jpg",)),
+        {"caf\u00e9.jpg": ["a"]},
+    ),
+    "names with folders": (
+        table("image,caption\nx/0.jpg,a\nImages/x/1.jpg,b\ny\\2.jpg,c\n", photos=("x/0.jpg", "x/1.jpg", "y/2.jpg")),
+        THREE,
+    ),
+    "photos beside the table, some with a file of their own": (
+        table("image,caption\n0.jpg,a\n2.jpg,c\n") | {"Images/1.txt": "b", "Images/0.txt": "not this"},
+        THREE,
+    ),
+    "tables in several folders": (
+        {"train/captions.txt": "image,caption\n0.jpg,a\n", "test/captions.txt": "image,caption\n1.jpg,b\n2.jpg,c\n"}
+        | images("train/Images/0.jpg", "test/Images/1.jpg", "test/Images/2.jpg"),
+        THREE,
+    ),
+    "captions.csv": (table("image,caption\n0.jpg,a\n1.jpg,b\n2.jpg,c\n", "captions.csv"), THREE),
+    "COCO 2017": (
+        {
+            "annotations/captions_val2017.json": json.dumps(
+                {
+                    "images": [{"id": 7, "file_name": "0.jpg"}],
+                    "annotations": [{"id": 1, "image_id": 7, "caption": "a"}],
+                }
+            ),
+            **images("val2017/0.jpg"),
+        },
+        {"0.jpg": ["a"]},
+    ),
+    "the same table twice, one deeper": (
+        table("image| comment_number| comment\n0.jpg| 0| a\n1.jpg| 0| b\n", "f/results.csv", photos=("0.jpg", "1.jpg"))
+        | {"f/f/results.csv": "image| comment_number| comment\n0.jpg| 0| a\n1.jpg| 0| b\n"},
+        TWO,
+    ),
+    "a second table of other captions": (
+        table("image,caption\n0.jpg,a\n1.jpg,b\n2.jpg,c\n") | {"results.csv": "image,caption\n0.jpg,x\n1.jpg,b\n"},
+        THREE | {"0.jpg": ["a", "x"]},
+    ),
+    "tables apart from the photos": (
+        {"text/captions.txt": "image,caption\n0.jpg,a\n1.jpg,b\n", **images("photos/0.jpg", "photos/1.jpg")},
+        TWO,
+    ),
     # metadata
     "jsonl with five rows an image": (
         metadata([{"file_name": name, "text": text} for name in TWO for text in FIVE], "metadata.jsonl"),
@@ -115,7 +176,7 @@ READ: dict[str, tuple[Files, dict[str, list[str]]]] = {
             [{"file_name": "0.jpg", "captions": ["a", "x"]}, {"file_name": "./0.jpg", "captions": ["y"]}],
             "metadata.jsonl",
         ),
-        {"0.jpg": ["a", "x", "y"]},
+        {"0.jpg": ["a", "x", "y"], "1.jpg": []},
     ),
     "the same table twice": (
         metadata("file_name,text\n0.jpg,a\n1.jpg,b\n")
@@ -131,10 +192,67 @@ READ: dict[str, tuple[Files, dict[str, list[str]]]] = {
         TWO | {"0.jpg": ["a x"]},
     ),
     "csv with other columns": (metadata("id,file_name,text,width\n7,0.jpg,a,40\n8,1.jpg,b,40\n"), TWO),
+    "csv with lists as JSON": (
+        metadata('file_name,captions\n0.jpg,"[""a"", ""x""]"\n1.jpg,"[""b""]"\n'),
+        {"0.jpg": ["a", "x"], "1.jpg": ["b"]},
+    ),
+    "columns in capitals": (metadata("file_name,TEXT\n0.jpg,a\n1.jpg,b\n"), TWO),
+    "captions before texts": (metadata("file_name,text,caption\n0.jpg,OCR,a\n1.jpg,OCR,b\n"), TWO),
+    "numbered captions beside one without": (
+        metadata("file_name,caption_10,caption,caption_2\n0.jpg,z,a,x\n1.jpg,,b,\n"),
+        {"0.jpg": ["a", "x", "z"], "1.jpg": ["b", ""]},
+    ),
+    "lists as numpy writes them": (
+        metadata("file_name,captions\n0.jpg,\"['a'\n 'x']\"\n1.jpg,['b']\n"),
+        {"0.jpg": ["a", "x"], "1.jpg": ["b"]},
+    ),
+    "quotes as MySQL escapes them": (
+        metadata('file_name,text\n0.jpg,"a \\"x\\""\n1.jpg,"b"\n'),
+        TWO | {"0.jpg": ['a "x"']},
+    ),
+    "blanks behind commas": (metadata('file_name, text\n0.jpg, "a, x"\n1.jpg, b\n'), TWO | {"0.jpg": ["a, x"]}),
+    "blanks behind names": (metadata("file_name,text\n0.jpg ,a\n1.jpg ,b\n"), TWO),
+    "nan written out": (metadata("file_name,text\n0.jpg,a\n1.jpg,nan\n"), {"0.jpg": ["a"], "1.jpg": []}),
+    "a column of prompts, in metadata": (metadata("file_name,prompt\n0.jpg,a\n1.jpg,b\n"), TWO),
+    "nothing as pandas writes it": (
+        metadata(
+            '{"file_name": "0.jpg", "text": NaN}\n{"file_name": "1.jpg", "text": [null, "b"]}\n', "metadata.jsonl"
+        ),
+        {"0.jpg": [], "1.jpg": ["b"]},
+    ),
+    "a caption that looks like a list": (
+        metadata("file_name,text\n0.jpg,[a\n1.jpg,[b]\n"),
+        {"0.jpg": ["[a"], "1.jpg": ["[b]"]},
+    ),
+    "metadata of some, files beside others": (
+        images("0.jpg", "1.jpg", "2.jpg")
+        | {"metadata.jsonl": '{"file_name": "0.jpg", "text": "a"}\n', "1.txt": "b", "0.txt": "not this"},
+        {"0.jpg": ["a"], "1.jpg": ["b"], "2.jpg": []},
+    ),
+    "metadata in one folder, files in another": (
+        images("x/0.jpg", "y/1.jpg") | {"x/metadata.csv": "file_name,text\n0.jpg,a\n", "y/1.txt": "b"},
+        TWO,
+    ),
+    "backslashes of Windows": (
+        images("x/0.jpg", "1.jpg") | {"metadata.csv": "file_name,text\nx\\0.jpg,a\n1.jpg,b\n"},
+        TWO,
+    ),
     # files beside images
     "txt beside": (images("0.jpg", "1.jpg") | {"0.txt": "a\n", "1.txt": "b"}, TWO),
     "caption beside": (images("0.jpg", "1.jpg") | {"0.caption": "a\n", "1.caption": "b"}, TWO),
     "txt and caption beside": (images("0.jpg", "1.jpg") | {"0.txt": "a", "0.caption": "x", "1.caption": "b"}, TWO),
+    "boxes beside": (
+        images("0.jpg", "1.jpg") | {"0.txt": "0 0.5 0.5 0.2 0.2\n1 0.1 0.1 0.05 0.05\n", "1.txt": "2 dogs 3 4 5"},
+        {"0.jpg": [], "1.jpg": ["2 dogs 3 4 5"]},
+    ),
+    "capital .TXT beside": (images("0.jpg", "1.jpg") | {"0.TXT": "a", "1.CAPTION": "b"}, TWO),
+    "files behind whole names": (images("0.jpg", "1.jpg") | {"0.jpg.txt": "a", "1.jpg.caption": "b"}, TWO),
+    "an empty txt before a caption": (images("0.jpg", "1.jpg") | {"0.txt": " ", "0.caption": "a", "1.txt": "b"}, TWO),
+    "hidden folders of tools": (
+        images("0.jpg", "1.jpg", ".ipynb_checkpoints/0-checkpoint.jpg", "__MACOSX/._1.jpg", "__MACOSX/1.jpg")
+        | {"0.txt": "a", "1.txt": "b"},
+        TWO,
+    ),
     "dots beside": (
         images("p.v0.jpg", "p.v1.jpg") | {"p.v0.txt": "a", "p.v1.txt": "b"},
         {
@@ -160,7 +278,7 @@ READ: dict[str, tuple[Files, dict[str, list[str]]]] = {
 
 # A folder's files, and what the message must hold.
 REFUSED: dict[str, tuple[Files, str]] = {
-    "an empty table": (table(""), r"captions\.txt .*one column.*comma, tab, semicolon or \|"),
+    "an empty table": (table(""), r"captions\.txt .*one column.*tab, semicolon or \| for comma"),
     "blanks between the columns": (table("0.jpg a dog\n1.jpg b\n"), r"captions\.txt .*'0\.jpg a dog' has one column"),
     "the caption first": (
         table("caption,image\na,0.jpg\n"),
@@ -192,6 +310,30 @@ REFUSED: dict[str, tuple[Files, str]] = {
         metadata('{"file_name": "0.jpg", "te', "metadata.jsonl"),
         r"metadata\.jsonl cannot be read",
     ),
+    "no column of captions": (
+        metadata("file_name,width\n0.jpg,40\n1.jpg,40\n"),
+        r"metadata\.csv: none of its columns file_name, width holds captions; call one",
+    ),
+    "captions in dictionaries of a csv": (
+        metadata('file_name,captions\n0.jpg,"{""en"": ""a""}"\n'),
+        r"metadata\.csv cannot be read \(row 1: a caption is a dict",
+    ),
+    "captions in dictionaries": (
+        metadata([{"file_name": "0.jpg", "captions": {"en": "a"}}], "metadata.jsonl"),
+        r"metadata\.jsonl cannot be read \(row 1: a caption is a dict",
+    ),
+    "lists in lists": (
+        metadata([{"file_name": "0.jpg", "captions": [["a"], ["x"]]}], "metadata.jsonl"),
+        r"row 1: a caption is a list of others",
+    ),
+    "a file name that is a number": (
+        metadata([{"file_name": 7, "text": "a"}], "metadata.jsonl"),
+        r"row 1: expected a file",
+    ),
+    "an absolute name": (
+        metadata("file_name,text\n/kaggle/input/0.jpg,a\n"),
+        r"names /kaggle/input/0\.jpg, outside the folder; move",
+    ),
     "images alone": (images("0.jpg"), r"(?s)no captioned images recognised.*\.caption.*10_dog"),
 }
 
@@ -217,14 +359,85 @@ def test_a_data_set_is_read_as_it_was_meant(case, tmp_path):
 @pytest.mark.parametrize("case", REFUSED)
 def test_what_cannot_be_read_is_named_with_its_remedy(case, tmp_path):
     files, expected = REFUSED[case]
-    with pytest.raises(UserError, match=expected):
-        read_source(str(folder_of(files, tmp_path)), "folder")
+    for folder in (tmp_path, tmp_path / ("a_folder_of_a_long_name" * 8) / "photos"):
+        with pytest.raises(UserError, match=expected) as refusal:
+            read_source(str(folder_of(files, folder)), "folder")
+        assert len(str(refusal.value)) <= 300 and "\n" not in str(refusal.value)
+
+
+SPLITS: dict[str, tuple[Files, dict[str, str]]] = {
+    "tables of each split, names repeated": (
+        {f"{split}/captions.txt": f"image,caption\n0.jpg,{split}\n" for split in ("train", "test")}
+        | images("train/0.jpg", "test/0.jpg"),
+        {"train/0.jpg": "train", "test/0.jpg": "test"},
+    ),
+    "one table, photos by split": (
+        {"captions.txt": "image,caption\n0.jpg,a\n1.jpg,b\n", **images("train/0.jpg", "val/1.jpg")},
+        {"train/0.jpg": "train", "val/1.jpg": "val"},
+    ),
+    "splits below images/": (
+        images("images/train/0.jpg", "images/testing/1.jpg") | {"images/train/0.txt": "a", "images/testing/1.txt": "b"},
+        {"images/train/0.jpg": "train", "images/testing/1.jpg": "test"},
+    ),
+}
+
+
+@pytest.mark.parametrize("case", SPLITS)
+def test_folders_of_splits_are_kept_apart(case, tmp_path):
+    files, expected = SPLITS[case]
+    records = list(read_source(str(folder_of(files, tmp_path)), "folder").records)
+    assert {record.image.relative_to(tmp_path).as_posix(): record.split for record in records} == expected
+    assert len({record.key for record in records}) == len(records)
+
+
+def test_linked_folders_are_read_and_circles_end(tmp_path):
+    folder_of(images("0.jpg") | {"0.txt": "a"}, tmp_path / "elsewhere")
+    folder_of(images("1.jpg") | {"1.txt": "b"}, tmp_path / "photos")
+    (tmp_path / "photos" / "more").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "photos" / "again").symlink_to(tmp_path / "photos")
+    records = list(read_source(str(tmp_path / "photos"), "folder").records)
+    assert {record.image.name: list(record.captions) for record in records} == TWO
+
+
+def test_linked_folders_of_photos_beside_a_table_are_read(tmp_path):
+    folder_of(images("0.jpg", "1.jpg"), tmp_path / "elsewhere")
+    folder_of({"captions.txt": "image,caption\n0.jpg,a\n1.jpg,b\n"}, tmp_path / "set")
+    (tmp_path / "set" / "Images").symlink_to(tmp_path / "elsewhere")
+    records = list(read_source(str(tmp_path / "set"), "folder").records)
+    assert all(record.image.is_file() for record in records) and len(records) == 2
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["0\0.jpg", "n" * 300 + ".jpg", "\ud800.jpg", "d" * 300 + "/0.jpg"],
+    ids=["NUL", "long", "surrogate", "folder"],
+)
+def test_names_that_no_file_can_have_are_missing_images(name, tmp_path):
+    rows = [{"file_name": "1.jpg", "text": "b"}, {"file_name": name, "text": "a"}]
+    source = read_source(str(folder_of(metadata(rows, "metadata.jsonl"), tmp_path / "photos")), "folder")
+    index = write_shards(source.records, tmp_path / "shards", name="x", settings=ShardSettings(min_side=8), workers=1)
+    assert sum(index["skipped"].values()) == 2 and index["skipped"]["no caption"] == 1  # 0.jpg has none
+
+
+def test_names_in_an_old_encoding_are_read(tmp_path):
+    folder = folder_of(images("1.jpg") | {"1.txt": "b"}, tmp_path / "photos")
+    for name, content in ((b"caf\xe9.jpg", JPEG), (b"caf\xe9.txt", b"a"), (b"th\xe9.jpg", JPEG)):
+        (folder / os.fsdecode(name)).write_bytes(content)
+    source = read_source(str(folder), "folder")
+    index = write_shards(source.records, tmp_path / "shards", name="x", settings=ShardSettings(min_side=8), workers=1)
+    assert sum(part["samples"] for part in index["splits"].values()) == 2 and index["skipped"] == {"no caption": 1}
 
 
 def test_kohyas_repeats_are_said_to_be_ignored_once(tmp_path):
-    files = images(*(f"{number}_dog/{number}.jpg" for number in range(1, 4)))
+    files = images(*(f"{number}_dog/{number}.jpg" for number in range(1, 4))) | {"1_dog/1.txt": "a"}
     source = read_source(str(folder_of(files, tmp_path)), "folder")
-    assert "repeats are ignored" in source.layout
+    assert "repeats are ignored; 2 are captioned by their folder's name" in source.layout
+
+
+def test_the_folder_that_was_given_is_no_caption_whatever_it_is_called(tmp_path):
+    source = read_source(str(folder_of(images("0.jpg", "1.jpg") | {"0.txt": "a"}, tmp_path / "01_raw")), "folder")
+    assert {record.image.name: list(record.captions) for record in source.records} == {"0.jpg": ["a"], "1.jpg": []}
+    assert source.layout == "folder of images"
 
 
 def test_pictures_that_cannot_be_decoded_are_counted_with_the_reason(tmp_path):
@@ -241,4 +454,6 @@ def test_of_two_images_with_one_name_the_one_less_deep_is_meant(tmp_path: Path):
     for place in ("Images/0.jpg", "Images/thumbs/0.jpg", "a/b/c/0.jpg"):
         (tmp_path / place).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / place).write_bytes(JPEG)
-    assert find_images(tmp_path) == {"0.jpg": tmp_path / "Images" / "0.jpg"}
+    contents = Contents.of(tmp_path)
+    assert contents.image("0.jpg", tmp_path / "captions.txt") == tmp_path / "Images" / "0.jpg"
+    assert contents.image("b/c/0.jpg", tmp_path / "captions.txt") == tmp_path / "a" / "b" / "c" / "0.jpg"

@@ -279,12 +279,13 @@ def hub(tmp_path, monkeypatch):
             assert (repo, repo_type) == ("clip-benchmark/wds_tiny", "dataset")
             return ["README.md", "train/nshards.txt", "train/0.tar", "test/0.tar"]
 
-    def fetch(repo, file, *, repo_type, revision):
+    def fetch(repo, file, *, repo_type, revision, local_files_only):
         assert (repo, repo_type) == ("clip-benchmark/wds_tiny", "dataset")
         return str(folder / file)
 
     monkeypatch.setattr(downloads, "HfApi", Api)
     monkeypatch.setattr(downloads, "hf_hub_download", fetch)
+    monkeypatch.setattr(downloads, "hub_answers", lambda: True)
     return folder
 
 
@@ -306,13 +307,15 @@ def test_ready_shards_can_be_cut_anew(hub, tmp_path, monkeypatch):
     assert sample.captions == tuple(f"caption {n}" for n in range(5))
 
 
-def test_a_hub_that_does_not_answer_is_a_user_error(monkeypatch):
+def test_a_hub_that_has_no_such_data_set_is_a_user_error(monkeypatch):
     class Api:
         def list_repo_files(self, repo, repo_type):
-            raise ConnectionError("no route to host")
+            raise ConnectionError("401, no such repository")
 
     monkeypatch.setattr(downloads, "HfApi", Api)
-    with pytest.raises(UserError, match=r"data\.source=owner/name: .*no route to host"):
+    for module in ("data.downloads", "hub"):
+        monkeypatch.setattr(f"lcm_lightning.{module}.hub_answers", lambda: True)
+    with pytest.raises(UserError, match=r"data\.source=owner/name: .*the hub refuses it: 401, no such repository"):
         find_shards("owner/name")
 
 

@@ -6,6 +6,7 @@ import copy
 import json
 import logging
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Mapping
@@ -17,10 +18,12 @@ import pytest
 import torch
 from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 from diffusers.loaders.single_file_utils import convert_ldm_unet_checkpoint
-from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
+from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
+from benchmarks.inputs import random_shards
 from lcm_lightning import inspect
 from lcm_lightning.config.resolvers import package_file
 from lcm_lightning.errors import UserError
@@ -440,8 +443,12 @@ REFUSED = {
         lambda t: {**t, **{f"{LAYER}7.lora_{s}.weight": torch.zeros(4, 4) for s in ("down", "up")}},
         r"no layer of .* takes 1 of its keys, the first lora_unet_mid_block_resnets_0_conv17\.lora_down\.weight",
     ),
-    "down without up": (without("lora_up.weight"), r"takes 2 of its keys"),
-    "up without down": (without("lora_down.weight"), r"takes 2 of its keys"),
+    "down without up": (without("lora_up.weight"), r"lora_down\.weight is half of an update \(1 of its keys are\)"),
+    "up without down": (without("lora_down.weight"), r"lora_up\.weight is half of an update"),
+    "ups lost": (
+        lambda t: {key: tensor for key, tensor in t.items() if "lora_up" not in key},
+        r"no key is of a LoRA|half of an update",
+    ),
     "a key of no known end": (with_tensor("lora_unet_mid_block.lora_sideways.weight", 2, 2), r"takes 1 of its keys"),
     "an embedding": (with_tensor("bundle_emb.style.string_to_param.*", 2, 2), r"takes 1 .* first bundle_emb"),
     "bias of the base": (with_tensor("unet.conv_in.bias", 32), r"takes 1 of its keys, the first unet\.conv_in\.bias"),
@@ -486,6 +493,7 @@ REFUSED = {
     "OFT": (with_tensor(f"{LAYER}.oft_blocks", 4, 4, 4), "is an OFT"),
     "IA3": (with_tensor(f"{LAYER}.on_input", 1), "is an IA3"),
     "GLoRA": (with_tensor(f"{LAYER}.a1.weight", 4, 4), "is a GLoRA"),
+    "scalars": (with_tensor(f"{LAYER}.scalar"), r"is a LyCORIS with scalars .*merge it"),
     "normalisations": (with_tensor("lora_unet_conv_norm_out.w_norm", 4), "normalisations"),
     "Flux": (with_tensor("transformer.single_transformer_blocks.0.attn.to_q.lora_A.weight", 4, 4), "a transformer"),
     "Flux of kohya": (with_tensor("lora_unet_double_blocks_0_img_attn_qkv.lora_down.weight", 4, 4), "a transformer"),
@@ -676,6 +684,33 @@ def test_inspect_reads_a_model_s_folder(
     assert "pipeline StableDiffusionPipeline" in said and "cross-attention" in said and "predicts epsilon" in said
 
 
+@pytest.mark.parametrize(
+    ("network", "values", "shown"),
+    [
+        ("unet", {"sample_size": "16"}, "latents 16 wide, 4 channels"),
+        ("unet", {"cross_attention_dim": [32, 32]}, "base model unknown, by cross-attention 32, 32 wide"),
+        ("unet", {"block_out_channels": 5}, "blocks of 5 channels"),
+        ("unet", {"block_out_channels": None, "in_channels": {}}, "blocks of None channels"),
+        ("scheduler", {"prediction_type": ["flow"], "_class_name": 7}, "predicts flow"),
+        ("text_encoder", {"hidden_size": "wide"}, "base model unknown, by cross-attention 32 wide"),
+    ],
+)
+def test_inspect_shows_a_config_that_makes_no_sense_and_why_it_is_refused(
+    pipeline_folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture,
+    network: str,
+    values: dict,
+    shown: str,
+):
+    folder = shutil.copytree(pipeline_folder, tmp_path / "model")
+    file = folder / network / ("scheduler_config.json" if network == "scheduler" else "config.json")
+    file.write_text(json.dumps(json.loads(file.read_text()) | values))
+    said = said_of(folder, monkeypatch=monkeypatch, capsys=capsys)
+    assert shown in said and "refused model.path=" in said
+
+
 def test_inspect_ends_with_a_sentence_for_what_is_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ):
@@ -704,21 +739,69 @@ def test_what_diffusers_lcm_lora_script_writes_is_evaluated(tmp_path: Path):
     StableDiffusionPipeline.save_lora_weights(tmp_path / "unet_lora", layers)
     file = tmp_path / "unet_lora" / LORA_FILE
     assert all(key.startswith("unet.base_model.model.") for key in load_file(file))
+    assert "student" in roles_evaluated(file, tmp_path)
+
+
+SCRIPT = os.environ.get("DIFFUSERS_LCM_SCRIPT", "")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not SCRIPT, reason="DIFFUSERS_LCM_SCRIPT names no train_lcm_distill_lora_sd_wds.py of diffusers")
+def test_what_diffusers_lcm_lora_script_trains_is_evaluated_with_its_strength(tmp_path: Path):
+    settings = {
+        "pretrained_teacher_model": with_77_tokens(ASSETS / "tiny", tmp_path / "model"),
+        "output_dir": tmp_path / "trained",
+        "train_shards_path_or_url": random_shards(tmp_path / "shards", samples=1200, side=64, per_shard=1200)
+        / "train-000000.tar",
+        "max_train_samples": 1200,
+        "resolution": 64,
+        "train_batch_size": 2,
+        "max_train_steps": 5,
+        "learning_rate": 1e-3,
+        "lora_rank": 4,
+        "lora_alpha": 8,
+        "dataloader_num_workers": 1,
+        "seed": 0,
+    }
+    options = [f"--{key}={value}" for key, value in settings.items()]
+    command = [sys.executable, "-m", "benchmarks.child", str(tmp_path / "times.json"), "peer", SCRIPT, *options]
+    trained = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600, check=False)
+    assert trained.returncode == 0, trained.stderr
+    unet = UNet2DConditionModel.from_pretrained(ASSETS / "tiny" / "unet")
+    for place in (tmp_path / "trained", tmp_path / "trained" / "unet_lora"):
+        model = load_stable_diffusion(str(ASSETS / "tiny"))
+        assert_same_as_peft(model, place, PeftModel.from_pretrained(copy.deepcopy(unet), tmp_path / "trained"))
+    assert "student" in roles_evaluated(tmp_path / "trained" / "unet_lora", tmp_path)
+
+
+def with_77_tokens(pipeline: Path, folder: Path) -> Path:
+    """A copy of a pipeline that takes 77 tokens, as the script does whatever its model takes."""
+    shutil.copytree(pipeline, folder)
+    short = CLIPTextModel.from_pretrained(pipeline / "text_encoder")
+    longer = CLIPTextModel(CLIPTextConfig(**{**short.config.to_dict(), "max_position_embeddings": 77}))
+    weights = {key: t for key, t in short.state_dict().items() if "position" not in key}
+    longer.load_state_dict(weights, strict=False)
+    longer.save_pretrained(folder / "text_encoder")
+    CLIPTokenizer.from_pretrained(pipeline / "tokenizer", model_max_length=77).save_pretrained(folder / "tokenizer")
+    return folder
+
+
+def roles_evaluated(file: Path, folder: Path) -> set[str]:
+    """The roles that `evaluate.py models=[lcm:FILE]` measured."""
     options = ["num_images=4", "batch_size=2", "lineup.teacher_steps=2", "lineup.rivals={ddim:[],dpmpp:[]}"]
     options += ["lineup.undistilled_steps=[1]", "lineup.student_steps=[1]", "latency_repeats=1", "bootstrap_samples=5"]
     command = ["model=tiny", f"models=[lcm:{file}]", "data=twemoji", "evaluation=quick", "logger=csv", "run_dir=done"]
     finished = subprocess.run(
         [sys.executable, str(ROOT / "evaluate.py"), *command, *(f"evaluation.{option}" for option in options)],
-        cwd=tmp_path,
+        cwd=folder,
         capture_output=True,
         text=True,
         timeout=240,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "XDG_CACHE_HOME": str(tmp_path / "cache"), "PYTHONPATH": str(ROOT)},
+        env={**os.environ, "OMP_NUM_THREADS": "1", "XDG_CACHE_HOME": str(folder / "cache"), "PYTHONPATH": str(ROOT)},
         check=False,
     )
     assert finished.returncode == 0, finished.stderr
-    models = json.loads((tmp_path / "done" / "metrics.json").read_text())["models"]
-    assert "student" in {model["role"] for model in models}
+    return {model["role"] for model in json.loads((folder / "done" / "metrics.json").read_text())["models"]}
 
 
 def test_what_a_network_saves_of_its_own_adapter_has_its_strength(tmp_path: Path):
@@ -732,13 +815,12 @@ def test_what_a_network_saves_of_its_own_adapter_has_its_strength(tmp_path: Path
     assert {layer.scaling["a"] for layer in lora_layers(model.unet) if "a" in layer.scaling} == {4.0}
 
 
-def test_an_address_that_no_hub_answers_is_one_message(monkeypatch: pytest.MonkeyPatch):
-    class Unreachable(Exception):
-        """As clients of http raise it, whatever they are made with."""
-
+def test_an_id_that_the_hub_does_not_know_is_one_message(monkeypatch: pytest.MonkeyPatch):
     def refuse(*_: object, **__: object) -> None:
-        raise Unreachable("no route\nto host")
+        raise ValueError("401 Client Error\nRepository Not Found")
 
     monkeypatch.setattr("lcm_lightning.models.lora_files.hf_hub_download", refuse)
-    with pytest.raises(UserError, match=r"lora=loras/mistyped: no such folder here, and the hub cannot be asked"):
+    for module in ("models.lora_files", "hub"):
+        monkeypatch.setattr(f"lcm_lightning.{module}.hub_answers", lambda: True)
+    with pytest.raises(UserError, match=r"no such folder here, and the hub refuses it: 401 Client Error; give a local"):
         locate_lora("loras/mistyped")

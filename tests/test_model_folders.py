@@ -9,13 +9,14 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+import diffusers
 import pytest
 import torch
 from diffusers import AutoencoderTiny, UNet2DConditionModel
 from safetensors.torch import load_file, save_file
 
 from helpers.pipelines import TINY_TEXT_LENGTH, build_tiny_pipeline
-from lcm_lightning.errors import UserError
+from lcm_lightning.errors import UserError, short
 from lcm_lightning.models.architectures import byte_tokenizer
 from lcm_lightning.models.identity import encoder_key
 from lcm_lightning.models.sampling import DDIM, sample
@@ -30,6 +31,7 @@ UNET, VAE, TEXT = (
 )
 LFS = "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n"
 SCHEDULE = "scheduler/scheduler_config.json"
+UNET_CONFIG, VAE_CONFIG = "unet/config.json", "vae/config.json"
 
 
 def config(file: str, **values: object) -> Change:
@@ -100,6 +102,63 @@ def unet(**settings: object) -> Change:
     return change
 
 
+def spoilt(file: str, value: float, *keys: str) -> Change:
+    """One number of the first tensors whose names hold one of `keys`."""
+
+    def change(folder: Path) -> None:
+        tensors = load_file(folder / file)
+        for key in keys:
+            tensors[next(name for name in tensors if key in name)].view(-1)[-1] = value
+        save_file(tensors, folder / file, metadata={"format": "pt"})
+
+    return change
+
+
+def of_type(file: str, dtype: torch.dtype) -> Change:
+    """The weights in another type."""
+
+    def change(folder: Path) -> None:
+        tensors = {key: tensor.to(dtype) for key, tensor in load_file(folder / file).items()}
+        save_file(tensors, folder / file, metadata={"format": "pt"})
+
+    return change
+
+
+def added(file: str, **tensors: torch.Tensor) -> Change:
+    """Further tensors beside the weights."""
+    return lambda folder: save_file(load_file(folder / file) | tensors, folder / file, metadata={"format": "pt"})
+
+
+def vocabulary_of_merges(kept: int) -> Change:
+    """`vocab.json` and `merges.txt` of four merged tokens beside the letters, with the first merges alone."""
+
+    def change(folder: Path) -> None:
+        slow_tokenizer("vocab.json", "merges.txt")(folder)
+        vocabulary = json.loads((folder / "tokenizer" / "vocab.json").read_text())
+        for merged, letter in (("do", "$"), ("dog</w>", "%"), ("ca", "&"), ("cat</w>", "*")):
+            vocabulary[merged] = vocabulary.pop(letter)
+        (folder / "tokenizer" / "vocab.json").write_text(json.dumps(vocabulary))
+        merges = ["d o", "do g</w>", "c a", "ca t</w>"][:kept]
+        (folder / "tokenizer" / "merges.txt").write_text("\n".join(["#version: 0.2", *merges]) + "\n")
+
+    return change
+
+
+def scheduler(name: str, **settings: object) -> Change:
+    """Another scheduler of diffusers, as its class saves it."""
+
+    def change(folder: Path) -> None:
+        getattr(diffusers, name)(**settings).save_pretrained(folder / "scheduler")
+        config("model_index.json", scheduler=["diffusers", name])(folder)
+
+    return change
+
+
+def both(*changes: Change) -> Change:
+    """One after the other."""
+    return lambda folder: [change(folder) for change in changes] and None
+
+
 def tiny_vae(folder: Path) -> None:
     shutil.rmtree(folder / "vae")
     blocks = {"encoder_block_out_channels": (8,) * 4, "decoder_block_out_channels": (8,) * 4}
@@ -110,6 +169,8 @@ LOADED: dict[str, Change] = {
     "as saved": lambda folder: None,
     "no length of captions": config("tokenizer/tokenizer_config.json", model_max_length=GONE),
     "a length beyond the text encoder's": config("tokenizer/tokenizer_config.json", model_max_length=77),
+    "a length of captions that is a text": config("tokenizer/tokenizer_config.json", model_max_length="77"),
+    "a vocabulary of longer tokens": vocabulary_of_merges(4),
     "no tokenizer_config": without("tokenizer/tokenizer_config.json"),
     "vocab.json and merges.txt": slow_tokenizer("vocab.json", "merges.txt"),
     "half precision alone": renamed(".fp16.safetensors", UNET, VAE, TEXT),
@@ -126,6 +187,10 @@ LOADED: dict[str, Change] = {
     "an entry of the index missing": config("model_index.json", unet=GONE, tokenizer=[None, None]),
     "the scheduler's class in its config alone": config("model_index.json", scheduler=GONE),
     "another scheduler": config("model_index.json", scheduler=["diffusers", "PNDMScheduler"]),
+    "no sizes of the VAE's": config(VAE_CONFIG, sample_size=GONE),
+    "weights of 8 bits": of_type(UNET, torch.float8_e5m2),
+    "weights of 64 bits": of_type(UNET, torch.float64),
+    "positions kept with the weights": added(TEXT, **{"text_model.embeddings.position_ids": torch.arange(16)[None]}),
     "no train timesteps": config(SCHEDULE, num_train_timesteps=GONE),
     "few train timesteps": config(SCHEDULE, num_train_timesteps=30),
 }
@@ -200,6 +265,69 @@ REFUSED: dict[str, tuple[Change, str]] = {
         config("model_index.json", scheduler=["diffusers", "AutoencoderKL"]),
         r"scheduler_config\.json \(AutoencoderKL is no scheduler",
     ),
+    "betas for other timesteps": (
+        config(SCHEDULE, trained_betas=[0.1] * 10),
+        r"trained_betas has 10 values for 1000 .*give",
+    ),
+    "betas above 1": (config(SCHEDULE, beta_end=3.0), r"betas are not all above 0 and at most 1; give"),
+    "flow matching": (
+        scheduler("FlowMatchEulerDiscreteScheduler"),
+        r"FlowMatchEulerDiscreteScheduler is for .*give one",
+    ),
+    "flow matching beneath another class": (
+        both(
+            scheduler("FlowMatchEulerDiscreteScheduler"),
+            config("model_index.json", scheduler=["diffusers", "DDIMScheduler"]),
+        ),
+        r"FlowMatchEulerDiscreteScheduler is for models of another kind",
+    ),
+    "flow matching by a solver's settings": (
+        scheduler("UniPCMultistepScheduler", use_flow_sigmas=True),
+        r"UniPCMultistepScheduler is for models of another kind",
+    ),
+    "sigmas of Karras et al.": (scheduler("EDMEulerScheduler"), r"EDMEulerScheduler is for models of another kind"),
+    "consistency models": (
+        scheduler("CMStochasticIterativeScheduler"),
+        r"CMStochasticIterativeScheduler is for models",
+    ),
+    "NaN in the UNet": (
+        spoilt(UNET, float("nan"), "conv_in"),
+        r"weights of unet are not finite .*first conv_in.*again",
+    ),
+    "infinity in the VAE": (
+        spoilt(VAE, float("-inf"), "decoder.conv_out"),
+        r"weights of vae are not .*decoder\.conv_out",
+    ),
+    "NaN in the text encoder": (
+        spoilt(TEXT, float("nan"), "layer_norm1.bias"),
+        r"weights of text_encoder are not finite",
+    ),
+    "merges emptied": (vocabulary_of_merges(0), r"no merges for 4 of its 514 tokens, first 'do', .*again"),
+    "merges of another tokenizer": (
+        both(
+            vocabulary_of_merges(4),
+            text("tokenizer/merges.txt", "#version: 0.2\na t\n"),
+        ),
+        rf"cannot be loaded: tokenizer .*{AGAIN}",
+    ),
+    "a size that is a text": (
+        config(UNET_CONFIG, sample_size="16"),
+        r"unet/config\.json: sample_size='16': expected whole",
+    ),
+    "a size of fractions": (config(VAE_CONFIG, sample_size=8.5), r"vae/config\.json: sample_size=8\.5: expected whole"),
+    "an empty size": (config(UNET_CONFIG, sample_size=[]), r"unet/config\.json: sample_size=\[\]: expected whole"),
+    "a scale of nothing": (config(VAE_CONFIG, scaling_factor=None), r"vae/config\.json: scaling_factor=None: expected"),
+    "a scale of zero": (config(VAE_CONFIG, scaling_factor=0), r"vae/config\.json: scaling_factor=0: expected a number"),
+    "a shift that is a text": (config(VAE_CONFIG, shift_factor="x"), r"vae/config\.json: shift_factor='x': expected a"),
+    "quantised weights": (of_type(UNET, torch.int8), r"unet is quantised .*is of type I8.*give its weights"),
+    "a LoRA beside the weights": (
+        added(UNET, **{"conv_in.lora_A.default.weight": torch.ones(4, 4, 3, 3)}),
+        r"unet has a LoRA beside its weights, first conv_in\.lora_A\.default\.weight.*fuse it",
+    ),
+    "blocks of nothing": (
+        config(VAE_CONFIG, block_out_channels=None),
+        r"vae/config\.json: block_out_channels=None: exp",
+    ),
     "another prediction": (config(SCHEDULE, prediction_type="flow"), r"prediction_type=flow is none of .*; give a"),
 }
 
@@ -228,7 +356,7 @@ def test_a_model_folder_loads_as_it_was_meant(case, saved, tmp_path):
     assert model.default_resolution == 32
     images = drawn(model)
     assert (images[0] - images[1]).abs().max() > 1e-4  # it reads its prompts
-    if "timesteps" not in case and "embeds" not in case:
+    if not any(word in case for word in ("timesteps", "embeds", "tokens", "8 bits")):
         assert torch.equal(images, drawn(load_stable_diffusion(str(saved))))
     assert encoder_key(model)["vae"] == encoder_key(load_stable_diffusion(str(saved)))["vae"]
 
@@ -240,9 +368,38 @@ def test_an_unfit_model_folder_is_refused_in_one_sentence(case, saved, tmp_path,
     folder = changed(saved, tmp_path / "model", change)
     with pytest.raises(UserError) as raised:
         load_stable_diffusion(str(folder), defer_encoders=deferred).load_encoders()
-    message = str(raised.value).replace(str(folder), "M")
+    message = str(raised.value).replace(short(folder, 80), "M")
     assert re.search(expected, message), message
     assert message.startswith("model.path=M") and len(message) <= 300 and "\n" not in message
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_weights_beyond_half_precision_are_refused_where_they_are_read_in_it(saved, tmp_path, dtype):
+    folder = changed(saved, tmp_path / "model", spoilt(UNET, 1e5, "conv_out.weight"))
+    if dtype == torch.bfloat16:
+        assert load_stable_diffusion(str(folder), dtype=dtype)
+    else:
+        with pytest.raises(
+            UserError, match=r"weights of unet are not finite in torch\.float16, first conv_out\.weight"
+        ):
+            load_stable_diffusion(str(folder), dtype=dtype)
+
+
+@pytest.mark.parametrize("name", ["v1-5-pruned.safetensors", "v1-5.ckpt"])
+def test_a_checkpoint_in_one_file_is_refused_with_the_way_to_make_a_folder_of_it(tmp_path, monkeypatch, name):
+    (tmp_path / "models").mkdir()
+    (tmp_path / "models" / name).write_bytes(b"")
+    monkeypatch.chdir(tmp_path)
+    for path in (tmp_path / "models" / name, Path("models") / name):
+        with pytest.raises(UserError, match=r"is one file, a folder is expected; .*from_single_file"):
+            load_stable_diffusion(str(path))
+
+
+def test_a_long_path_stands_in_the_message_without_its_middle(saved, tmp_path):
+    folder = changed(saved, tmp_path / ("folder_of_models" * 12) / "model", without("unet"))
+    with pytest.raises(UserError, match=r"model\.path=/.*\.\.\..*/model: cannot be loaded: there is no unet") as raised:
+        load_stable_diffusion(str(folder))
+    assert len(str(raised.value)) <= 300
 
 
 def test_a_unet_that_does_not_say_its_size_gets_that_of_stable_diffusion_and_says_so(saved, tmp_path, caplog):

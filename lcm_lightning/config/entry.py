@@ -9,13 +9,14 @@ from pathlib import Path
 from typing import ParamSpec, TypeVar
 
 import hydra
+from hydra._internal.utils import get_args_parser
 from hydra.core.config_search_path import ConfigSearchPath
 from hydra.core.plugins import Plugins
 from hydra.plugins.search_path_plugin import SearchPathPlugin
 from omegaconf import DictConfig
 
 from lcm_lightning.config.resolvers import PACKAGE, register_resolvers
-from lcm_lightning.errors import report_configuration_errors, report_user_errors
+from lcm_lightning.errors import fail, report_configuration_errors, report_user_errors
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -51,12 +52,24 @@ def command(config_name: str) -> Callable[[Callable[P, R]], Callable[[], R]]:
         @functools.wraps(task)
         def run(*config: DictConfig) -> R:
             Plugins.instance().register(ConfigurationsHere)  # not on import: another program may compose its own
+            refuse_flags(sys.argv[1:])
             sys.argv[1:] = with_absolute_config_path(sys.argv[1:])
             return main(*config)
 
         return run
 
     return decorate
+
+
+def refuse_flags(arguments: Sequence[str]) -> None:
+    """End the program where a setting is written as a flag; Hydra takes --experiment for its --experimental-rerun."""
+    flags = get_args_parser()._option_string_actions
+    for place, argument in enumerate(arguments):
+        flag, equals, value = argument.partition("=")
+        if flag.startswith("-") and flag.strip("-") and flag not in flags:
+            following = next((text for text in arguments[place + 1 :][:1] if not text.startswith("-")), "...")
+            setting = f"{flag.strip('-').replace('-', '_')}={value if equals else following}"
+            fail(f"{argument}: settings are written without dashes; try {setting}")
 
 
 def with_absolute_config_path(arguments: Sequence[str]) -> list[str]:

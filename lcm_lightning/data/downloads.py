@@ -24,7 +24,8 @@ from uuid import uuid4
 from huggingface_hub import HfApi, hf_hub_download
 from rich.progress import Progress
 
-from lcm_lightning.errors import UserError, first_line
+from lcm_lightning.errors import UserError, short
+from lcm_lightning.hub import hub_answers, hub_refusal
 from lcm_lightning.output.files import sha256_of
 
 log = logging.getLogger(__name__)
@@ -50,11 +51,13 @@ def is_url(location: str) -> bool:
 def list_hub_shards(repo: str) -> list[str]:
     """`hf://` addresses of the tar files of a hub data set. Raises `UserError` when the hub gives no answer."""
     try:
+        if not hub_answers():
+            raise ConnectionError
         files = HfApi().list_repo_files(repo, repo_type="dataset")
     except Exception as error:  # network, authentication and not-found errors of several libraries
         raise UserError(
-            f"data.source={repo}: neither a folder here nor a data set the Hugging Face hub would list "
-            f"({type(error).__name__}: {first_line(error)}); check the path, the id, the network and HF_TOKEN"
+            f"data.source={short(repo, 80)}: no such folder here, and {hub_refusal(error)}; check the path, or the id "
+            "of the data set and HF_TOKEN"
         ) from error
     return [f"hf://datasets/{repo}/{file}" for file in files if file.endswith(".tar")]
 
@@ -105,9 +108,10 @@ def download_from_hub(location: str) -> Path:
         raise UserError(f"data.source={location}: expected hf://datasets/<owner>/<name>/<file>.tar")
     repo, revision, file = match.groups()
     try:
-        return Path(hf_hub_download(repo, file, repo_type="dataset", revision=revision))
+        cached = not hub_answers()
+        return Path(hf_hub_download(repo, file, repo_type="dataset", revision=revision, local_files_only=cached))
     except Exception as error:  # network, authentication and not-found errors of several libraries
-        raise DownloadError(f"data.source={location}: download failed ({first_line(error)})") from error
+        raise DownloadError(f"data.source={location}: download failed ({hub_refusal(error)})") from error
 
 
 def fetch_file(address: str, path: Path) -> str:

@@ -104,7 +104,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
     """Upright sRGB image: EXIF orientation and colour profile applied, transparency laid on white.
 
     Raises:
-        ImageFault: the pixels are floating-point numbers, whose range nobody knows, or cannot be converted.
+        ImageFault: the pixels are floating-point or 32-bit numbers, whose range nobody knows, or cannot be converted.
     """
     try:
         return _to_rgb(image)
@@ -115,11 +115,11 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
+    if image.mode == "F" or (image.mode == "I" and image.format == "TIFF"):  # of PNG and PGM it means 16 bits
+        raise ImageFault("pixels of 32 bits")
     turn = TURNS.get(orientation(image))
     if turn is not None:
         image = image.transpose(turn)
-    if image.mode == "F":
-        raise ImageFault("floating-point pixels")
     if image.mode == "I" or image.mode.startswith("I;16"):
         pixels = np.asarray(image) >> 8  # in the type they have: such images can be large
         return Image.fromarray(np.clip(pixels, 0, 255, out=pixels).astype(np.uint8)).convert("RGB")

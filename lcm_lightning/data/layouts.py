@@ -6,29 +6,27 @@ that a new data set needs, beside its file in `conf/data`.
 
 from __future__ import annotations
 
-import csv
 import json
 import os
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+import unicodedata
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import Any
 
-from lcm_lightning.data.plan import stable_hash
-from lcm_lightning.data.records import (
-    HASH_SPLIT_ORIGIN,
-    IMAGE_SUFFIXES,
-    SPLIT_NAMES,
-    UNREAD_SUFFIXES,
-    Record,
-    Source,
-    clean_caption,
-    hash_split,
-    sample_key,
+from lcm_lightning.data.caption_tables import (
+    ENCODING,
+    Captions,
+    is_image_name,
+    metadata_rows,
+    read_caption_table,
+    read_token_file,
+    reading,
 )
-from lcm_lightning.errors import UserError, first_line
+from lcm_lightning.data.plan import stable_hash
+from lcm_lightning.data.records import HASH_SPLIT_ORIGIN, SPLIT_NAMES, Record, Source, hash_split, sample_key
+from lcm_lightning.errors import UserError, short
 
 DOWNLOADS = {
     "flickr8k": (
@@ -45,35 +43,25 @@ DOWNLOADS = {
     ),
 }
 TOKEN_FILES = ("Flickr8k.token.txt", "results_20130124.token")
-TABLE_FILES = ("captions.txt", "results.csv")
+TABLE_FILES = ("captions.txt", "captions.csv", "results.csv")
 KARPATHY_FILES = ("dataset_flickr8k.json", "dataset_flickr30k.json")
-COCO_FILES = {"val": "captions_val2014.json", "train": "captions_train2014.json"}
+COCO_FILES = {
+    year: {"val": f"captions_val{year}.json", "train": f"captions_train{year}.json"} for year in ("2014", "2017")
+}
 SPLIT_FILES = {
     "train": "Flickr_8k.trainImages.txt",
     "val": "Flickr_8k.devImages.txt",
     "test": "Flickr_8k.testImages.txt",
 }
 METADATA_FILES = ("metadata.jsonl", "metadata.csv")
-# Beside an image; the second is kohya's.
+# Depth of the folders that tables of captions and lists of splits are looked for in.
+TABLE_DEPTH = 2
+# Beside an image, in either case, and behind its whole name too; the second is kohya's.
 CAPTION_FILES = (".txt", ".caption")
 # kohya's folders: how often an epoch repeats their images, and a caption for those that have none of their own.
 REPEATS_FOLDER = re.compile(r"\d{1,3}_(.+)")
-
-# Of a quoted caption; so many are behind a quote that is never closed.
-MAX_LINES = 200
-# Spreadsheets put a byte order mark before the first column's name.
-ENCODING = "utf-8-sig"
-
-Captions = dict[str, list[str]]
-
-
-@dataclass(frozen=True)
-class Layout:
-    """A way captioned photos lie on disk."""
-
-    title: str
-    matches: Callable[[Path], bool]
-    read: Callable[[Path], Source]
+# A line of the files that detectors are trained on: the number of a class and a box or an outline.
+BOX = re.compile(r"\s*\d+(\s+-?[\d.]+){4,}\s*")
 
 
 def data_options(name: str) -> str:
@@ -81,35 +69,79 @@ def data_options(name: str) -> str:
     return f"data={name}" if name in (*DOWNLOADS, "folder") else f"data=folder data.name={name}"
 
 
-@contextmanager
-def reading(path: Path, expected: str) -> Iterator[None]:
-    """Turn what parsers say of a damaged caption file into a `UserError` that names the file."""
-    try:
-        yield
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, csv.Error) as error:
-        found = f"no {error}" if isinstance(error, KeyError) else first_line(error)
-        raise UserError(f"data.source: {path} cannot be read ({found}); expected {expected}, in UTF-8") from error
+@dataclass(frozen=True)
+class Contents:
+    """The files of a folder and its subfolders, linked ones too; hidden folders, of tools, are left out.
+
+    Attributes:
+        folder: that was looked into.
+        files: in the order of their paths.
+    """
+
+    folder: Path
+    files: Sequence[Path]
+
+    @classmethod
+    def of(cls, folder: Path) -> Contents:
+        """What is in `folder` now; each folder once, however many links lead to it."""
+        files, seen = list[Path](), set[str]()
+        for place, folders, names in os.walk(folder, followlinks=True):
+            if (real := os.path.realpath(place)) in seen:
+                folders.clear()
+                continue
+            seen.add(real)
+            folders[:] = sorted(name for name in folders if not name.startswith((".", "__MACOSX")))
+            files += (Path(place, name) for name in names)
+        return cls(folder, sorted(files))
+
+    def tables(self, names: Collection[str]) -> list[Path]:
+        """Files of these names not below `TABLE_DEPTH`, nearest first, then in the order of the names."""
+        order = {name: place for place, name in enumerate(names)}
+        found = [path for path in self.files if path.name in order]
+        placed = sorted((len(path.relative_to(self.folder).parts), order[path.name], path) for path in found)
+        return [path for depth, _, path in placed if depth <= TABLE_DEPTH + 1]
+
+    @cached_property
+    def known(self) -> frozenset[Path]:
+        """The files, to look one up."""
+        return frozenset(self.files)
+
+    @cached_property
+    def images(self) -> dict[str, list[Path]]:
+        """Images by their file names as `folded` has them; those less deep first."""
+        found: dict[str, list[Path]] = {}
+        for path in sorted(self.files, key=lambda path: len(path.parts)):
+            if is_image_name(path.name):
+                found.setdefault(folded(path.name), []).append(path)
+        return found
+
+    def image(self, name: str, table: Path) -> Path:
+        """The image that a table means by a name, which may have folders in it, from wherever these count.
+
+        One below the table's folder is preferred; where there is none, a path that does not exist.
+
+        Raises:
+            UserError: the name leads outside the folder: tables come from others.
+        """
+        name = name.replace("\\", "/")
+        called = self.images.get(folded(name.rpartition("/")[2]), ())
+        candidates = [path for path in called if f"/{path.as_posix()}".endswith(f"/{name}")]
+        candidates = candidates or [p for p in called if folded(f"/{p.as_posix()}").endswith(folded(f"/{name}"))]
+        below = [path for path in candidates if path.is_relative_to(table.parent)]
+        if below or (candidates and table.parent not in self.image_folders):
+            return (below or candidates)[0]
+        return inside(self.folder, table, name)
+
+    @cached_property
+    def image_folders(self) -> set[Path]:
+        """Folders that an image lies in, at whatever depth."""
+        innermost = {path.parent for paths in self.images.values() for path in paths}
+        return innermost.union(*(folder.parents for folder in innermost))
 
 
-def find_file(folder: Path, names: Iterable[str]) -> Path | None:
-    """The first of the named files in the folder, its children or its grandchildren, nearest first."""
-    for pattern in ("{}", "*/{}", "*/*/{}"):
-        for name in names:
-            for path in sorted(folder.glob(pattern.format(name))):
-                return path
-    return None
-
-
-def is_image_name(name: str) -> bool:
-    """True for file names with the suffix of an image, be it one that is left out with its reason."""
-    stem, _, suffix = name.rpartition("/")[2].rpartition(".")
-    return suffix.lower() in (*IMAGE_SUFFIXES, *UNREAD_SUFFIXES) and not stem.startswith(".") and bool(stem)
-
-
-def find_images(folder: Path) -> dict[str, Path]:
-    """Path by file name of all images in a folder and its subfolders; of two with one name that less deep."""
-    paths = sorted(folder.rglob("*"), key=lambda path: (-len(path.parts), path))
-    return {path.name: path for path in paths if is_image_name(path.name)}
+def folded(name: str) -> str:
+    """A name without regard to case, and with accents on their letters: macOS takes them apart, tables do not."""
+    return unicodedata.normalize("NFC", name).casefold()
 
 
 def keys_of(names: Iterable[str]) -> dict[str, str]:
@@ -117,112 +149,6 @@ def keys_of(names: Iterable[str]) -> dict[str, str]:
     stems = {name: name.removesuffix(Path(name).suffix) for name in names}
     unique = len(set(stems.values())) == len(stems)
     return {name: sample_key(stem if unique else name) for name, stem in stems.items()}
-
-
-def read_token_file(path: Path) -> Captions:
-    """Captions by image name from lines `name.jpg#0<tab>caption`, in the order of their numbers."""
-    numbered: dict[str, list[tuple[int, str]]] = {}
-    with reading(path, "lines of name.jpg#0, a tab and a caption"):
-        for line in path.read_text(encoding=ENCODING).split("\n"):
-            if line.strip():
-                identifier, _, caption = line.partition("\t")
-                name, _, number = identifier.rpartition("#")
-                numbered.setdefault(name, []).append((int(number), caption))
-    return {name: [caption for _, caption in sorted(captions)] for name, captions in numbered.items()}
-
-
-def read_caption_table(path: Path) -> Captions:
-    """Captions by image name from Kaggle's tables: `image,caption` or `image_name| comment_number| comment`.
-
-    Also with tabs or semicolons between the columns, and without header: then the first line names an image.
-    """
-    expected = (
-        "a header such as image,caption, and lines such as a.jpg,A dog runs with comma, tab, semicolon or | between"
-    )
-    with reading(path, expected):
-        lines = path.read_text(encoding=ENCODING).split("\n")
-        separator = column_separator(lines)
-        rows = list(pipe_rows(lines) if separator == "|" else table_rows(lines, separator))
-        if is_image_name(table_name(rows[0][0])):
-            width, chosen = (3, [2]) if len(rows[0]) > 2 and rows[0][1].strip().isdigit() else (2, [1])
-        else:
-            width, chosen = len(rows[0]), caption_places(rows.pop(0))
-        captions: Captions = {}
-        for row in rows:
-            cells = [*row[: width - 1], separator.join(row[width - 1 :])]  # the last may hold the separator
-            captions.setdefault(table_name(row[0]), []).extend(filter(None, [cells[place] for place in chosen]))
-        if captions and not any(map(is_image_name, captions)):
-            raise ValueError(f"{next(iter(captions))[:50]!r} in the first column is no file name of an image")
-    return captions
-
-
-def caption_places(header: list[str]) -> list[int]:
-    """Places of the columns that hold captions. Raises `ValueError` where more columns than one might."""
-    named = re.compile(r"\s*(captions?|comments?|text|description|sentence)[ _]?\d*\s*", re.IGNORECASE)
-    chosen = [place for place, name in enumerate(header) if named.fullmatch(name)]
-    if not chosen and len(header) > 3:
-        raise ValueError(f"none of its columns {', '.join(header)[:60]} is called caption")
-    return chosen or [len(header) - 1]
-
-
-def table_name(cell: str) -> str:
-    """The image's name in the first column of a table, where the caption's number may follow it: `name.jpg#0`."""
-    return re.sub(r"#\d+$", "", cell.strip())
-
-
-def column_separator(lines: Iterable[str]) -> str:
-    """What stands between the columns of a table: the first such sign in it. Raises `ValueError` without one."""
-    first = next(filter(str.strip, lines), "")
-    found = re.search(r"[|,\t;]", first)
-    if found is None:
-        raise ValueError(f"its first line {first[:50]!r} has one column")
-    return found.group()
-
-
-def pipe_rows(lines: Iterable[str]) -> Iterator[list[str]]:
-    """Image and caption of `image| number| caption` lines; nothing is quoted in them.
-
-    In the row of 2199200615.jpg the second bar is missing: `2199200615.jpg| 4   A dog runs across the grass .`
-    """
-    parts = [line.partition("|")[::2] for line in filter(str.strip, lines)]
-    numbered = any(re.match(r"\s*\d+\s*\|", rest) for _, rest in parts)
-    for name, rest in parts:
-        yield [name, re.sub(r"^\s*\d+\s*(\||\s)", "", rest) if numbered else rest]
-
-
-def table_rows(lines: Iterable[str], separator: str) -> Iterator[list[str]]:
-    """Cells of the rows of a CSV table, whose quoted cells may go over lines.
-
-    In tables written by hand a quote may be opened and never closed. It is a sign like any other then, if the line
-    after it begins with the name of an image.
-
-    Raises:
-        ValueError: it is not closed and no such line follows, so that nobody knows where its row ends.
-    """
-    row: list[str] = []
-    start = 0
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        if row and is_image_name(table_name(next(csv.reader([line], delimiter=separator))[0])):
-            yield literal_cells(row, separator, start)
-            row = []
-        start = start if row else number
-        row.append(line)
-        with suppress(csv.Error):  # in the middle of a quoted cell, or with more behind its end
-            yield next(csv.reader([" ".join(row)], delimiter=separator, strict=True))
-            row = []
-        if len(row) > MAX_LINES:
-            break
-    if row:
-        yield literal_cells(row, separator, start)
-
-
-def literal_cells(row: Sequence[str], separator: str, start: int) -> list[str]:
-    """Cells of a row whose quotes mean nothing. Raises `ValueError` if it goes on over lines from `start` on."""
-    if len(row) > 1:
-        raise ValueError(f"the quote in line {start} is not closed properly")
-    return row[0].split(separator)
 
 
 def read_karpathy(path: Path) -> tuple[Captions, dict[str, str]]:
@@ -233,41 +159,80 @@ def read_karpathy(path: Path) -> tuple[Captions, dict[str, str]]:
         return captions, {image["filename"]: SPLIT_NAMES[image["split"]] for image in images}
 
 
-def published_splits(folder: Path) -> tuple[dict[str, str], str] | None:
+def published_splits(contents: Contents) -> tuple[dict[str, str], str] | None:
     """Split by image name and its origin: the Flickr8k authors' lists, else Karpathy's file, else None."""
-    lists = {split: find_file(folder, [name]) for split, name in SPLIT_FILES.items()}
-    if lists["train"] is not None:
-        names = {split: path.read_text().split() for split, path in lists.items() if path is not None}
+    lists = {split: contents.tables([name]) for split, name in SPLIT_FILES.items()}
+    if lists["train"]:
+        names = {split: paths[0].read_text().split() for split, paths in lists.items() if paths}
         splits = {name: split for split, members in names.items() for name in members}
         return splits, "the authors' lists Flickr_8k.{train,dev,test}Images.txt"
-    karpathy = find_file(folder, KARPATHY_FILES)
-    if karpathy is not None:
-        return read_karpathy(karpathy)[1], f"Karpathy's {karpathy.name}"
+    if karpathy := contents.tables(KARPATHY_FILES):
+        return read_karpathy(karpathy[0])[1], f"Karpathy's {karpathy[0].name}"
     return None
 
 
+def caption_tables(contents: Contents) -> list[tuple[Path, Captions]]:
+    """Tables of the first kind that there is, each read once: Kaggle's Flickr30k holds its own twice."""
+    kinds: dict[tuple[str, ...], Callable[[Path], Captions]] = {
+        TOKEN_FILES: read_token_file,
+        TABLE_FILES: read_caption_table,
+        KARPATHY_FILES: lambda path: read_karpathy(path)[0],
+    }
+    for names, read in kinds.items():
+        if found := contents.tables(names):
+            return [(path, read(path)) for path in {path.read_bytes(): path for path in reversed(found)}.values()][::-1]
+    return []
+
+
 def read_flickr(folder: Path) -> Source:
-    """Flickr8k or Flickr30k, as their authors or as Kaggle publish them."""
-    path = find_file(folder, (*TOKEN_FILES, *TABLE_FILES, *KARPATHY_FILES))
-    assert path is not None, "the layout was matched"
-    if path.name in TOKEN_FILES:
-        captions = read_token_file(path)
-    elif path.name in TABLE_FILES:
-        captions = read_caption_table(path)
-    else:
-        captions, _ = read_karpathy(path)
-    found = published_splits(folder)
-    images, keys = find_images(folder), keys_of(captions)
-    records = [
-        Record(
-            key=keys[name],
-            image=images.get(name) or inside(folder, folder / path.name, name),
-            captions=tuple(sentences),
-            split=found[0].get(name) if found else hash_split(name),
-        )
-        for name, sentences in captions.items()
-    ]
-    return Source(path.name, mixed(records), len(records), found[1] if found else HASH_SPLIT_ORIGIN)
+    """Flickr8k or Flickr30k, as their authors or as Kaggle publish them, and what people keep in the same way.
+
+    The captions of an image are those of all tables; where no table names it, those beside it.
+    """
+    contents = Contents.of(folder)
+    tables = caption_tables(contents)
+    captions: dict[Path, list[str]] = {}
+    names: dict[Path, str] = {}
+    for table, content in tables:
+        for name, sentences in content.items():
+            path = contents.image(name, table)
+            known = captions.setdefault(path, [])
+            known += [sentence for sentence in sentences if sentence not in known] if known else sentences
+            names.setdefault(path, name)
+    spoken_of = {folded(path.name) for path in names}
+    for paths in (paths for name, paths in contents.images.items() if name not in spoken_of):
+        names[paths[0]] = paths[0].relative_to(folder).as_posix()
+        captions[paths[0]] = list(beside(paths[0], contents))
+    if len({*names.values()}) < len(names):  # 0.jpg of train/ and of test/
+        names = {path: path.relative_to(folder).as_posix() for path in names}
+    layout = ", ".join(short(table.relative_to(folder)) if len(tables) > 1 else table.name for table, _ in tables)
+    return source_of(layout, captions, names, folder, published_splits(contents))
+
+
+def source_of(
+    layout: str,
+    captions: Mapping[Path, Sequence[str]],
+    names: Mapping[Path, str],
+    folder: Path,
+    published: tuple[Mapping[str, str], str] | None = None,
+) -> Source:
+    """Records of images by the names that they are known by.
+
+    Their splits are the published ones, by name, and where these come from; else those that folders are called by, else
+    by a hash of their names.
+    """
+    keys = keys_of(names.values())
+    folders = {path: folder_split(path.relative_to(folder)) for path in names}
+    by_folder = any(folders.values())
+
+    def split(path: Path) -> str | None:
+        if published is not None:
+            return published[0].get(names[path])
+        return folders[path] if by_folder else hash_split(names[path])
+
+    records = [Record(keys[names[path]], path, tuple(captions[path]), split(path)) for path in names]
+    origin = "the folders train/, val/, test/" if by_folder else HASH_SPLIT_ORIGIN
+    return Source(layout, mixed(records), len(records), origin if published is None else published[1])
 
 
 def read_coco_captions(path: Path) -> Captions:
@@ -282,22 +247,28 @@ def read_coco_captions(path: Path) -> Captions:
 
 
 def read_coco(folder: Path) -> Source:
-    """COCO 2014 as its authors publish it: `train2014/`, `val2014/` or one of them, and `annotations/`."""
-    images = find_images(folder)
-    files = {split: find_file(folder, [name]) for split, name in COCO_FILES.items()}
-    published = {split: read_coco_captions(path) for split, path in files.items() if path is not None}
+    """COCO 2014 or 2017 as its authors publish it: `train2014/`, `val2014/` or one of them, and `annotations/`.
+
+    Of both years the first is read: each has all photos, in other splits.
+    """
+    contents = Contents.of(folder)
+    year = next(year for year, files in COCO_FILES.items() if contents.tables(list(files.values())))
+    found = {split: contents.tables([name]) for split, name in COCO_FILES[year].items()}
+    tables = {split: paths[0] for split, paths in found.items() if paths}
+    published = {split: read_coco_captions(path) for split, path in tables.items()}
     records = [
         Record(
             key=sample_key(name.removesuffix(Path(name).suffix)),
-            image=images.get(name) or inside(folder, folder / COCO_FILES[split], name),
+            image=contents.image(name, tables[split]),
             captions=tuple(sentences),
             split=split,
         )
         for split, captions in published.items()
-        if images.keys() & captions.keys()  # the captions of both splits come together, their photos do not
+        if contents.images.keys()
+        & set(map(folded, captions))  # the captions of both come together, their photos do not
         for name, sentences in captions.items()
     ]
-    return Source("COCO 2014", mixed(records), len(records), "COCO's own train2014 and val2014")
+    return Source(f"COCO {year}", mixed(records), len(records), f"COCO's own train{year} and val{year}")
 
 
 def mixed(records: Iterable[Record]) -> list[Record]:
@@ -305,136 +276,105 @@ def mixed(records: Iterable[Record]) -> list[Record]:
     return sorted(records, key=lambda record: stable_hash("order", record.key))
 
 
-def caption_columns(columns: Iterable[str]) -> list[str]:
-    """Columns that hold captions: text, caption or captions, else caption_0, caption_1, ... ; [] if none."""
-    names = list(columns)
-    for name in ("captions", "caption", "text"):
-        if name in names:
-            return [name]
-    return sorted((name for name in names if re.fullmatch(r"caption_?\d+", name)), key=lambda name: (len(name), name))
-
-
-def row_captions(row: Mapping[str, Any]) -> tuple[str, ...]:
-    """All captions of a table row; a column may hold one or a list of them."""
-    values = [row[name] for name in caption_columns(row)]
-    lists = [value if isinstance(value, (list, tuple)) else [value] for value in values]
-    return tuple(clean_caption(caption) for captions in lists for caption in captions)
-
-
-def metadata_rows(path: Path) -> Iterator[dict[str, Any]]:
-    """Rows of a `metadata.jsonl` or `metadata.csv`. Raises `UserError` for a row without file name."""
-    with reading(path, "a file_name and a text, caption or captions in each row"):
-        lines = path.read_text(encoding=ENCODING).split("\n")
-        rows = metadata_table(lines) if path.suffix == ".csv" else (json.loads(line) for line in lines if line.strip())
-        for number, row in enumerate(rows, start=1):
-            if not row.get("file_name"):
-                raise UserError(f"{path}, row {number}: expected a file_name and a text, caption or captions column")
-            yield row
-
-
-def metadata_table(lines: Sequence[str]) -> Iterator[dict[str, str]]:
-    """Rows of a CSV table by the names in its header; commas that nobody quoted stay in a caption of the last column.
-
-    Raises:
-        ValueError: there are more columns than the header has, and the last is no caption.
-    """
-    separator = column_separator(lines)
-    rows = table_rows(lines, separator)
-    header = [name.strip() for name in next(rows)]
-    last = len(header) - 1
-    for number, row in enumerate(rows, start=1):
-        if len(row) > len(header) and header[last] not in caption_columns(header):
-            raise ValueError(
-                f"row {number} has {len(row)} columns, the header {len(header)}: quote captions with commas"
-            )
-        yield dict(zip(header, [*row[:last], separator.join(row[last:])], strict=False))
-
-
 def folder_split(relative: Path) -> str | None:
-    """Split named by the first folder of a relative path, None if it names none."""
-    return SPLIT_NAMES.get(relative.parts[0].lower()) if len(relative.parts) > 1 else None
+    """Split named by the outermost folder of a relative path that names one, None without such a folder."""
+    return next((SPLIT_NAMES[part.lower()] for part in relative.parts[:-1] if part.lower() in SPLIT_NAMES), None)
 
 
-def folder_captions(folder: Path) -> dict[Path, tuple[str, ...]]:
-    """Captions by image path: from metadata files where there are any, else from the file beside each image.
+def folder_captions(contents: Contents) -> dict[Path, Sequence[str]]:
+    """Captions by image path: those of metadata files, and for images that none names those of the file beside them.
 
     Of several rows for an image all captions count, each once.
     """
-    tables = [path for name in METADATA_FILES for path in sorted(folder.rglob(name))]
-    if not tables:
-        return {path: beside(path) for path in sorted(folder.rglob("*")) if is_image_name(path.name)}
-    captions: dict[Path, dict[str, None]] = {}
+    named: dict[Path, dict[str, None]] = {}
+    tables = [path for name in METADATA_FILES for path in contents.files if path.name == name]
     for table in tables:
-        for row in metadata_rows(table):
-            captions.setdefault(inside(folder, table, row["file_name"]), {}).update(dict.fromkeys(row_captions(row)))
-    return {path: tuple(of_image) for path, of_image in captions.items()}
+        for name, captions in metadata_rows(table):
+            named.setdefault(contents.image(name, table), {}).update(dict.fromkeys(captions))
+    others = [path for path in contents.files if is_image_name(path.name) and path not in named]
+    return {path: tuple(captions) for path, captions in named.items()} | {
+        path: beside(path, contents) for path in others
+    }
 
 
 def inside(folder: Path, table: Path, name: str) -> Path:
     """The path of an image named by a table. Raises `UserError` when it is not in `folder`: tables come from others."""
     path = Path(os.path.normpath(table.parent / name))
     if not path.is_relative_to(os.path.normpath(folder)):
-        raise UserError(f"data.source={folder}: {table} names {name}, outside the folder; move the image into it")
+        raise UserError(
+            f"data.source={short(folder, 80)}: {short(table, 60)} names {short(name)}, outside the folder; move the "
+            "image into it"
+        )
     return path
 
 
-def caption_file(image: Path) -> Path | None:
-    """The file of captions beside an image, None without one."""
-    return next((path for path in map(image.with_suffix, CAPTION_FILES) if path.is_file()), None)
+def caption_files(image: Path, contents: Contents) -> list[Path]:
+    """Files of captions beside an image: `a.txt`, `a.TXT`, `a.jpg.txt`, and the same of the other suffixes."""
+    names = [
+        path
+        for suffix in CAPTION_FILES
+        for path in (image.with_suffix(suffix), image.with_suffix(suffix.upper()), image.with_name(image.name + suffix))
+    ]
+    return [path for path in names if path in contents.known]
 
 
-def beside(image: Path) -> tuple[str, ...]:
-    """The lines of the file of captions beside an image, else what the name of kohya's folder says; else ()."""
-    text = caption_file(image)
-    if text is None:
-        return tuple(REPEATS_FOLDER.sub(r"\1", name) for name in [image.parent.name] if REPEATS_FOLDER.fullmatch(name))
-    with reading(text, "a caption a line"):
-        return tuple(text.read_text(encoding=ENCODING).splitlines())
+def beside(image: Path, contents: Contents) -> Sequence[str]:
+    """The lines of the first file beside an image that has some, else what the name of kohya's folder says; else ()."""
+    files = caption_files(image, contents)
+    for text in files:
+        with reading(text, "a caption a line"):
+            lines = [line for line in text.read_text(encoding=ENCODING).splitlines() if line.strip()]
+            if not all(map(BOX.fullmatch, lines)):
+                return lines
+    kohya = repeats_folder(image, contents.folder)
+    return () if files or kohya is None else (kohya[1],)
+
+
+def repeats_folder(image: Path, folder: Path) -> re.Match[str] | None:
+    """The name of the folder of kohya's that an image lies in, below the `folder` that was given."""
+    return None if image.parent == folder else REPEATS_FOLDER.fullmatch(image.parent.name)
 
 
 def read_folder(folder: Path) -> Source:
     """A plain folder of images with a metadata file or a file of captions beside each image."""
-    captions = folder_captions(folder)
-    relative = {path: path.relative_to(folder) for path in captions}
-    splits = {path: folder_split(relative[path]) for path in captions}
-    published = any(splits.values())
-    keys = keys_of(name.as_posix() for name in relative.values())
-    records = [
-        Record(
-            key=keys[name.as_posix()],
-            image=path,
-            captions=captions[path],
-            split=splits[path] if published else hash_split(name.as_posix()),
-        )
-        for path, name in relative.items()
-    ]
-    origin = "the folders train/, val/, test/" if published else HASH_SPLIT_ORIGIN
-    repeats = any(REPEATS_FOLDER.fullmatch(path.parent.name) for path in captions)
-    note = " (kohya's, whose repeats are ignored: each counts once)" if repeats else ""
-    return Source(f"folder of images{note}", mixed(records), len(records), origin)
+    captions = folder_captions(Contents.of(folder))
+    kohya = {path: match[1] for path in captions if (match := repeats_folder(path, folder))}
+    alone = sum(tuple(captions[path]) == (name,) for path, name in kohya.items())
+    note = f" (kohya's, whose repeats are ignored; {alone} are captioned by their folder's name)" if kohya else ""
+    names = {path: path.relative_to(folder).as_posix() for path in captions}
+    return source_of(f"folder of images{note}", captions, names, folder)
 
 
-def has_captioned_images(folder: Path) -> bool:
+def has_captioned_images(contents: Contents) -> bool:
     """True for a folder with a metadata file, with an image that has a file of captions beside it, or kohya's."""
-    if any(True for name in METADATA_FILES for _ in folder.rglob(name)):
-        return True
-    images = (path for path in folder.rglob("*") if is_image_name(path.name))
-    return any(caption_file(path) or REPEATS_FOLDER.fullmatch(path.parent.name) for path in images)
+    images = (path for path in contents.files if is_image_name(path.name))
+    return any(path.name in METADATA_FILES for path in contents.files) or any(
+        caption_files(path, contents) or repeats_folder(path, contents.folder) for path in images
+    )
+
+
+@dataclass(frozen=True)
+class Layout:
+    """A way captioned photos lie on disk."""
+
+    title: str
+    matches: Callable[[Contents], bool]
+    read: Callable[[Path], Source]
 
 
 LAYOUTS = (
     Layout(
-        "COCO 2014 (captions_val2014.json, captions_train2014.json)",
-        lambda folder: find_file(folder, COCO_FILES.values()) is not None,
+        "COCO (captions_val2014.json)",
+        lambda contents: any(contents.tables(list(files.values())) for files in COCO_FILES.values()),
         read_coco,
     ),
     Layout(
-        "Flickr8k/Flickr30k (Flickr8k.token.txt, results_20130124.token, captions.txt, results.csv or Karpathy's json)",
-        lambda folder: find_file(folder, (*TOKEN_FILES, *TABLE_FILES, *KARPATHY_FILES)) is not None,
+        "Flickr (captions.txt, Flickr8k.token.txt)",
+        lambda contents: bool(contents.tables([*TOKEN_FILES, *TABLE_FILES, *KARPATHY_FILES])),
         read_flickr,
     ),
     Layout(
-        "folder of images (metadata.jsonl, metadata.csv, a .txt or .caption beside each, or folders such as 10_dog)",
+        "images (metadata.jsonl, metadata.csv, .txt, .caption, folders as 10_dog)",
         has_captioned_images,
         read_folder,
     ),
@@ -443,4 +383,5 @@ LAYOUTS = (
 
 def recognise(folder: Path) -> Layout | None:
     """The first layout a folder has, None if it has none."""
-    return next((layout for layout in LAYOUTS if layout.matches(folder)), None)
+    contents = Contents.of(folder)
+    return next((layout for layout in LAYOUTS if layout.matches(contents)), None)

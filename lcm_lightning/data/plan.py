@@ -49,7 +49,8 @@ class StreamPlan:
 def stable_hash(*parts: object) -> int:
     """63-bit hash of the parts, the same on every machine, Python version and run (unlike `hash`)."""
     text = "\x1f".join(str(part) for part in parts)
-    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big") >> 1
+    content = text.encode(errors="surrogatepass")  # names of files may be no UTF-8
+    return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "big") >> 1
 
 
 def steps_per_epoch(samples: int, world_size: int, batch_size: int) -> int:

@@ -12,12 +12,14 @@ from lcm_lightning.data.plan import stable_hash
 SPLITS = ("train", "val", "test")
 SPLIT_NAMES = {
     "train": "train",
+    "training": "train",
     "restval": "train",
     "val": "val",
     "valid": "val",
     "validation": "val",
     "dev": "val",
     "test": "test",
+    "testing": "test",
 }
 # In a folder of prepared shards: their index, written last, and the notes that let a preparation be resumed.
 INDEX_NAME = "index.json"

@@ -8,8 +8,9 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from lcm_lightning.data.caption_tables import caption_columns, row_captions
 from lcm_lightning.data.images import ImageFault
-from lcm_lightning.data.layouts import DOWNLOADS, LAYOUTS, caption_columns, recognise, row_captions
+from lcm_lightning.data.layouts import DOWNLOADS, LAYOUTS, recognise
 from lcm_lightning.data.records import HASH_SPLIT_ORIGIN, SPLIT_NAMES, Record, Source, hash_split, sample_key
 from lcm_lightning.data.shards import (
     ShardIndex,
@@ -19,7 +20,7 @@ from lcm_lightning.data.shards import (
     read_samples,
     sample_captions,
 )
-from lcm_lightning.errors import UserError, first_line
+from lcm_lightning.errors import UserError, first_line, short
 
 
 def read_source(source: str | None, name: str) -> Source:
@@ -39,7 +40,7 @@ def read_source(source: str | None, name: str) -> Source:
     if source.count("/") == 1 and not folder.is_absolute() and not folder.is_file():
         return read_hub(source)
     found = "a file" if folder.is_file() else "no such folder, and no id of a data set (owner/name) or shard address"
-    raise UserError(f"data.source={source}: {found}; {remedy(name)}")
+    raise UserError(f"data.source={short(source, 60)}: {found}; {remedy(name)}")
 
 
 def remedy(name: str) -> str:
@@ -61,10 +62,8 @@ def read_directory(folder: Path) -> Source:
         return read_shards(index)
     if any(folder.rglob("*.parquet")):
         return read_hub(str(folder))
-    looked_for = "\n".join(f"  - {title}" for title in (*(layout.title for layout in LAYOUTS), "*.parquet", "*.tar"))
-    raise UserError(
-        f"data.source={folder}: no captioned images recognised; looked in it and its subfolders for\n{looked_for}"
-    )
+    looked_for = ", ".join((*(layout.title for layout in LAYOUTS), "*.parquet or *.tar"))
+    raise UserError(f"data.source={short(folder, 80)}: no captioned images recognised; expected {looked_for}")
 
 
 def read_shards(index: ShardIndex) -> Source:
@@ -139,7 +138,10 @@ def hub_record(row: Mapping[str, Any], column: str, key: str, split: str) -> Rec
     image = row[column] or {}
     content = image.get("bytes")
     path = Path(image.get("path") or "")
-    return Record(key, content if content is not None else path, row_captions(row), split)
+    try:
+        return Record(key, content if content is not None else path, row_captions(row), split)
+    except ValueError as error:
+        raise UserError(f"data.source: {key}: {error}; give a data set with a column of texts") from error
 
 
 def image_column(features: Mapping[str, Any], source: str, datasets: ModuleType) -> str:

@@ -228,12 +228,20 @@ def digest_of(records: Iterable[Record], settings: ShardSettings) -> str:
     digest = hashlib.sha256(json.dumps([INDEX_FORMAT, ENCODING, asdict(settings), Image.__version__]).encode())
     for record in records:
         if isinstance(record.image, Path):
-            stat = record.image.stat() if record.image.is_file() else None
+            stat = stat_of(record.image)
             image: Any = [str(record.image.absolute()), stat and [stat.st_size, stat.st_mtime_ns]]
         else:
             image = hashlib.sha256(record.image).hexdigest()
         digest.update(json.dumps([record.key, record.captions, record.split, image]).encode())
     return digest.hexdigest()
+
+
+def stat_of(path: Path) -> os.stat_result | None:
+    """What is known of a file; None where there is none, nor can be one of that name."""
+    try:
+        return path.stat() if path.is_file() else None
+    except (OSError, ValueError):
+        return None
 
 
 def finish(task: Task, output: Path, settings: ShardSettings, on_shard: OnShard | None) -> Written:
@@ -355,7 +363,7 @@ def load_bytes(image: Path | bytes) -> bytes:
         return image
     try:
         return image.read_bytes()
-    except (FileNotFoundError, IsADirectoryError) as error:
+    except (FileNotFoundError, IsADirectoryError, ValueError) as error:  # a name with a NUL, say
         raise ImageFault("missing") from error
     except OSError as error:
         raise ImageFault(f"unreadable file: {error}") from error
@@ -412,7 +420,7 @@ def write_index(
     """
     written = sorted(written, key=lambda shard: shard.file)
     skipped = [*outside, *(skipped for shard in written for skipped in shard.skipped)]
-    write_atomic(output / SKIPPED_NAME, skipped_table(skipped).encode())
+    write_atomic(output / SKIPPED_NAME, skipped_table(skipped).encode(errors="backslashreplace"))
     filled = [shard for shard in written if shard.samples]
     if not filled:
         reasons = ", ".join(f"{reason}: {n}" for reason, n in Counter(skip.reason for skip in skipped).most_common())

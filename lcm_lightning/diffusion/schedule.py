@@ -75,9 +75,14 @@ def unsupported_schedule(config: Mapping[str, Any]) -> str | None:
     if prediction_type not in get_args(PredictionType):
         return f"prediction_type={prediction_type} is none of {', '.join(get_args(PredictionType))}"
     try:
-        last = alphas_cumprod_from_config(config)[-1].item()
+        alphas_cumprod = alphas_cumprod_from_config(config)
     except ValueError as error:
         return f"beta_schedule: {error}"
+    if len(alphas_cumprod) != (steps := config.get("num_train_timesteps", 1000)):
+        return f"trained_betas has {len(alphas_cumprod)} values for {steps} train timesteps"
+    if not ((alphas_cumprod.diff() < 0) & (alphas_cumprod[1:] >= 0)).all() or not alphas_cumprod[0] < 1:
+        return "its betas are not all above 0 and at most 1"
+    last = alphas_cumprod[-1].item()
     if prediction_type == "epsilon" and last < 1e-8:
         return "zero terminal SNR with prediction_type=epsilon: x_0 cannot be recovered at the last timestep"
     return None

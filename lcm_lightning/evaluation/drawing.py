@@ -17,12 +17,11 @@ from rich.progress import Progress
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from lcm_lightning.errors import UserError
 from lcm_lightning.evaluation.contenders import ROLES, Contender, Lineup
 from lcm_lightning.evaluation.model_sources import ModelLoader, ModelSource
 from lcm_lightning.models.adapters import merged_adapters
 from lcm_lightning.models.identity import token_embeddings_digest
-from lcm_lightning.models.sampling import sample
+from lcm_lightning.models.sampling import check_finite, sample
 from lcm_lightning.models.stable_diffusion import StableDiffusion
 from lcm_lightning.output.pictures import to_pil
 
@@ -210,7 +209,7 @@ def draw_missing(
                 resolution=drawing.resolution,
                 on_latents=latents.append,
             )
-            check_finite(images, torch.cat(latents), contender.label)
+            check_finite(contender.label, images, *latents)
             _write_latents(torch.cat(latents), latents_file(folder, batch))
             for index, image in zip(batch, images, strict=True):
                 _write_png(image, image_file(folder, index))
@@ -218,14 +217,6 @@ def draw_missing(
     fabric.barrier()
     progress.update(bar, completed=len(drawing.prompts))
     return sum(map(len, mine))
-
-
-def check_finite(images: Tensor, latents: Tensor, drawn_by: str) -> None:
-    """Raise a `UserError` for pictures that are none: written to a file they would look black, and be measured."""
-    if not (torch.isfinite(images).all() and torch.isfinite(latents).all()):
-        raise UserError(
-            f"{drawn_by}: draws pictures whose values are not finite; try dtype=float32, or another LoRA or model"
-        )
 
 
 def _write_latents(latents: Tensor, file: Path) -> None:

@@ -7,7 +7,7 @@ import math
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from safetensors.torch import load_file
@@ -15,7 +15,8 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import CLIPModel, CLIPTokenizer, ImageProcessingMixin
 
-from lcm_lightning.errors import UserError, first_line
+from lcm_lightning.errors import UserError, first_line, short
+from lcm_lightning.hub import hub_answers
 from lcm_lightning.models.identity import tensors_digest
 
 log = logging.getLogger(__name__)
@@ -117,13 +118,15 @@ class Clip:
 
     def __init__(self, source: str, device: torch.device | str = "cpu") -> None:
         try:
-            self.model: CLIPModel = CLIPModel.from_pretrained(source, use_safetensors=True, dtype=torch.float32).eval()
-            self.tokenizer = CLIPTokenizer.from_pretrained(source)
-            settings, _ = ImageProcessingMixin.get_image_processor_dict(source)
+            place: dict[str, Any] = {"local_files_only": Path(source).is_dir() or not hub_answers()}
+            network = CLIPModel.from_pretrained(source, use_safetensors=True, dtype=torch.float32, **place)
+            self.model: CLIPModel = network.eval()
+            self.tokenizer = CLIPTokenizer.from_pretrained(source, **place)
+            settings, _ = ImageProcessingMixin.get_image_processor_dict(source, **place)
         except (OSError, ValueError) as error:
             raise UserError(
-                f"evaluation.clip={source}: cannot be loaded ({first_line(error)}); give a local CLIP folder, check id "
-                "and network, or take the embedded CLIP with evaluation=quick"
+                f"evaluation.clip={short(source, 80)}: cannot be loaded ({first_line(error)[:80]}); give a local CLIP "
+                "folder, check id and network, or take the embedded CLIP with evaluation=quick"
             ) from error
         self.name = f"clip:{Path(source).name}"
         self.to(device)

@@ -17,9 +17,9 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from lcm_lightning.errors import UserError
+from lcm_lightning.errors import UserError, short
 from lcm_lightning.models.dropout import SampleDropout
-from lcm_lightning.models.lora_files import LayerUpdate, adaptable_layers, fit, locate_lora, read_lora, short
+from lcm_lightning.models.lora_files import LayerUpdate, adaptable_layers, fit, locate_lora, read_lora
 from lcm_lightning.models.lora_layers import FUSED_LAYERS
 from lcm_lightning.models.sampling import DDIM, make_scheduler
 from lcm_lightning.models.stable_diffusion import StableDiffusion

@@ -13,9 +13,9 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers import CLIPTokenizer
 
-from lcm_lightning.errors import UserError, first_line
+from lcm_lightning.errors import UserError, first_line, short
 from lcm_lightning.models.adapters import lora_layers
-from lcm_lightning.models.lora_files import locate_lora, read_lora, short
+from lcm_lightning.models.lora_files import locate_lora, read_lora
 from lcm_lightning.models.pipeline_files import weight_files
 from lcm_lightning.models.stable_diffusion import StableDiffusion
 

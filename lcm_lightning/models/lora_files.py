@@ -25,7 +25,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from lcm_lightning.errors import UserError, first_line
+from lcm_lightning.errors import UserError, first_line, short
+from lcm_lightning.hub import hub_answers, hub_refusal
 from lcm_lightning.models.kinds import LORA_FILE
 from lcm_lightning.output.files import write_atomic
 
@@ -48,6 +49,7 @@ OTHER_KINDS = (
     (r"\.ia3_|\.on_input$", "an IA3", MERGE),
     (r"\.vera_lambda", "a VeRA", MERGE),
     (r"\.[ab][12]\.weight$", "a GLoRA", MERGE),
+    (r"\.scalar$", "a LyCORIS with scalars of its layers", MERGE),
     (r"\.[wb]_norm$", "a LoRA with weights of normalisations", MERGE),
     (r"lora_controlnet|^control_model\.", "a ControlNet", "give a LoRA"),
     (
@@ -161,9 +163,12 @@ def locate_lora(source: str | Path, key: str = "lora") -> Path:
 
 
 def _download_lora(hub_id: str, key: str) -> Path:
+    cached = not hub_answers()
     try:
         with suppress(EntryNotFoundError):
-            return Path(hf_hub_download(hub_id, LORA_FILE))  # from the cache where the hub cannot be reached
+            return Path(hf_hub_download(hub_id, LORA_FILE, local_files_only=cached))
+        if cached:
+            raise ConnectionError
         names = HfApi().list_repo_files(hub_id)
         files = [name for name in names if name.endswith(".safetensors")]
         if len(files) == 1:
@@ -172,8 +177,8 @@ def _download_lora(hub_id: str, key: str) -> Path:
             return Path(hf_hub_download(hub_id, files[0]))
     except Exception as error:  # network, authentication and not-found errors of several libraries
         raise UserError(
-            f"{key}={hub_id}: no such folder here, and the hub cannot be asked for it ({first_line(error)[:80]}). "
-            "Give a local run folder or .safetensors file, or check the id, the network and `hf auth login`"
+            f"{key}={short(hub_id, 80)}: no such folder here, and {hub_refusal(error)}; give a local run folder or "
+            ".safetensors file, or check the id and `hf auth login`"
         ) from error
     raise UserError(
         f"{key}={hub_id}: expected {LORA_FILE} or one .safetensors file there, found {files or 'none'}; download one "
@@ -218,12 +223,6 @@ def read_lora(path: Path, said: str) -> LoraFile:
             alpha = _configured_alpha(configs.get(network), name, down.shape[0], said)
         updates[network, name] = LayerUpdate(found["down"], down, up, alpha)
     return LoraFile(_layout(keys), updates, tuple(unused), alpha_elsewhere)
-
-
-def short(text: object, limit: int = 60) -> str:
-    """A long path or key without its middle, so that a message stays one that is read."""
-    whole, start = str(text), limit // 4
-    return whole if len(whole) <= limit else f"{whole[:start]}...{whole[start + 3 - limit :]}"
 
 
 def _refuse_other_kinds(keys: list[str], said: str) -> None:
@@ -393,6 +392,11 @@ def fit(
     misfits = [] if unused else [update.key for update in _shape(matched, networks)]
     if (unused or misfits) and base not in (None, BASE_MODELS.get(_config(networks["unet"]).cross_attention_dim)):
         raise UserError(f"{said}: is for {base}, and {model_name} is not; it was made for another base model")
+    if halves := [key for key in file.unused if (match := SUFFIX.fullmatch(key)) and match["side"]]:
+        raise UserError(
+            f"{said}: {short(halves[0])} is half of an update ({len(halves)} of its keys are), which changes nothing; "
+            "export or download it again"
+        )
     if unused:
         raise UserError(
             f"{said}: no layer of {model_name} takes {len(unused)} of its keys, the first {short(unused[0])}; "

@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterator, Mapping
+import math
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
 import diffusers
 import torch
 from diffusers import AutoencoderKL, SchedulerMixin, UNet2DConditionModel
+from safetensors import safe_open
 from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-from lcm_lightning.errors import UserError, first_line
+from lcm_lightning.errors import UserError, first_line, short
+from lcm_lightning.hub import hub_answers, hub_refusal
 
 log = logging.getLogger(__name__)
 
@@ -36,6 +40,8 @@ EXTRA_CONDITIONS = {
 SAMPLE_SIZE = 64
 # Ids of the text encoder that a tokenizer may leave unused: embeddings are padded to round numbers.
 UNUSED_IDS = 0.1
+# Tokens of a vocabulary that may stand there for another reason than a merge.
+UNMERGED = 0.001
 AGAIN = "copy or download the folder again"
 
 
@@ -49,40 +55,47 @@ def locate_pipeline(path: str, revision: str | None) -> Path:
     if folder.is_dir():
         _check_pipeline_class(folder, path)
         return folder
+    if folder.is_file():
+        raise UserError(
+            f"{model_path(path)}: is one file, a folder is expected; make one of it with diffusers: "
+            "StableDiffusionPipeline.from_single_file(FILE).save_pretrained(FOLDER)"
+        )
     if path.startswith((".", "/", "~")) or path.count("/") != 1:
         raise UserError(
-            f"model.path={path}: no such folder; give a diffusers pipeline folder (with model_index.json) or a hub id "
+            f"{model_path(path)}: no such folder; give a diffusers pipeline folder (with model_index.json) or a hub id "
             "such as stable-diffusion-v1-5/stable-diffusion-v1-5"
         )
+    options: dict[str, Any] = {"revision": revision, "use_safetensors": True, "local_files_only": not hub_answers()}
     left_out = {"safety_checker": None, "requires_safety_checker": False, "feature_extractor": None}
     try:
-        folder = Path(
-            diffusers.StableDiffusionPipeline.download(path, revision=revision, use_safetensors=True, **left_out)
-        )
+        folder = Path(diffusers.StableDiffusionPipeline.download(path, **options, **left_out))
     except (OSError, ValueError) as error:
         raise UserError(
-            f"model.path={path}: cannot be loaded ({first_line(error)}). Without network, give a local copy: "
-            "on a machine that has it run `hf download stable-diffusion-v1-5/stable-diffusion-v1-5 --local-dir sd15 "
-            "--exclude '*.ckpt' '*.bin'`, copy the folder and set model.path=/path/to/sd15. Gated or private "
-            "repositories need `hf auth login`"
+            f"{model_path(path)}: no such folder here, and {hub_refusal(error)}; check the path, the id and `hf auth "
+            f"login`, or fetch it elsewhere by `hf download {short(path, 60)} --local-dir DIR` and give model.path=DIR"
         ) from error
     _check_pipeline_class(folder, path)
     return folder
 
 
+def model_path(path: str | Path) -> str:
+    """What messages on a pipeline begin with: the setting, and the path, without its middle where it is long."""
+    return f"model.path={short(path, 80)}"
+
+
 def _check_pipeline_class(folder: Path, path: str) -> None:
     index = folder / "model_index.json"
     if not index.is_file():
-        raise UserError(f"model.path={path}: holds no model_index.json; give a diffusers pipeline folder")
+        raise UserError(f"{model_path(path)}: holds no model_index.json; give a diffusers pipeline folder")
     try:
         name = json.loads(index.read_text()).get("_class_name")
     except (ValueError, AttributeError) as error:
         raise UserError(
-            f"model.path={path}: model_index.json is damaged ({error}); download the folder again"
+            f"{model_path(path)}: model_index.json is damaged ({error}); download the folder again"
         ) from error
     if name != "StableDiffusionPipeline":
         raise UserError(
-            f"model.path={path}: is a {name}; only StableDiffusionPipeline (v1 and v2 architectures) is supported"
+            f"{model_path(path)}: is a {name}; only StableDiffusionPipeline (v1 and v2 architectures) is supported"
         )
 
 
@@ -96,7 +109,7 @@ def check_networks(folder: Path) -> None:
         _check_class(folder, name, config.get("_class_name"))
         weight_files(folder / name)
     weight_files(folder / "text_encoder")
-    where = f"model.path={folder}: unet/config.json"
+    where = f"{model_path(folder)}: unet/config.json"
     if unet.get("time_cond_proj_dim"):
         raise UserError(
             f"{where}: time_cond_proj_dim={unet['time_cond_proj_dim']}: a full LCM, whose UNet wants the guidance "
@@ -115,15 +128,46 @@ def check_networks(folder: Path) -> None:
             "Stable Diffusion v1 or v2 model"
         )
     width, expected = text.get("hidden_size", 512), unet.get("encoder_hid_dim") or unet.get("cross_attention_dim", 1280)
-    if isinstance(expected, int) and width != expected:
+    if width != expected:
         raise UserError(
-            f"{where}: cross_attention_dim={expected}, where text_encoder/config.json has hidden_size={width}; take "
-            "UNet and text encoder of one model"
+            f"{where}: cross_attention_dim={short(expected)}, where text_encoder/config.json has hidden_size={width}; "
+            "take UNet and text encoder of one model"
         )
+    for name, config in (("unet", unet), ("vae", vae)):
+        for key, (is_right, expected) in CONFIG_VALUES.items():
+            if key in config and not is_right(config[key]):
+                raise UserError(
+                    f"{model_path(folder)}: {name}/config.json: {key}={short(repr(config[key]))}: expected {expected}; "
+                    f"{AGAIN}"
+                )
     if unet.get("sample_size") is None:
         log.warning(
             "%s has no sample_size: %d, that of SD v1, is taken; data.resolution sets another", where, SAMPLE_SIZE
         )
+
+
+def _are_sizes(value: object) -> bool:
+    """Whether a config may give so several sizes."""
+    return isinstance(value, list) and bool(value) and all(type(size) is int and size > 0 for size in value)
+
+
+def _is_size(value: object) -> bool:
+    """Whether a config may say so of the side of images or latents: a number, height and width, or nothing."""
+    return value is None or _are_sizes(value if isinstance(value, list) else [value])
+
+
+def _is_scale(value: object) -> bool:
+    """Whether latents can be divided by a value of a config."""
+    return isinstance(value, int | float) and math.isfinite(value) and value != 0
+
+
+# Values of UNet and VAE that are computed with here, and what they have to be.
+CONFIG_VALUES: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "sample_size": (_is_size, "whole numbers, such as 64"),
+    "block_out_channels": (_are_sizes, "whole numbers, such as [128, 256]"),
+    "scaling_factor": (_is_scale, "a number, such as 0.18215"),
+    "shift_factor": (lambda value: not value or _is_scale(value), "a number or null"),
+}
 
 
 def _check_class(folder: Path, name: str, found: str | None) -> None:
@@ -131,7 +175,7 @@ def _check_class(folder: Path, name: str, found: str | None) -> None:
     if found == expected:
         return
     remedy = "give the full one there, and this as model.preview_vae" if found == "AutoencoderTiny" else "give one"
-    raise UserError(f"model.path={folder}: {name}/config.json: is of class {found}, expected {expected}; {remedy}")
+    raise UserError(f"{model_path(folder)}: {name}/config.json: is of class {found}, expected {expected}; {remedy}")
 
 
 @contextmanager
@@ -143,14 +187,14 @@ def reading(folder: Path, part: str) -> Iterator[None]:
         raise
     except Exception as error:  # of half a dozen libraries
         said = first_line(error).replace(f"{folder}/", "")[:120]
-        raise UserError(f"model.path={folder}: cannot be loaded: {part} ({said}); {AGAIN}") from error
+        raise UserError(f"{model_path(folder)}: cannot be loaded: {part} ({said}); {AGAIN}") from error
 
 
 def read_config(folder: Path, name: str) -> dict[str, Any]:
     """A network's config as it lies in the folder. Raises `UserError`."""
     file = folder / name / "config.json"
     if not file.is_file():
-        raise UserError(f"model.path={folder}: cannot be loaded: there is no {name}/config.json; {AGAIN}")
+        raise UserError(f"{model_path(folder)}: cannot be loaded: there is no {name}/config.json; {AGAIN}")
     with reading(folder, f"{name}/config.json"):
         return dict(json.loads(file.read_text(encoding="utf-8")))
 
@@ -170,7 +214,7 @@ def weight_files(folder: Path) -> tuple[list[Path], str | None]:
         )
         if files := next(filter(None, (sorted(folder.glob(pattern)) for pattern in patterns)), None):
             return files, variant
-    where = f"model.path={folder.parent}: {folder.name} has no {stem}.safetensors"
+    where = f"{model_path(folder.parent)}: {folder.name} has no {stem}.safetensors"
     if unsafe := [path.name for suffix in ("bin", "ckpt", "pt", "pth") for path in folder.glob(f"*.{suffix}")]:
         raise UserError(
             f"{where} but {unsafe[0]}, which can run code when it is read; if you trust it, convert the folder with "
@@ -182,6 +226,8 @@ def weight_files(folder: Path) -> tuple[list[Path], str | None]:
 def read_network(folder: Path, name: str, dtype: torch.dtype) -> nn.Module:
     """A network of the pipeline in `folder`. Raises `UserError`: its files are missing, damaged or incomplete."""
     network_class = NETWORKS[name][0]
+    with reading(folder, name):
+        _refuse_quantised(folder, name)
     options = {
         "use_safetensors": True,
         "variant": weight_files(folder / name)[1],
@@ -193,9 +239,33 @@ def read_network(folder: Path, name: str, dtype: torch.dtype) -> nn.Module:
         network, report = network_class.from_pretrained(folder / name, **options)
     if missing := sorted(report["missing_keys"]):
         raise UserError(
-            f"model.path={folder}: the weights of {name} lack {len(missing)} tensors, first {missing[0]}; {AGAIN}"
+            f"{model_path(folder)}: the weights of {name} lack {len(missing)} tensors, first {missing[0]}; {AGAIN}"
         )
+    if adapters := [key for key in report["unexpected_keys"] if ".lora_" in key]:
+        raise UserError(
+            f"{model_path(folder)}: {name} has a LoRA beside its weights, first {short(adapters[0])}, which would not "
+            "act; fuse it (pipe.fuse_lora()) and save the model again"
+        )
+    for tensor_name, weight in network.named_parameters():
+        if weight.numel() and not torch.stack(weight.aminmax()).isfinite().all():  # in one pass, without a copy
+            raise UserError(
+                f"{model_path(folder)}: weights of {name} are not finite in {dtype}, first {short(tensor_name)}; "
+                f"{AGAIN}, or take one from before its training diverged"
+            )
     return network
+
+
+def _refuse_quantised(folder: Path, name: str) -> None:
+    """Raise a `UserError` for weights of whole numbers: without what they are scaled by they are none."""
+    for file in weight_files(folder / name)[0]:
+        with safe_open(file, "pt") as tensors:
+            for key in tensors.keys():  # noqa: SIM118  # no mapping
+                kind = tensors.get_slice(key).get_dtype()
+                if "F" not in kind and not key.endswith("position_ids"):
+                    raise UserError(
+                        f"{model_path(folder)}: {name} is quantised ({short(key)} is of type {kind}), which is not "
+                        "supported; give its weights in float16 or float32"
+                    )
 
 
 def read_tokenizer(folder: Path) -> CLIPTokenizer:
@@ -211,30 +281,63 @@ def read_tokenizer(folder: Path) -> CLIPTokenizer:
         for name in ("vocab.json", "merges.txt"):
             if not (files / name).is_file():
                 raise UserError(
-                    f"model.path={folder}: tokenizer holds neither tokenizer.json nor {name}, without which all "
+                    f"{model_path(folder)}: tokenizer holds neither tokenizer.json nor {name}, without which all "
                     f"captions read the same; {AGAIN}"
                 )
     with reading(folder, "tokenizer"):
         tokenizer = CLIPTokenizer.from_pretrained(files, local_files_only=True)
     with reading(folder, "text_encoder/config.json"):
         text = CLIPTextConfig.from_pretrained(folder / "text_encoder", local_files_only=True)
+    _check_merges(folder, tokenizer)
     size = max(tokenizer.get_vocab().values()) + 1
     if not (1 - UNUSED_IDS) * text.vocab_size <= size <= text.vocab_size:
         raise UserError(
-            f"model.path={folder}: tokenizer knows {size} tokens, the text encoder {text.vocab_size} (vocab_size); "
+            f"{model_path(folder)}: tokenizer knows {size} tokens, the text encoder {text.vocab_size} (vocab_size); "
             "give it the tokenizer it was trained with"
         )
-    tokenizer.model_max_length = min(tokenizer.model_max_length, text.max_position_embeddings)
+    length, positions = tokenizer.model_max_length, text.max_position_embeddings
+    tokenizer.model_max_length = min(length, positions) if isinstance(length, int) and length > 0 else positions
     return tokenizer
 
 
+def _check_merges(folder: Path, tokenizer: CLIPTokenizer) -> None:
+    """Raise a `UserError` unless the tokenizer merges letters into all tokens of its vocabulary (Sennrich et al. 2016).
+
+    Without merges, or with half of them, it spells captions as the text encoder has never seen them.
+    """
+    model = json.loads(tokenizer.backend_tokenizer.to_str())["model"]
+    made = {"".join(pair if isinstance(pair, list) else pair.split(" ")) for pair in model["merges"]}
+    made |= tokenizer.get_added_vocab().keys()
+    lost = [token for token in model["vocab"] if len(token.removesuffix("</w>")) > 1 and token not in made]
+    if len(lost) > UNMERGED * len(model["vocab"]):
+        raise UserError(
+            f"{model_path(folder)}: tokenizer has no merges for {len(lost)} of its {len(model['vocab'])} tokens, first "
+            f"{short(lost[0], 30)!r}, so that captions come out in other ones; {AGAIN}"
+        )
+
+
 def read_scheduler_config(folder: Path) -> Mapping[str, Any]:
-    """The config of the scheduler in `folder`, with its class's defaults. Raises `UserError`."""
+    """The config of the scheduler in `folder`, with its class's defaults.
+
+    Raises:
+        UserError: it is missing or damaged, or of a class for models of another kind.
+    """
     with reading(folder, "scheduler/scheduler_config.json"):
         given = json.loads((folder / "scheduler" / "scheduler_config.json").read_text(encoding="utf-8"))
         indexed = json.loads((folder / "model_index.json").read_text(encoding="utf-8")).get("scheduler")
         name = (indexed or [None, None])[1] or given["_class_name"]
-        scheduler: Any = getattr(diffusers, name, None)
-        if not (isinstance(scheduler, type) and issubclass(scheduler, SchedulerMixin)):
-            raise ValueError(f"{name} is no scheduler of diffusers")
-        return scheduler.from_config(given).config  # type: ignore[attr-defined]
+        for other in {name, given.get("_class_name", name)}:
+            _check_diffusion(folder, other, given)
+        return getattr(diffusers, name).from_config(given).config
+
+
+def _check_diffusion(folder: Path, name: str, config: Mapping[str, Any]) -> None:
+    """Raise a `UserError` for a scheduler that knows no ``beta_t``: its models are none of Ho et al. (2020)."""
+    scheduler: Any = getattr(diffusers, name, None)
+    if not (isinstance(scheduler, type) and issubclass(scheduler, SchedulerMixin)):
+        raise ValueError(f"{name} is no scheduler of diffusers")
+    if "beta_schedule" not in signature(scheduler).parameters or config.get("use_flow_sigmas"):
+        raise UserError(
+            f"{model_path(folder)}: scheduler/scheduler_config.json: {name} is for models of another kind, such as "
+            "flow matching; only those trained on a schedule of betas are supported: give one of Stable Diffusion"
+        )

@@ -174,6 +174,14 @@ def sample(
     return torch.cat(images) if images else torch.empty(0, 3, resolution, resolution)
 
 
+def check_finite(drawn_by: str, *drawn: Tensor) -> None:
+    """Raise a `UserError` for pictures or latents that are none: written to a file they would look black."""
+    if not all(torch.isfinite(tensor).all() for tensor in drawn):
+        raise UserError(
+            f"{drawn_by}: draws pictures whose values are not finite; try dtype=float32, or another LoRA or model"
+        )
+
+
 def _denoise(
     model: LatentDiffusionModel,
     sampler: Sampler,

@@ -12,7 +12,8 @@ from torch import Tensor
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from lcm_lightning.diffusion.schedule import unsupported_schedule
-from lcm_lightning.errors import UserError, first_line
+from lcm_lightning.errors import UserError, first_line, short
+from lcm_lightning.hub import hub_answers
 from lcm_lightning.models.architectures import build_sd15
 from lcm_lightning.models.condition import Condition
 from lcm_lightning.models.deferred import Deferred, deferred_encoders
@@ -21,6 +22,7 @@ from lcm_lightning.models.pipeline_files import (
     SAMPLE_SIZE,
     check_networks,
     locate_pipeline,
+    model_path,
     read_network,
     read_scheduler_config,
     read_tokenizer,
@@ -222,7 +224,7 @@ def load_stable_diffusion(
     wrapped = StableDiffusion(**model, dtype=dtype, preview_vae=_read_preview_vae(preview_vae, dtype))
     wrapped.fused = fused
     if reason := unsupported_schedule(wrapped.scheduler_config):
-        raise UserError(f"model.path={path}: {reason}; give a pipeline whose scheduler config is one of those")
+        raise UserError(f"{model_path(path)}: scheduler_config.json: {reason}; give a Stable Diffusion v1 or v2 model")
     if channels_last:
         wrapped.set_memory_format(torch.channels_last)
     if gradient_checkpointing:
@@ -236,11 +238,12 @@ def _read_preview_vae(path: str | None, dtype: torch.dtype) -> AutoencoderTiny |
     if path is None:
         return None
     try:
-        return AutoencoderTiny.from_pretrained(path, use_safetensors=True).to(dtype)
+        cached = Path(path).is_dir() or not hub_answers()
+        return AutoencoderTiny.from_pretrained(path, use_safetensors=True, local_files_only=cached).to(dtype)
     except (OSError, ValueError) as error:
         raise UserError(
-            f"model.preview_vae={path}: cannot be loaded ({first_line(error)}); give a folder or hub id of diffusers' "
-            "AutoencoderTiny such as madebyollin/taesd, or null"
+            f"model.preview_vae={short(path, 80)}: cannot be loaded ({first_line(error)[:80]}); give a folder or hub "
+            "id of diffusers' AutoencoderTiny such as madebyollin/taesd, or null"
         ) from error
 
 
