@@ -40,6 +40,7 @@ def kill_until(
         "lora, one worker, accumulated",
         "lcm, latents, two workers",
         "lora, a sample that is no number",
+        "dmd2, one worker",
     ],
 )
 def test_a_few_kills_change_no_bit(start: Start, tmp_path: Path, setting: str):

@@ -7,6 +7,7 @@ import itertools
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import lightning as L
 import numpy as np
@@ -20,9 +21,11 @@ from torch.utils.data import DataLoader
 
 from helpers.adapters import gradients, random_batch, randomise
 from lcm_lightning.diffusion.consistency import ConsistencyDistillation
+from lcm_lightning.diffusion.distribution_matching import DistributionMatching
 from lcm_lightning.errors import UserError
 from lcm_lightning.methods import adapter_training
 from lcm_lightning.methods.adapter_training import AdapterTraining
+from lcm_lightning.methods.dmd2_lora import Dmd2LoraDistillation
 from lcm_lightning.methods.lcm_lora import LcmLoraDistillation
 from lcm_lightning.methods.lora import LoraFinetuning
 from lcm_lightning.models.adapters import LoraSettings, lora_parameters
@@ -79,8 +82,8 @@ def normal(seed: int, *shape: int) -> Tensor:
 POSTERIOR_NOISE, NOISE, OFFSET = normal(2, 4, 4, 8, 8), normal(3, 4, 4, 8, 8), normal(4, 4, 4, 1, 1)
 
 
-def adapter_weights(module: AdapterTraining) -> dict[str, Tensor]:
-    state = get_peft_model_state_dict(module.model.unet, adapter_name=module.kind.name)
+def adapter_weights(module: AdapterTraining, adapter: str | None = None) -> dict[str, Tensor]:
+    state = get_peft_model_state_dict(module.model.unet, adapter_name=adapter or module.kind.name)
     return {key: tensor.detach().clone() for key, tensor in state.items()}
 
 
@@ -377,6 +380,131 @@ def test_finetuning_step_is_the_denoising_loss(
     assert draws.highs == [1000]
     assert_same_loss(found, *expected.values())
     assert_same_gradients(gradients(module.model.unet, "finetuned"), *expected_gradients.values())
+
+
+# ---- distribution matching distillation ----------------------------------------------------------------------------
+
+OWN_TIMESTEPS = [999, 749, 499, 249]
+WALK_NOISES = [normal(20 + number, 4, 4, 8, 8) for number in range(4)]
+
+
+def generated(
+    generator: UNet2DConditionModel, steps: int, condition: Tensor, prediction_type: str, dtype: torch.dtype
+) -> Tensor:
+    """What the generator draws in so many of its steps, with gradient in the last (Yin et al. 2024, section 4.5)."""
+    x = WALK_NOISES[0].to(dtype)
+    for number in range(steps):
+        t = torch.full((4,), OWN_TIMESTEPS[number])
+        with torch.set_grad_enabled(number == steps - 1):
+            x, _ = to_x_0_and_epsilon(
+                generator(x, t, condition).sample, x, at(ALPHAS_CUMPROD, t, dtype), prediction_type
+            )
+        if number < steps - 1:
+            a = at(ALPHAS_CUMPROD, torch.tensor([OWN_TIMESTEPS[number + 1]]), dtype)
+            x = a.sqrt() * x + (1 - a).sqrt() * WALK_NOISES[number + 1]
+    return x
+
+
+def distribution_matching_loss(
+    reference: Reference,
+    generator: UNet2DConditionModel,
+    critic: UNet2DConditionModel,
+    teacher: UNet2DConditionModel,
+    batch: dict[str, object],
+    t: Tensor,
+    w: Tensor,
+    steps: int,
+    prediction_type: str,
+) -> tuple[Tensor, Tensor]:
+    """The loss's value, and what has its gradient: ``g dx/dtheta`` (Yin et al. 2023, eqs. 7 and 8)."""
+    dtype = reference.dtype
+    condition, no_condition = reference.text(batch["captions"]), reference.text([""] * 4)
+    x = generated(generator, steps, condition, prediction_type, dtype)
+    with torch.no_grad():
+        a = at(ALPHAS_CUMPROD, t, dtype)
+        x_t = a.sqrt() * x + (1 - a).sqrt() * NOISE
+        conditional, unconditional = teacher(x_t, t, condition).sample, teacher(x_t, t, no_condition).sample
+        guided = conditional + w.reshape(-1, 1, 1, 1) * (conditional - unconditional)
+        real, _ = to_x_0_and_epsilon(guided, x_t, a, prediction_type)
+        fake, _ = to_x_0_and_epsilon(critic(x_t, t, condition).sample, x_t, a, prediction_type)
+        g = (fake - real) / (x - real).abs().mean((1, 2, 3), keepdim=True)
+    share = (batch["weight"] / 4).reshape(-1, 1, 1, 1) / x[0].numel()
+    return (share * g**2 / 2).sum(), (share * g * x).sum()
+
+
+def critic_loss(
+    reference: Reference,
+    generator: UNet2DConditionModel,
+    critic: UNet2DConditionModel,
+    batch: dict[str, object],
+    t: Tensor,
+    steps: int,
+    prediction_type: str,
+) -> Tensor:
+    """Denoising what the generator draws (Yin et al. 2023, eq. 6, or its velocity form)."""
+    a = at(ALPHAS_CUMPROD, t, reference.dtype)
+    condition = reference.text(batch["captions"])
+    x = generated(generator, steps, condition, prediction_type, reference.dtype).detach()
+    target = NOISE if prediction_type == "epsilon" else a.sqrt() * NOISE - (1 - a).sqrt() * x
+    output = critic(a.sqrt() * x + (1 - a).sqrt() * NOISE, t, condition).sample
+    return (batch["weight"] * ((output - target) ** 2).mean((1, 2, 3))).sum() / 4
+
+
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
+@pytest.mark.parametrize(
+    ("step", "trained", "steps"),
+    [(0, "critic", 1), (1, "dmd2", 2), (2, "critic", 2), (5, "dmd2", 4), (7, "dmd2", 1)],
+)
+def test_distribution_matching_steps_are_those_of_the_paper(
+    saved_pipeline: Callable[..., Path],
+    monkeypatch: pytest.MonkeyPatch,
+    batch: dict[str, object],
+    step: int,
+    trained: str,
+    steps: int,
+    prediction_type: str,
+):
+    folder = saved_pipeline(prediction_type=prediction_type)
+    module = Dmd2LoraDistillation(
+        load_stable_diffusion(str(folder)),
+        distillation=DistributionMatching(num_steps=4),
+        critic_steps=1,
+        w_min=W_MIN,
+        w_max=W_MAX,
+        lora=LORA,
+        optimizer=partial(torch.optim.SGD, lr=0.1),
+    )
+    randomise(module, seed=7)
+    draws = FixedDraws(
+        normals=[*WALK_NOISES[:steps], NOISE],
+        unit=torch.tensor([0.0, 0.25, 0.5, 0.99]),
+        integers=torch.tensor([0, 959, 100, 500]),
+    )
+    t = draws.integers + (20 if trained == "dmd2" else 0)
+    monkeypatch.setattr(adapter_training, "SampleRandomness", draws)
+    monkeypatch.setattr(Dmd2LoraDistillation, "trainer", SimpleNamespace(global_step=step, strategy=None))
+    monkeypatch.setattr(module, "log", lambda *_, **__: None)
+    found = module.training_step(batch, 0)
+    found.backward()
+
+    values, expected_gradients = {}, {}
+    for dtype in (torch.float32, torch.float64):
+        reference = Reference(folder, dtype)
+        generator = reference.unet(dmd2=(ALPHA, adapter_weights(module)))
+        critic = reference.unet(critic=(ALPHA, adapter_weights(module, "critic")))
+        if trained == "critic":
+            values[dtype] = critic_loss(reference, generator, critic, batch, t, steps, prediction_type)
+            values[dtype].backward()
+        else:
+            w = W_MIN + (W_MAX - W_MIN) * draws.unit
+            arguments = (reference, generator, critic, reference.unet(), batch, t, w, steps, prediction_type)
+            values[dtype], slope = distribution_matching_loss(*arguments)
+            slope.backward()
+        expected_gradients[dtype] = gradients(critic if trained == "critic" else generator, trained)
+    assert draws.highs == [1000 if trained == "critic" else 960]
+    assert_same_loss(found, *values.values())
+    assert_same_gradients(gradients(module.model.unet, trained), *expected_gradients.values())
+    assert all(p.grad is None for name, p in module.named_parameters() if f".{trained}." not in name)
 
 
 # ---- through Lightning's Trainer -----------------------------------------------------------------------------------
