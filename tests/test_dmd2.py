@@ -93,10 +93,12 @@ def distil(method: DistributionMatching, critic_steps: int, rounds: int = 700) -
         noises = [torch.randn(256, 2) for _ in range(step // (critic_steps + 1) % method.num_steps + 1)]
         noise, timesteps = torch.randn(256, 2), torch.randint(low, high, (256,))
         if trained is generator:
-            w = torch.full((256,), GUIDANCE)
-            losses = method.losses(generator, teacher, critic, noises, noise, timesteps, w, ALPHAS_CUMPROD)
+            settings = (noise, timesteps, torch.full((256,), GUIDANCE), ALPHAS_CUMPROD)
+            direction = partial(method.direction, teacher, critic)
+            losses = method.losses(generator, lambda x, g=direction, s=settings: g(x, *s), noises, ALPHAS_CUMPROD)
         else:
-            losses = method.critic_losses(generator, critic, noises, noise, timesteps, ALPHAS_CUMPROD)
+            x = method.drawn(generator, noises, ALPHAS_CUMPROD)
+            losses = method.critic_losses(critic, x, noise, timesteps, ALPHAS_CUMPROD)
         optimizers[trained].zero_grad()
         losses.mean().backward()
         optimizers[trained].step()
@@ -114,8 +116,7 @@ def error(method: DistributionMatching, generator: Generator) -> float:
     drawn = []
     for steps in range(1, method.num_steps + 1):
         noises = [torch.randn(100_000, 2, generator=dice) for _ in range(steps)]
-        x_t, timesteps = method.simulated(generator, noises, ALPHAS_CUMPROD)
-        drawn.append(method.denoised(generator, x_t, timesteps, ALPHAS_CUMPROD))
+        drawn.append(method.drawn(generator, noises, ALPHAS_CUMPROD))
     x = torch.cat(drawn)
     of_mean = (x.mean(0) - GUIDED_MEAN).norm() / COVARIANCE.trace().sqrt()
     of_covariance = (x.T.cov() - COVARIANCE).norm() / COVARIANCE.norm()
@@ -172,8 +173,8 @@ def test_training_draws_as_the_sampler_does(saved_pipeline: Callable[..., Path],
     dice = torch.Generator().manual_seed(3)
     noises = [torch.randn(1, 4, 8, 8, generator=dice) for _ in range(4)]
     generator = trained.student(trained.model.encode_text(["a dog"]))
-    x_t, timesteps = trained.distillation.simulated(generator, noises[:steps], trained.alphas_cumprod)
-    found = trained.distillation.denoised(generator, x_t, timesteps, trained.alphas_cumprod)
+    _, timesteps = trained.distillation.simulated(generator, noises[:steps], trained.alphas_cumprod)
+    found = trained.distillation.drawn(generator, noises[:steps], trained.alphas_cumprod)
     drawn: list[Tensor] = []
     options = {"steps": 4, "guidance_scale": 1.0, "sampler": trained.kind.sampler, "resolution": 32}
 

@@ -16,7 +16,7 @@ import torch
 from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 from lightning.pytorch.plugins import MixedPrecision
 from peft import LoraConfig, get_peft_model_state_dict, set_peft_model_state_dict
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from helpers.adapters import gradients, random_batch, randomise
@@ -385,6 +385,7 @@ def test_finetuning_step_is_the_denoising_loss(
 # ---- distribution matching distillation ----------------------------------------------------------------------------
 
 OWN_TIMESTEPS = [999, 749, 499, 249]
+ADVERSARIAL_WEIGHT, ADVERSARIAL_NOISE = 0.5, normal(30, 4, 4, 8, 8)
 WALK_NOISES = [normal(20 + number, 4, 4, 8, 8) for number in range(4)]
 
 
@@ -405,18 +406,31 @@ def generated(
     return x
 
 
+def realness(unet: UNet2DConditionModel, discriminator: nn.Module, x: Tensor, t: Tensor, text: Tensor) -> Tensor:
+    """Logits [B, P] of all pixels of the maps of the UNet's encoder, with noise on `x`."""
+    a = at(ALPHAS_CUMPROD, t, x.dtype)
+    embedding = unet.time_embedding(unet.time_proj(t).to(x.dtype))
+    maps = [unet.conv_in(a.sqrt() * x + (1 - a).sqrt() * ADVERSARIAL_NOISE)]
+    for block in unet.down_blocks:
+        caption = {"encoder_hidden_states": text} if getattr(block, "has_cross_attention", False) else {}
+        maps.append(block(maps[-1], embedding, **caption)[0])
+    maps.append(unet.mid_block(maps[-1], embedding, encoder_hidden_states=text))
+    pairs = zip(discriminator.heads, maps[1:], strict=True)
+    return torch.cat([head(feature).flatten(1) for head, feature in pairs], dim=1)
+
+
 def distribution_matching_loss(
     reference: Reference,
     generator: UNet2DConditionModel,
     critic: UNet2DConditionModel,
-    teacher: UNet2DConditionModel,
+    discriminator: nn.Module | None,
     batch: dict[str, object],
-    t: Tensor,
-    w: Tensor,
+    draws: FixedDraws,
     steps: int,
     prediction_type: str,
 ) -> tuple[Tensor, Tensor]:
-    """The loss's value, and what has its gradient: ``g dx/dtheta`` (Yin et al. 2023, eqs. 7 and 8)."""
+    """The loss's value, and what has its gradient: ``g dx/dtheta`` (Yin et al. 2023, eqs. 7 and 8), and the GAN's."""
+    t, w, teacher = 20 + draws.integers, W_MIN + (W_MAX - W_MIN) * draws.unit, reference.unet()
     dtype = reference.dtype
     condition, no_condition = reference.text(batch["captions"]), reference.text([""] * 4)
     x = generated(generator, steps, condition, prediction_type, dtype)
@@ -428,28 +442,42 @@ def distribution_matching_loss(
         real, _ = to_x_0_and_epsilon(guided, x_t, a, prediction_type)
         fake, _ = to_x_0_and_epsilon(critic(x_t, t, condition).sample, x_t, a, prediction_type)
         g = (fake - real) / (x - real).abs().mean((1, 2, 3), keepdim=True)
-    share = (batch["weight"] / 4).reshape(-1, 1, 1, 1) / x[0].numel()
-    return (share * g**2 / 2).sum(), (share * g * x).sum()
+    weight = batch["weight"] / 4
+    share = weight.reshape(-1, 1, 1, 1) / x[0].numel()
+    surrogate = (share * g * x).sum()
+    if discriminator is not None:
+        logits = realness(teacher, discriminator, x, draws.integers, condition)
+        deceiving = ADVERSARIAL_WEIGHT * torch.log1p(torch.exp(-logits)).mean(1)
+        (slope,) = torch.autograd.grad(deceiving.sum(), x, retain_graph=True)
+        g, surrogate = g + slope * x[0].numel(), surrogate + (weight * deceiving).sum()
+    return (share * g**2 / 2).sum(), surrogate
 
 
 def critic_loss(
     reference: Reference,
     generator: UNet2DConditionModel,
     critic: UNet2DConditionModel,
+    discriminator: nn.Module | None,
     batch: dict[str, object],
     t: Tensor,
     steps: int,
     prediction_type: str,
 ) -> Tensor:
-    """Denoising what the generator draws (Yin et al. 2023, eq. 6, or its velocity form)."""
+    """Denoising what the generator draws (Yin et al. 2023, eq. 6, or its velocity form), and telling it from photos."""
     a = at(ALPHAS_CUMPROD, t, reference.dtype)
     condition = reference.text(batch["captions"])
     x = generated(generator, steps, condition, prediction_type, reference.dtype).detach()
     target = NOISE if prediction_type == "epsilon" else a.sqrt() * NOISE - (1 - a).sqrt() * x
     output = critic(a.sqrt() * x + (1 - a).sqrt() * NOISE, t, condition).sample
-    return (batch["weight"] * ((output - target) ** 2).mean((1, 2, 3))).sum() / 4
+    losses = ((output - target) ** 2).mean((1, 2, 3))
+    if discriminator is not None:
+        photos = reference.latents(batch["pixel_values"])
+        real, drawn = (realness(reference.unet(), discriminator, z, t, condition) for z in (photos, x))
+        losses = losses + torch.log1p(torch.exp(-real)).mean(1) + torch.log1p(torch.exp(drawn)).mean(1)
+    return (batch["weight"] * losses).sum() / 4
 
 
+@pytest.mark.parametrize("adversarial", [False, True], ids=["", "adversarial"])
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
 @pytest.mark.parametrize(
     ("step", "trained", "steps"),
@@ -463,12 +491,14 @@ def test_distribution_matching_steps_are_those_of_the_paper(
     trained: str,
     steps: int,
     prediction_type: str,
+    adversarial: bool,
 ):
     folder = saved_pipeline(prediction_type=prediction_type)
     module = Dmd2LoraDistillation(
         load_stable_diffusion(str(folder)),
         distillation=DistributionMatching(num_steps=4),
         critic_steps=1,
+        adversarial_weight=ADVERSARIAL_WEIGHT if adversarial else 0.0,
         w_min=W_MIN,
         w_max=W_MAX,
         lora=LORA,
@@ -476,11 +506,10 @@ def test_distribution_matching_steps_are_those_of_the_paper(
     )
     randomise(module, seed=7)
     draws = FixedDraws(
-        normals=[*WALK_NOISES[:steps], NOISE],
+        normals=[POSTERIOR_NOISE, *WALK_NOISES[:steps], NOISE, ADVERSARIAL_NOISE],
         unit=torch.tensor([0.0, 0.25, 0.5, 0.99]),
         integers=torch.tensor([0, 959, 100, 500]),
     )
-    t = draws.integers + (20 if trained == "dmd2" else 0)
     monkeypatch.setattr(adapter_training, "SampleRandomness", draws)
     monkeypatch.setattr(Dmd2LoraDistillation, "trainer", SimpleNamespace(global_step=step, strategy=None))
     monkeypatch.setattr(module, "log", lambda *_, **__: None)
@@ -489,22 +518,33 @@ def test_distribution_matching_steps_are_those_of_the_paper(
 
     values, expected_gradients = {}, {}
     for dtype in (torch.float32, torch.float64):
-        reference = Reference(folder, dtype)
+        reference, judge = Reference(folder, dtype), copy.deepcopy(module.discriminator)
+        judge = judge.to(dtype) if judge is not None else None
         generator = reference.unet(dmd2=(ALPHA, adapter_weights(module)))
         critic = reference.unet(critic=(ALPHA, adapter_weights(module, "critic")))
         if trained == "critic":
-            values[dtype] = critic_loss(reference, generator, critic, batch, t, steps, prediction_type)
+            if judge is not None:
+                judge.zero_grad()
+            values[dtype] = critic_loss(
+                reference, generator, critic, judge, batch, draws.integers, steps, prediction_type
+            )
             values[dtype].backward()
         else:
-            w = W_MIN + (W_MAX - W_MIN) * draws.unit
-            arguments = (reference, generator, critic, reference.unet(), batch, t, w, steps, prediction_type)
-            values[dtype], slope = distribution_matching_loss(*arguments)
-            slope.backward()
+            values[dtype], surrogate = distribution_matching_loss(
+                reference, generator, critic, judge, batch, draws, steps, prediction_type
+            )
+            surrogate.backward()
         expected_gradients[dtype] = gradients(critic if trained == "critic" else generator, trained)
-    assert draws.highs == [1000 if trained == "critic" else 960]
+        if trained == "critic" and judge is not None:
+            expected_gradients[dtype] |= {name: p.grad for name, p in judge.named_parameters()}
+    assert draws.highs == [1000 if trained == "critic" else 960, *[1000] * adversarial]
     assert_same_loss(found, *values.values())
-    assert_same_gradients(gradients(module.model.unet, trained), *expected_gradients.values())
-    assert all(p.grad is None for name, p in module.named_parameters() if f".{trained}." not in name)
+    found_gradients = gradients(module.model.unet, trained)
+    if trained == "critic" and adversarial:
+        found_gradients |= {name: p.grad for name, p in module.discriminator.named_parameters()}
+    assert_same_gradients(found_gradients, *expected_gradients.values())
+    moving = {id(parameter) for parameter in module.trained_by(trained)}
+    assert all(parameter.grad is None for parameter in module.parameters() if id(parameter) not in moving)
 
 
 # ---- through Lightning's Trainer -----------------------------------------------------------------------------------

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -70,6 +70,11 @@ class DistributionMatching:
         return x_t, walk[-1]
 
     @torch.no_grad()
+    def drawn(self, generator: Denoiser, noises: Sequence[Tensor], alphas_cumprod: Tensor) -> Tensor:
+        """What the generator draws in ``len(noises)`` steps."""
+        return self.denoised(generator, *self.simulated(generator, noises, alphas_cumprod), alphas_cumprod)
+
+    @torch.no_grad()
     def direction(
         self,
         teacher: GuidedDenoiser,
@@ -96,48 +101,38 @@ class DistributionMatching:
     def losses(
         self,
         generator: Denoiser,
-        teacher: GuidedDenoiser,
-        critic: Denoiser,
+        direction: Callable[[Tensor], Tensor],
         noises: Sequence[Tensor],
-        noise: Tensor,
-        timesteps: Tensor,
-        guidance_scale: Tensor,
         alphas_cumprod: Tensor,
     ) -> Tensor:
         """The generator's ``mean(1/2 (x - sg(x - g))^2)``, float32 [B], whose gradient in ``x`` is ``g``'s.
 
-        ``x`` is computed twice, so that what its gradient needs is kept only once the other passes are over.
+        ``x`` is computed twice, so that what its gradient needs is kept only once the passes behind ``g`` are over.
 
         Args:
             generator: called ``len(noises)`` times without and once with gradient.
-            teacher: gives conditional and unconditional outputs.
-            critic: see `critic_losses`.
+            direction: gives ``g`` of ``x``: `direction`, or its sum with others.
             noises: standard normal [B, ...], one for each step the generator draws in, 1 to N of them.
-            noise, timesteps, guidance_scale: see `direction`.
             alphas_cumprod: [T], float32.
         """
         x_t, own = self.simulated(generator, noises, alphas_cumprod)
         with torch.no_grad():
             x = self.denoised(generator, x_t, own, alphas_cumprod)
-        target = x - self.direction(teacher, critic, x, noise, timesteps, guidance_scale, alphas_cumprod)
+        target = x - direction(x)
         return squared_error(self.denoised(generator, x_t, own, alphas_cumprod), target) / 2
 
     def critic_losses(
         self,
-        generator: Denoiser,
         critic: Denoiser,
-        noises: Sequence[Tensor],
+        x: Tensor,
         noise: Tensor,
         timesteps: Tensor,
         alphas_cumprod: Tensor,
     ) -> Tensor:
-        """The critic's denoising loss on what the generator draws, float32 [B] (Yin et al. 2023, eq. 6).
+        """The critic's denoising loss on pictures `x` of the generator's, float32 [B] (Yin et al. 2023, eq. 6).
 
-        Arguments as of `losses`, `timesteps` over the whole schedule; the generator is called without gradient.
+        Under `noise` at `timesteps` [B], which are uniform.
         """
-        x_t, own = self.simulated(generator, noises, alphas_cumprod)
-        with torch.no_grad():
-            x = self.denoised(generator, x_t, own, alphas_cumprod)
         a_t = alphas_cumprod[timesteps]
         output = critic(add_noise(x, noise, a_t), timesteps).float()
         return squared_error(output, training_target(x, noise, a_t, self.prediction_type))

@@ -63,7 +63,7 @@ class AdapterTraining(FusedClipping, ABC):
     alphas_cumprod: Tensor
     kind: AdapterKind
     helpers: ClassVar[tuple[str, ...]] = ()
-    reads_images: ClassVar[bool] = True
+    reads_images: bool = True
 
     def __init__(
         self,
@@ -94,8 +94,9 @@ class AdapterTraining(FusedClipping, ABC):
         for name in self.adapters:
             add_lora(model.unet, name, lora, fused=fused, seeds=self.dropout_seeds)
         set_active_adapters(model.unet, [self.kind.name])
-        for parameter in self.adapter_parameters():
-            parameter.requires_grad_()  # of those that do not act too
+        for name in self.adapters:
+            for parameter in lora_parameters(model.unet, name):
+                parameter.requires_grad_()  # of those that do not act too
         for module in model.unet.modules():
             if type(module) is nn.Dropout:
                 module.p = 0.0  # frozen layers are what they are when drawn from
@@ -182,7 +183,7 @@ class AdapterTraining(FusedClipping, ABC):
 
     def _resting_parameters(self) -> list[nn.Parameter]:
         resting = [name for name in self.adapters if name != self._in_turn()]
-        return [parameter for name in resting for parameter in lora_parameters(self.model.unet, name)]
+        return [parameter for name in resting for parameter in self.trained_by(name)]
 
     def validation_step(self, batch: dict[str, Any], batch_index: int) -> None:
         """Mean loss over the held-out samples. Their seeds do not change, so neither do noise and timesteps."""
@@ -218,15 +219,16 @@ class AdapterTraining(FusedClipping, ABC):
 
     def adapter_parameters(self) -> list[nn.Parameter]:
         """The trainable parameters."""
-        return [parameter for name in self.adapters for parameter in lora_parameters(self.model.unet, name)]
+        return [parameter for name in self.adapters for parameter in self.trained_by(name)]
+
+    def trained_by(self, adapter: str) -> list[nn.Parameter]:
+        """The parameters that move in an adapter's turns: its own."""
+        return lora_parameters(self.model.unet, adapter)
 
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         """The optimizer and its schedule, stepped once an optimizer step."""
         optimizer = self.make_optimizer(
-            [
-                {"params": lora_parameters(self.model.unet, name), **self.optimizer_settings(name)}
-                for name in self.adapters
-            ]
+            [{"params": self.trained_by(name), **self.optimizer_settings(name)} for name in self.adapters]
         )
         schedule = get_scheduler(
             self.lr_scheduler,

@@ -47,10 +47,13 @@ SETTINGS: dict[str, tuple[int, tuple[str, ...]]] = {
     # With latents, which take the place of the images' shards, and with latents of which one sample is not a number.
     "lcm, latents, two workers": (1, ("experiment=lcm_flickr8k", "data.num_workers=2", "data.source=latents")),
     "lora, a sample that is no number": (1, ("experiment=lora_flickr8k", "data.source=spoilt", "data.num_workers=1")),
-    # Two adapters that take turns, three optimizer steps a round.
+    # Two adapters and a discriminator that take turns, three optimizer steps a round.
     "dmd2, one worker": (
         1,
-        ("experiment=lcm_flickr8k", "method=dmd2_lora", "method.critic_steps=2", "data.num_workers=1"),
+        (
+            *("experiment=lcm_flickr8k", "method=dmd2_lora", "method.critic_steps=2"),
+            *("method.adversarial_weight=1", "data.num_workers=1"),
+        ),
     ),
     "lora, two processes": (2, ("experiment=lora_flickr8k", *TWO)),
     "lcm, two processes, a worker each, accumulated": (
