@@ -87,7 +87,7 @@ data.bacth_size=1
 ~nonesuch -> \~nonesuch:
 # options
 experiment=nonesuch
-method=nonesuch -> method=nonesuch: .*there are lcm_lora, lora
+method=nonesuch -> method=nonesuch: .*there are .*lcm_lora, lora
 data=nonesuch
 trainer=nonesuch
 optimizer=nonesuch
@@ -168,6 +168,14 @@ method=pcm_lora +method.schedules=[4,8] -> method\.schedules
 method=lora method.min_snr_gamma=0
 method=lora method.noise_offset=-1
 method=lora method.timestep_exponent=0
+method=dmd2_lora method.distillation.num_steps=0
+method=dmd2_lora method.distillation.num_steps=51
+method=dmd2_lora method.distillation.min_timestep=-0.1
+method=dmd2_lora method.distillation.max_timestep=0.01 -> min_timestep=0\.02, .*max_timestep=0\.01:
+method=dmd2_lora method.critic_steps=0
+method=dmd2_lora method.critic_lr=0
+method=dmd2_lora method.adversarial_weight=-1
+method=dmd2_lora method.w_max=1 -> method\.w_min=7\.0, method\.w_max=1: expected 0 <= w_min
 # names and combinations
 method.w_min=20
 method.distillation.loss=l1

@@ -21,8 +21,10 @@ from lcm_lightning.callbacks.progress_bar import ProgressBar
 from lcm_lightning.callbacks.skipped_samples import SkippedSamples
 from lcm_lightning.callbacks.throughput import Throughput
 from lcm_lightning.diffusion.consistency import ConsistencyDistillation
+from lcm_lightning.diffusion.distribution_matching import DistributionMatching
 from lcm_lightning.diffusion.trajectory import TrajectoryDistillation
 from lcm_lightning.methods.adapter_training import AdapterTraining
+from lcm_lightning.methods.dmd2_lora import Dmd2LoraDistillation
 from lcm_lightning.methods.lcm_lora import LcmLoraDistillation
 from lcm_lightning.methods.lora import LoraFinetuning
 from lcm_lightning.methods.pcm_lora import PcmLoraDistillation
@@ -70,11 +72,13 @@ def module(method: str, pipeline_folder: Path) -> AdapterTraining:
         return TcdLoraDistillation(model, distillation=TrajectoryDistillation(), schedules=[4, 8], **training)
     if method == "pcm":
         return PcmLoraDistillation(model, distillation=TrajectoryDistillation(num_ode_steps=40), **training)
+    if method == "dmd2":
+        return Dmd2LoraDistillation(model, distillation=DistributionMatching(), critic_steps=1, **training)
     distillation = ConsistencyDistillation(num_ode_steps=50, loss="huber", huber_c=0.001)
     return LcmLoraDistillation(model, distillation=distillation, **training)
 
 
-@pytest.mark.parametrize("method", ["lora", "lcm", "tcd", "pcm"])
+@pytest.mark.parametrize("method", ["lora", "lcm", "tcd", "pcm", "dmd2"])
 def test_no_number_is_read_from_the_device_in_a_step_that_is_not_logged(
     tmp_path: Path, pipeline_folder: Path, flickr_shards: Path, method: str
 ):

@@ -42,6 +42,7 @@ def kill_until(
         "lora, a sample that is no number",
         "tcd, two workers",
         "pcm, no worker",
+        "dmd2, one worker",
     ],
 )
 def test_a_few_kills_change_no_bit(start: Start, tmp_path: Path, setting: str):

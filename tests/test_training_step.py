@@ -7,6 +7,7 @@ import itertools
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import lightning as L
 import numpy as np
@@ -15,15 +16,17 @@ import torch
 from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 from lightning.pytorch.plugins import MixedPrecision
 from peft import LoraConfig, get_peft_model_state_dict, set_peft_model_state_dict
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from helpers.adapters import gradients, random_batch, randomise
 from lcm_lightning.diffusion.consistency import ConsistencyDistillation
+from lcm_lightning.diffusion.distribution_matching import DistributionMatching
 from lcm_lightning.diffusion.trajectory import TrajectoryDistillation
 from lcm_lightning.errors import UserError
 from lcm_lightning.methods import adapter_training
 from lcm_lightning.methods.adapter_training import AdapterTraining
+from lcm_lightning.methods.dmd2_lora import Dmd2LoraDistillation
 from lcm_lightning.methods.lcm_lora import LcmLoraDistillation
 from lcm_lightning.methods.lora import LoraFinetuning
 from lcm_lightning.methods.pcm_lora import PcmLoraDistillation
@@ -84,8 +87,8 @@ def normal(seed: int, *shape: int) -> Tensor:
 POSTERIOR_NOISE, NOISE, OFFSET = normal(2, 4, 4, 8, 8), normal(3, 4, 4, 8, 8), normal(4, 4, 4, 1, 1)
 
 
-def adapter_weights(module: AdapterTraining) -> dict[str, Tensor]:
-    state = get_peft_model_state_dict(module.model.unet, adapter_name=module.kind.name)
+def adapter_weights(module: AdapterTraining, adapter: str | None = None) -> dict[str, Tensor]:
+    state = get_peft_model_state_dict(module.model.unet, adapter_name=adapter or module.kind.name)
     return {key: tensor.detach().clone() for key, tensor in state.items()}
 
 
@@ -520,6 +523,171 @@ def test_timesteps_of_finetuning_follow_the_exponent(
     module.losses(torch.zeros(4000, 1, 1, 1), model.encode_text([""]), randomness)
     assert seen[0].min() >= 0 and seen[0].max() == 999
     assert (seen[0] < 500).float().mean().item() == pytest.approx(0.5 ** (1 / exponent), abs=0.025)
+
+
+# ---- distribution matching distillation ----------------------------------------------------------------------------
+
+OWN_TIMESTEPS = [999, 749, 499, 249]
+ADVERSARIAL_WEIGHT, ADVERSARIAL_NOISE = 0.5, normal(30, 4, 4, 8, 8)
+WALK_NOISES = [normal(20 + number, 4, 4, 8, 8) for number in range(4)]
+
+
+def generated(
+    generator: UNet2DConditionModel, steps: int, condition: Tensor, prediction_type: str, dtype: torch.dtype
+) -> Tensor:
+    """What the generator draws in so many of its steps, with gradient in the last (Yin et al. 2024, section 4.5)."""
+    x = WALK_NOISES[0].to(dtype)
+    for number in range(steps):
+        t = torch.full((4,), OWN_TIMESTEPS[number])
+        with torch.set_grad_enabled(number == steps - 1):
+            x, _ = to_x_0_and_epsilon(
+                generator(x, t, condition).sample, x, at(ALPHAS_CUMPROD, t, dtype), prediction_type
+            )
+        if number < steps - 1:
+            a = at(ALPHAS_CUMPROD, torch.tensor([OWN_TIMESTEPS[number + 1]]), dtype)
+            x = a.sqrt() * x + (1 - a).sqrt() * WALK_NOISES[number + 1]
+    return x
+
+
+def realness(unet: UNet2DConditionModel, discriminator: nn.Module, x: Tensor, t: Tensor, text: Tensor) -> Tensor:
+    """Logits [B, P] of all pixels of the maps of the UNet's encoder, with noise on `x`."""
+    a = at(ALPHAS_CUMPROD, t, x.dtype)
+    embedding = unet.time_embedding(unet.time_proj(t).to(x.dtype))
+    maps = [unet.conv_in(a.sqrt() * x + (1 - a).sqrt() * ADVERSARIAL_NOISE)]
+    for block in unet.down_blocks:
+        caption = {"encoder_hidden_states": text} if getattr(block, "has_cross_attention", False) else {}
+        maps.append(block(maps[-1], embedding, **caption)[0])
+    maps.append(unet.mid_block(maps[-1], embedding, encoder_hidden_states=text))
+    pairs = zip(discriminator.heads, maps[1:], strict=True)
+    return torch.cat([head(feature).flatten(1) for head, feature in pairs], dim=1)
+
+
+def distribution_matching_loss(
+    reference: Reference,
+    generator: UNet2DConditionModel,
+    critic: UNet2DConditionModel,
+    discriminator: nn.Module | None,
+    batch: dict[str, object],
+    draws: FixedDraws,
+    steps: int,
+    prediction_type: str,
+) -> tuple[Tensor, Tensor]:
+    """The loss's value, and what has its gradient: ``g dx/dtheta`` (Yin et al. 2023, eqs. 7 and 8), and the GAN's."""
+    t, w, teacher = 20 + draws.integers, W_MIN + (W_MAX - W_MIN) * draws.unit, reference.unet()
+    dtype = reference.dtype
+    condition, no_condition = reference.text(batch["captions"]), reference.text([""] * 4)
+    x = generated(generator, steps, condition, prediction_type, dtype)
+    with torch.no_grad():
+        a = at(ALPHAS_CUMPROD, t, dtype)
+        x_t = a.sqrt() * x + (1 - a).sqrt() * NOISE
+        conditional, unconditional = teacher(x_t, t, condition).sample, teacher(x_t, t, no_condition).sample
+        guided = conditional + w.reshape(-1, 1, 1, 1) * (conditional - unconditional)
+        real, _ = to_x_0_and_epsilon(guided, x_t, a, prediction_type)
+        fake, _ = to_x_0_and_epsilon(critic(x_t, t, condition).sample, x_t, a, prediction_type)
+        g = (fake - real) / (x - real).abs().mean((1, 2, 3), keepdim=True)
+    weight = batch["weight"] / 4
+    share = weight.reshape(-1, 1, 1, 1) / x[0].numel()
+    surrogate = (share * g * x).sum()
+    if discriminator is not None:
+        logits = realness(teacher, discriminator, x, draws.integers, condition)
+        deceiving = ADVERSARIAL_WEIGHT * torch.log1p(torch.exp(-logits)).mean(1)
+        (slope,) = torch.autograd.grad(deceiving.sum(), x, retain_graph=True)
+        g, surrogate = g + slope * x[0].numel(), surrogate + (weight * deceiving).sum()
+    return (share * g**2 / 2).sum(), surrogate
+
+
+def critic_loss(
+    reference: Reference,
+    generator: UNet2DConditionModel,
+    critic: UNet2DConditionModel,
+    discriminator: nn.Module | None,
+    batch: dict[str, object],
+    t: Tensor,
+    steps: int,
+    prediction_type: str,
+) -> Tensor:
+    """Denoising what the generator draws (Yin et al. 2023, eq. 6, or its velocity form), and telling it from photos."""
+    a = at(ALPHAS_CUMPROD, t, reference.dtype)
+    condition = reference.text(batch["captions"])
+    x = generated(generator, steps, condition, prediction_type, reference.dtype).detach()
+    target = NOISE if prediction_type == "epsilon" else a.sqrt() * NOISE - (1 - a).sqrt() * x
+    output = critic(a.sqrt() * x + (1 - a).sqrt() * NOISE, t, condition).sample
+    losses = ((output - target) ** 2).mean((1, 2, 3))
+    if discriminator is not None:
+        photos = reference.latents(batch["pixel_values"])
+        real, drawn = (realness(reference.unet(), discriminator, z, t, condition) for z in (photos, x))
+        losses = losses + torch.log1p(torch.exp(-real)).mean(1) + torch.log1p(torch.exp(drawn)).mean(1)
+    return (batch["weight"] * losses).sum() / 4
+
+
+@pytest.mark.parametrize("adversarial", [False, True], ids=["", "adversarial"])
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
+@pytest.mark.parametrize(
+    ("step", "trained", "steps"),
+    [(0, "critic", 1), (1, "dmd2", 2), (2, "critic", 2), (5, "dmd2", 4), (7, "dmd2", 1)],
+)
+def test_distribution_matching_steps_are_those_of_the_paper(
+    saved_pipeline: Callable[..., Path],
+    monkeypatch: pytest.MonkeyPatch,
+    batch: dict[str, object],
+    step: int,
+    trained: str,
+    steps: int,
+    prediction_type: str,
+    adversarial: bool,
+):
+    folder = saved_pipeline(prediction_type=prediction_type)
+    module = Dmd2LoraDistillation(
+        load_stable_diffusion(str(folder)),
+        distillation=DistributionMatching(num_steps=4),
+        critic_steps=1,
+        adversarial_weight=ADVERSARIAL_WEIGHT if adversarial else 0.0,
+        w_min=W_MIN,
+        w_max=W_MAX,
+        lora=LORA,
+        optimizer=partial(torch.optim.SGD, lr=0.1),
+    )
+    randomise(module, seed=7)
+    draws = FixedDraws(
+        normals=[POSTERIOR_NOISE, *WALK_NOISES[:steps], NOISE, ADVERSARIAL_NOISE],
+        unit=torch.tensor([0.0, 0.25, 0.5, 0.99]),
+        integers=torch.tensor([0, 959, 100, 500]),
+    )
+    monkeypatch.setattr(adapter_training, "SampleRandomness", draws)
+    monkeypatch.setattr(Dmd2LoraDistillation, "trainer", SimpleNamespace(global_step=step, strategy=None))
+    monkeypatch.setattr(module, "log", lambda *_, **__: None)
+    found = module.training_step(batch, 0)
+    found.backward()
+
+    values, expected_gradients = {}, {}
+    for dtype in (torch.float32, torch.float64):
+        reference, judge = Reference(folder, dtype), copy.deepcopy(module.discriminator)
+        judge = judge.to(dtype) if judge is not None else None
+        generator = reference.unet(dmd2=(ALPHA, adapter_weights(module)))
+        critic = reference.unet(critic=(ALPHA, adapter_weights(module, "critic")))
+        if trained == "critic":
+            if judge is not None:
+                judge.zero_grad()
+            values[dtype] = critic_loss(
+                reference, generator, critic, judge, batch, draws.integers, steps, prediction_type
+            )
+            values[dtype].backward()
+        else:
+            values[dtype], surrogate = distribution_matching_loss(
+                reference, generator, critic, judge, batch, draws, steps, prediction_type
+            )
+            surrogate.backward()
+        expected_gradients[dtype] = gradients(critic if trained == "critic" else generator, trained)
+        if trained == "critic" and judge is not None:
+            expected_gradients[dtype] |= {name: p.grad for name, p in judge.named_parameters()}
+    assert draws.highs == [1000 if trained == "critic" else 960, *[1000] * adversarial]
+    assert_same_loss(found, *values.values())
+    found_gradients = gradients(module.model.unet, trained)
+    if trained == "critic" and adversarial:
+        found_gradients |= {name: p.grad for name, p in module.discriminator.named_parameters()}
+    assert_same_gradients(found_gradients, *expected_gradients.values())
+    moving = {id(parameter) for parameter in module.trained_by(trained)}
+    assert all(parameter.grad is None for parameter in module.parameters() if id(parameter) not in moving)
 
 
 # ---- through Lightning's Trainer -----------------------------------------------------------------------------------

@@ -72,7 +72,8 @@ def build_module(cfg: DictConfig, precision: str, cache: LatentCache | None = No
 
     Args:
         cfg: its ``data.resolution``, where null, becomes the model's own.
-        cache: the cached latents to train on; VAE and text encoder are then not read before they are needed.
+        cache: the cached latents to train on; VAE and text encoder are then not read before they are needed, as where
+            the method reads no images.
 
     Raises:
         UserError: the model cannot be loaded, a setting does not fit it, or the cache was made with another model.
@@ -86,7 +87,8 @@ def build_module(cfg: DictConfig, precision: str, cache: LatentCache | None = No
                 f"data.resolution=null: method {cfg.name} has no model to take it from; set it, such as to 64"
             )
         return instantiate_group(cfg, "method", optimizer=optimizer)
-    deferred = {"defer_encoders": True} if cache is not None else {}
+    reads_images = getattr(instantiate_group(cfg, "method", _partial_=True).func, "reads_images", True)
+    deferred = {} if cache is None and reads_images else {"defer_encoders": True}
     model = instantiate_group(cfg, "model", dtype=frozen_dtype(precision), **deferred)
     if cfg.data.resolution is None:
         cfg.data.resolution = model.default_resolution

@@ -47,6 +47,8 @@ class AdapterTraining(FusedClipping, ABC):
     [B, 2, C, h, w] and the tensors of a `Condition`. See `lcm_lightning.data`. The mean of weight times loss over all
     ranks is the mean over the step's samples, each once.
 
+    A method that reads no images (`reads_images`) is given standard normal noise in the place of their latents.
+
     Several adapters take turns, one an optimizer step, as `turn` says. Each has a parameter group of the one optimizer
     with settings of its own: an optimizer leaves parameters without a gradient, and its state of them, as they are.
 
@@ -61,6 +63,7 @@ class AdapterTraining(FusedClipping, ABC):
     alphas_cumprod: Tensor
     kind: AdapterKind  # the class's, or a run's own where its settings decide how it is drawn
     helpers: ClassVar[tuple[str, ...]] = ()
+    reads_images: bool = True
 
     def __init__(
         self,
@@ -86,12 +89,14 @@ class AdapterTraining(FusedClipping, ABC):
             from lcm_lightning.models.activations import keep_fewer_activations
 
             keep_fewer_activations(model.unet)
+        self.last_losses: dict[str, Tensor] = {}  # logged together: steps that are logged may all be one's turns
         self.dropout_seeds: list[int] = []
         for name in self.adapters:
             add_lora(model.unet, name, lora, fused=fused, seeds=self.dropout_seeds)
         set_active_adapters(model.unet, [self.kind.name])
-        for parameter in self.adapter_parameters():
-            parameter.requires_grad_()  # of those that do not act too
+        for name in self.adapters:
+            for parameter in lora_parameters(model.unet, name):
+                parameter.requires_grad_()  # of those that do not act too
         for module in model.unet.modules():
             if type(module) is nn.Dropout:
                 module.p = 0.0  # frozen layers are what they are when drawn from
@@ -160,8 +165,10 @@ class AdapterTraining(FusedClipping, ABC):
         adapter = self._in_turn()
         losses = self._batch_losses(batch, adapter)
         loss = propagate_faults((batch["weight"] * losses).mean())
-        name = "train/loss" if adapter == self.kind.name else f"train/{adapter}_loss"
-        self.log(name, loss, batch_size=len(batch["captions"]))
+        self.last_losses[adapter] = loss.detach()
+        for name, last in self.last_losses.items():
+            key = "train/loss" if name == self.kind.name else f"train/{name}_loss"
+            self.log(key, last, batch_size=len(batch["captions"]))
         if self.helpers and isinstance(self.trainer.strategy, DDPStrategy):  # which waits for a gradient of every one
             loss = sum((0.0 * parameter.sum() for parameter in self._resting_parameters()), loss)
         return loss
@@ -176,7 +183,7 @@ class AdapterTraining(FusedClipping, ABC):
 
     def _resting_parameters(self) -> list[nn.Parameter]:
         resting = [name for name in self.adapters if name != self._in_turn()]
-        return [parameter for name in resting for parameter in lora_parameters(self.model.unet, name)]
+        return [parameter for name in resting for parameter in self.trained_by(name)]
 
     def validation_step(self, batch: dict[str, Any], batch_index: int) -> None:
         """Mean loss over the held-out samples. Their seeds do not change, so neither do noise and timesteps."""
@@ -186,13 +193,16 @@ class AdapterTraining(FusedClipping, ABC):
     def _batch_losses(self, batch: dict[str, Any], adapter: str) -> Tensor:
         losses = self.losses if adapter == self.kind.name else partial(self.helper_losses, adapter)
         randomness = SampleRandomness(batch["seed"], self.device)
-        if "moments" in batch:
+        cached = "moments" in batch
+        shape = batch["moments"].shape[2:] if cached else self.model.latent_shape(batch["pixel_values"].shape[-1])
+        latents = randomness.normal(shape)
+        if self.reads_images and cached:
             mean, std = batch["moments"].float().unbind(dim=1)
-            latents = self.model.sample_posterior(mean, std, randomness.normal(mean.shape[1:]))
+            latents = self.model.sample_posterior(mean, std, latents)
+        elif self.reads_images:
+            latents = self.model.encode_images(batch["pixel_values"], latents)
+        if cached:
             return losses(latents, Condition.of_batch(batch).to(self.model.dtype), randomness)
-        pixel_values = batch["pixel_values"]
-        posterior_noise = randomness.normal(self.model.latent_shape(pixel_values.shape[-1]))
-        latents = self.model.encode_images(pixel_values, posterior_noise)
         return losses(latents, self.model.encode_text(batch["captions"]), randomness)
 
     def optimizer_step(self, epoch: int, batch_index: int, optimizer: Any, optimizer_closure: Any = None) -> None:
@@ -209,15 +219,16 @@ class AdapterTraining(FusedClipping, ABC):
 
     def adapter_parameters(self) -> list[nn.Parameter]:
         """The trainable parameters."""
-        return [parameter for name in self.adapters for parameter in lora_parameters(self.model.unet, name)]
+        return [parameter for name in self.adapters for parameter in self.trained_by(name)]
+
+    def trained_by(self, adapter: str) -> list[nn.Parameter]:
+        """The parameters that move in an adapter's turns: its own."""
+        return lora_parameters(self.model.unet, adapter)
 
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         """The optimizer and its schedule, stepped once an optimizer step."""
         optimizer = self.make_optimizer(
-            [
-                {"params": lora_parameters(self.model.unet, name), **self.optimizer_settings(name)}
-                for name in self.adapters
-            ]
+            [{"params": self.trained_by(name), **self.optimizer_settings(name)} for name in self.adapters]
         )
         schedule = get_scheduler(
             self.lr_scheduler,
@@ -254,11 +265,13 @@ class AdapterTraining(FusedClipping, ABC):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep the adapter only: the frozen weights are read from where they came."""
+        checkpoint["last_losses"] = dict(self.last_losses)
         trainable = self._trainable_names()
         checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if k in trainable}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuse a checkpoint of another adapter. Raises `UserError`."""
+        self.last_losses = dict(checkpoint.get("last_losses", {}))  # an older one has none
         if "state_dict" not in checkpoint:  # ModelParallelStrategy has loaded it, and complained, before
             return
         expected = {name: tuple(p.shape) for name, p in self.named_parameters() if name in self._trainable_names()}

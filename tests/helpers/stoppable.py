@@ -49,6 +49,14 @@ SETTINGS: dict[str, tuple[int, tuple[str, ...]]] = {
     "lora, a sample that is no number": (1, ("experiment=lora_flickr8k", "data.source=spoilt", "data.num_workers=1")),
     "tcd, two workers": (1, ("experiment=lcm_flickr8k", "method=tcd_lora", "data.num_workers=2")),
     "pcm, no worker": (1, ("experiment=lcm_flickr8k", "method=pcm_lora")),
+    # Two adapters and a discriminator that take turns, three optimizer steps a round.
+    "dmd2, one worker": (
+        1,
+        (
+            *("experiment=lcm_flickr8k", "method=dmd2_lora", "method.critic_steps=2"),
+            *("method.adversarial_weight=1", "data.num_workers=1"),
+        ),
+    ),
     "lora, two processes": (2, ("experiment=lora_flickr8k", *TWO)),
     "lcm, two processes, a worker each, accumulated": (
         2,
