@@ -21,6 +21,7 @@ from .models.adapters import active_adapters as active_adapters
 from .models.adapters import load_lora as load_lora
 from .models.sampling import DDIM as DDIM
 from .models.sampling import DPMPP as DPMPP
+from .models.sampling import InitialImage as InitialImage
 from .models.sampling import sample as sample
 from .models.stable_diffusion import load_stable_diffusion as load_stable_diffusion
 from .output.pictures import contact_sheet as contact_sheet

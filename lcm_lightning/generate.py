@@ -15,6 +15,7 @@ from PIL import Image
 
 from lcm_lightning.config.checks import check_writable, resolve
 from lcm_lightning.config.entry import command
+from lcm_lightning.data.images import MAX_PIXELS, ImageFault, decode_image, normalise, resize_shorter_side
 from lcm_lightning.errors import UserError
 from lcm_lightning.methods import adapter_kinds
 from lcm_lightning.output.pictures import contact_sheet, to_pil
@@ -24,12 +25,14 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from lcm_lightning.models.kinds import AdapterKind
+    from lcm_lightning.models.latent_diffusion import LatentDiffusionModel
     from lcm_lightning.models.sampling import Sampler
 
 GENERATE_KEYS: tuple[str, ...] = (
     "run",
     "model",
     "lora",
+    "weights",
     "lora_role",
     "student",
     "prompt",
@@ -38,8 +41,11 @@ GENERATE_KEYS: tuple[str, ...] = (
     "sampler",
     "steps",
     "guidance_scale",
+    "init_image",
+    "strength",
 )
 GENERATE_KEYS += ("resolution", "seed", "batch_size", "accelerator", "dtype", "output", "preview")
+LARGEST = 4  # a phone's photo as it is would take days, and a model draws badly far above its own size
 
 
 def file_stems(prompts: Iterable[str]) -> dict[str, str]:
@@ -76,6 +82,42 @@ def pictures_by_name(images: Tensor, prompts: Sequence[str], seeds: Sequence[int
     return pictures
 
 
+def read_photo(path: str) -> Image.Image:
+    """The photo at `path`, upright and in sRGB.
+
+    Raises:
+        UserError: there is none, or nothing that can be decoded whole.
+    """
+    try:
+        return decode_image(Path(path).expanduser().read_bytes())
+    except OSError as error:
+        raise UserError(f"init_image={path}: cannot be read ({error.strerror}); give the file of a photo") from error
+    except ImageFault as fault:
+        raise UserError(f"init_image={path}: {fault}; give another photo") from fault
+
+
+def fit_photo(photo: Image.Image, model: LatentDiffusionModel, resolution: int | None, path: str) -> Image.Image:
+    """The photo with a shorter side of `resolution` px, or as large as it is, its edges cut to sides the model takes.
+
+    Raises:
+        UserError: it is smaller than the model takes, or of more than `LARGEST` times the pixels of a square image of
+            that resolution, or of the model's own.
+    """
+    side = model.default_resolution if resolution is None else resolution
+    scale = 1.0 if resolution is None else resolution / min(photo.size)
+    size = f"init_image={path}: {photo.width}x{photo.height} pixels"
+    if photo.width * photo.height * scale**2 > min(LARGEST * side**2, MAX_PIXELS):
+        remedy = "crop it" if resolution else f"set resolution={side}, which its shorter side becomes"
+        raise UserError(f"{size}, more than {LARGEST} times as many as {side}x{side}; {remedy}")
+    resized = photo if resolution is None else resize_shorter_side(photo, resolution)
+    multiple = model.resolution_multiple
+    width, height = (length - length % multiple for length in resized.size)
+    if not width * height:
+        raise UserError(f"{size}, and the model takes at least {multiple}x{multiple}; set resolution={side}")
+    left, top = (resized.width - width) // 2, (resized.height - height) // 2
+    return resized.crop((left, top, left + width, top + height))
+
+
 def find_sampler(name: str, adapters: Sequence[AdapterKind]) -> Sampler:
     """The sampler called `name`: a solver, that of an adapter at hand, or of a method.
 
@@ -92,25 +134,37 @@ def find_sampler(name: str, adapters: Sequence[AdapterKind]) -> Sampler:
     return samplers[name]
 
 
+def usual_kind(adapters: Sequence[AdapterKind]) -> AdapterKind:
+    """How a model with `adapters` is drawn from where nothing else is asked for: as its student, if it has one."""
+    from lcm_lightning.models.kinds import BASE
+
+    students = [kind for kind in adapters if kind.role == "student"]
+    return [BASE, *adapters, *students][-1]
+
+
 @command("generate")
 def main(cfg: DictConfig) -> None:
     """Entry point."""
     resolve(cfg, GENERATE_KEYS)
+    if cfg.strength is not None and cfg.init_image is None:
+        raise UserError(f"strength={cfg.strength}: acts with a photo only; add init_image=photo.jpg")
+    photo = None if cfg.init_image is None else read_photo(cfg.init_image)
     # Imported once the configuration is right, and what takes five seconds once the model is there.
     from lcm_lightning.config.instantiate import find_device
     from lcm_lightning.config.model_choice import find_models
 
     device = find_device(cfg.accelerator)
     (source,) = find_models(cfg)
+    import torch
+
     from lcm_lightning.config.quiet import quiet_known_warnings
     from lcm_lightning.models.adapters import merged_adapters
-    from lcm_lightning.models.kinds import BASE
-    from lcm_lightning.models.sampling import check_finite, sample
+    from lcm_lightning.models.sampling import InitialImage, check_finite, sample
 
     quiet_known_warnings()
     loaded = source.load()
     model = loaded.model.to(device)
-    usual = loaded.adapters[-1] if loaded.adapters else BASE
+    usual = usual_kind(loaded.adapters)
     sampler = usual.sampler if cfg.sampler is None else find_sampler(cfg.sampler, loaded.adapters)
     steps = usual.steps if cfg.steps is None else cfg.steps
     guidance_scale = usual.guidance_scale if cfg.guidance_scale is None else cfg.guidance_scale
@@ -121,8 +175,12 @@ def main(cfg: DictConfig) -> None:
         raise UserError("prompt=[]: expected at least one prompt, such as prompt=cat or 'prompt=[cat,dog]'")
     prompts = [str(prompt) for prompt in wanted for _ in range(cfg.num_images)]
     seeds = list(range(cfg.seed, cfg.seed + cfg.num_images)) * len(wanted)
-    resolution = model.default_resolution if cfg.resolution is None else cfg.resolution
-    model.check_resolution(resolution, "resolution")
+    if cfg.resolution is not None:
+        model.check_resolution(cfg.resolution, "resolution")
+    init_image = None
+    if photo is not None:
+        pixel_values = torch.from_numpy(normalise(fit_photo(photo, model, cfg.resolution, cfg.init_image)))
+        init_image = InitialImage(pixel_values, 0.8 if cfg.strength is None else cfg.strength)
     check_writable("output", Path(cfg.output))
     if cfg.preview and model.preview_vae is None:
         raise UserError("preview=true: needs a small decoder; set model.preview_vae=madebyollin/taesd beside model=...")
@@ -135,7 +193,8 @@ def main(cfg: DictConfig) -> None:
             steps=steps,
             guidance_scale=guidance_scale,
             sampler=sampler,
-            resolution=resolution,
+            resolution=cfg.resolution if init_image is None else None,
+            init_image=init_image,
             negative_prompt=cfg.negative_prompt,
             batch_size=cfg.batch_size,
             on_batch=lambda number: progress.advance(bar, number),

@@ -26,7 +26,7 @@ USES = {
     "prepare": {"config", "data", "models", "output"},
     "train": {"callbacks", "config", "runs"},
     "evaluate": {"config", "evaluation"},
-    "generate": {"config", "methods", "models", "output"},
+    "generate": {"config", "data", "methods", "models", "output"},
     "inspect": {"models", "runs"},
 }
 

@@ -247,12 +247,33 @@ run=W/run resolution=33
 run=W/run negative_prompt=b
 run=W/run output=W/a_file
 run=W/run output=/proc/images
+run=W/run strength=0.5 -> strength=0\.5: acts with a photo only
+run=W/run init_image=W/photo.png strength=1.5 -> strength=1\.5: expected 0 to 1
+run=W/run init_image=W/photo.png strength=0 -> strength=0.*: expected above 0
+run=W/run init_image=W/photo.png strength=0.2 -> strength=0\.2: takes none of steps=4; expected at least 0\.25
+run=W/run init_image=W/nowhere.png
+run=W/run init_image=W/empty -> init_image=.*empty: cannot be read
+run=W/run init_image=W/a_file -> init_image=.*a_file: undecodable
+run=W/run init_image=W/cut.png -> init_image=.*cut\.png: undecodable
+run=W/run init_image=W/photo.png resolution=33 -> resolution=33: expected a positive multiple of 8
+run=W/run init_image=W/large.png -> init_image=.*large\.png: 100x70 pixels.*set resolution=32
+run=W/run init_image=W/strip.png resolution=32 -> init_image=.*strip\.png: 90x10 pixels.*crop it
 run=W/run prompt={a:1} -> prompt=\{'a': 1\}:
 run=W/run +foo=1
 run=W/run --prompt b -> --prompt: settings are written without dashes; try prompt=b
 model=sd15 model.path=W/pipeline lora=W/good.safetensors
 model=sd15 model.path=W/pipeline lora=W/foreign.safetensors lora_role=lcm -> lora=
 model=sd15 model.path=W/pipeline lora=W/cut.safetensors lora_role=lcm -> lora=
+model=sd15 model.path=W/pipeline lora=[W/run,W/good.safetensors] -> lora_role=None: say what lora=.*/good\.safetensors
+model=sd15 model.path=W/pipeline lora=[W/run,W/cut.safetensors] lora_role=finetuned -> lora=.*/cut\.safetensors
+model=sd15 model.path=W/pipeline lora=[W/good.safetensors,W/run] lora_role=[lcm] -> expected as many as there are LoRAs
+model=sd15 model.path=W/pipeline lora=[W/run,W/good.safetensors] lora_role=tcd -> LCM-LoRA and TCD-LoRA are drawn
+model=sd15 model.path=W/pipeline lora=[] -> lora=\[\]: expected at least one
+model=sd15 model.path=W/pipeline lora=W/run weights=[1,0.8] -> weights=\[1, 0\.8\]: expected as many as
+model=sd15 model.path=W/pipeline lora=W/run weights=80 -> weights=80: expected -10 to 10
+model=sd15 model.path=W/pipeline lora=W/run weights=half
+run=W/run weights=0.5 -> weights=0\.5: are those of lora=
+run=W/run lora=[a,b] -> run=.* and lora=
 """
 PREPARE_CASES = r"""
 -> data\.source is not set: .*kaggle.*data\.source=/path
@@ -290,6 +311,7 @@ model=tiny data=twemoji devices=0
 model=tiny data=twemoji run_dir=/proc/evaluation
 model=tiny data=twemoji +foo=1
 model=tiny data=twemoji num_images=4 -> did you mean evaluation\.num_images\?
+model=tiny data=twemoji lora=[a,b] -> lora=\['a', 'b'\]: an evaluation takes one
 """
 
 
@@ -311,6 +333,9 @@ def world(
     (folder / "empty").mkdir()
     (folder / "a_file").write_text("a file where a folder is wanted")
     (folder / "garbage.ckpt").write_bytes(b"no checkpoint")
+    for name, size in {"photo": (40, 32), "large": (100, 70), "strip": (90, 10)}.items():
+        Image.effect_noise(size, 50).save(folder / f"{name}.png")
+    (folder / "cut.png").write_bytes((folder / "photo.png").read_bytes()[:500])
     loras(folder, pipeline_folder)
     runs(folder)
     pipelines(folder, pipeline_folder)
@@ -416,7 +441,7 @@ def overrides(defaults: tuple[str, ...], case: str, world: Path) -> list[str]:
 
 def in_world(option: str, world: Path) -> str:
     """An option with the folder that W stands for."""
-    return re.sub(r"(?<=[=/])W(?=/)", str(world), option)
+    return re.sub(r"(?<=[=/\[,])W(?=/)", str(world), option)
 
 
 def complaint(program: str, options: list[str], capfd: pytest.CaptureFixture[str]) -> str:

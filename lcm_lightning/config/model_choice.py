@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from hydra import compose
 from hydra.core.hydra_config import HydraConfig
@@ -38,7 +38,10 @@ def find_models(cfg: DictConfig) -> list[ModelSource]:
     """
     dtype = parse_dtype(cfg.dtype)
     specs = _specs(cfg)
-    found = [_find(cfg, spec, dtype) for spec in specs]
+    if OmegaConf.is_list(cfg.lora):
+        found = [_loras(cfg, list(cfg.lora), cfg.lora_role, specs[0], dtype)]
+    else:
+        found = [_find(cfg, spec, dtype) for spec in specs]
     names = Counter(source.name for source in found)
     seen: Counter[str] = Counter()
     for place, source in enumerate(found):
@@ -51,6 +54,14 @@ def find_models(cfg: DictConfig) -> list[ModelSource]:
 def _specs(cfg: DictConfig) -> list[str]:
     """`models`, or what the shorthands stand for."""
     models = cfg.get("models")
+    if "models" in cfg and OmegaConf.is_list(cfg.lora):
+        raise UserError(
+            f"lora={cfg.lora}: an evaluation takes one LoRA at a time; 'models=[lora:A,lora:B]' compares them"
+        )
+    if cfg.get("weights") is not None and cfg.lora is None and not cfg.student:
+        raise UserError(
+            f"weights={cfg.weights}: are those of lora=...; a run is model=... lora=<its folder> weights=..."
+        )
     shorthand = [f"{key}={cfg[key]}" for key in ("run", "lora") if cfg[key] is not None]
     if cfg.student:
         return [f"lora:{_own_student(cfg, shorthand if models is None else ['models=[...]'])}"]
@@ -95,7 +106,7 @@ def _find(cfg: DictConfig, spec: str, dtype: torch.dtype) -> ModelSource:
     if kind == "run":
         return _run(cfg, place, spec, dtype)
     if kind == "lora" or kind in adapter_kinds():
-        return _lora(cfg, place, cfg.lora_role if kind == "lora" else kind, spec, dtype)
+        return _loras(cfg, [place], cfg.lora_role if kind == "lora" else kind, spec, dtype)
     raise UserError(f"models: {spec} is of no known kind; expected {SPECS}")
 
 
@@ -135,35 +146,72 @@ def _run(cfg: DictConfig, run: str, spec: str, dtype: torch.dtype) -> ModelSourc
     return ModelSource(str(config.get("name") or folder.name), spec, load, _data_choice(config.data))
 
 
-def _lora(cfg: DictConfig, lora: str, role: str | None, spec: str, dtype: torch.dtype) -> ModelSource:
-    """`model=` with the LoRA at `lora`: a run folder, which knows what its LoRAs are, a file or a hub id."""
+def _loras(
+    cfg: DictConfig, loras: Sequence[str], role: str | Sequence[str | None] | None, spec: str, dtype: torch.dtype
+) -> ModelSource:
+    """`model=` with the LoRAs at `loras`, each multiplied by its own of `weights`; what they add to the model adds up.
+
+    All LoRAs of a run folder, a student's and its teacher's, have the weight of the folder.
+    """
     if cfg.get("model") is None:
         raise UserError(f"{spec}: a LoRA needs the model it belongs on; add model=sd15")
+    if not loras:
+        raise UserError("lora=[]: expected at least one LoRA, such as lora=outputs/... or 'lora=[outputs/...,FILE]'")
+    weights = [1.0 if weight is None else weight for weight in _for_each(loras, "weights", cfg.get("weights"))]
+    chosen = [
+        (kind, file, weight)
+        for lora, its_role, weight in zip(loras, _for_each(loras, "lora_role", role), weights, strict=True)
+        for kind, file in _lora_files(lora, its_role).items()
+    ]
+    if len(loras) > 1:
+        students = [kind for kind, _, _ in chosen if kind.role == "student"]
+        if len({(kind.sampler, kind.steps, kind.guidance_scale) for kind in students}) > 1:
+            titles = " and ".join(kind.title for kind in students)
+            raise UserError(f"lora={list(loras)}: {titles} are drawn from in ways of their own; keep one student")
+        chosen = [
+            (replace(kind, name=f"{kind.name}_{n}"), file, weight) for n, (kind, file, weight) in enumerate(chosen, 1)
+        ]
+    name = "+".join(map(_lora_name, loras))
+    return ModelSource(name, spec, lambda: _with_adapters(cfg, chosen, dtype), _data_of(Path(loras[0]).expanduser()))
+
+
+def _for_each(loras: Sequence[str], key: str, value: Any) -> list[Any]:
+    """What `key` says of each LoRA: a list says it one by one, anything else of all of them."""
+    if not OmegaConf.is_list(value):
+        return [value] * len(loras)
+    if len(value) != len(loras):
+        raise UserError(f"{key}={value}: expected as many as there are LoRAs, {len(loras)}, in the order of lora=...")
+    return list(value)
+
+
+def _lora_files(lora: str, role: str | None) -> dict[AdapterKind, Path]:
+    """The files at `lora` and what they are for: a run folder knows, of a file or a hub id `role` says it."""
     from lcm_lightning.models.lora_files import locate_lora
 
     run = Path(lora).expanduser()
     kinds = adapter_kinds()
     if (run / "lora" / MANIFEST).is_file():
-        files = {adapter.kind: run / "lora" / adapter.file for adapter in read_manifest(run)}
-    elif role in kinds:
-        files = {kinds[role]: locate_lora(lora)}
-    else:
-        students = [f"lora_role={kind.name} ({kind.title})" for kind in kinds.values() if kind.role == "student"]
-        raise UserError(
-            f"lora_role={role}: say what lora={lora} is: {' or '.join(students)}, which is drawn in few steps without "
-            "guidance, or lora_role=finetuned for one that was not distilled"
-        )
-    return ModelSource(_lora_name(lora), spec, lambda: _with_adapters(cfg, files, dtype), _data_of(run))
+        return {adapter.kind: run / "lora" / adapter.file for adapter in read_manifest(run)}
+    if role in kinds:
+        return {kinds[role]: locate_lora(lora)}
+    students = [f"lora_role={kind.name} ({kind.title})" for kind in kinds.values() if kind.role == "student"]
+    raise UserError(
+        f"lora_role={role}: say what lora={lora} is: {' or '.join(students)}, which is drawn in few steps without "
+        "guidance, or lora_role=finetuned for one that was not distilled; of several in their order, lora_role=[...]"
+    )
 
 
-def _with_adapters(cfg: DictConfig, files: Mapping[AdapterKind, Path], dtype: torch.dtype) -> LoadedModel:
+def _with_adapters(
+    cfg: DictConfig, chosen: Sequence[tuple[AdapterKind, Path, float]], dtype: torch.dtype
+) -> LoadedModel:
     from lcm_lightning.models.adapters import load_lora, set_active_adapters
 
     model: StableDiffusion = instantiate_group(cfg, "model", dtype=dtype)
-    for kind, file in files.items():
-        load_lora(model, file, kind.name)
-    set_active_adapters(model, [kind.name for kind in files])
-    return LoadedModel(model.eval(), tuple(files))
+    for kind, file, weight in chosen:
+        load_lora(model, file, kind.name, scale=weight)
+    kinds = tuple(kind for kind, _, _ in chosen)
+    set_active_adapters(model, [kind.name for kind in kinds])
+    return LoadedModel(model.eval(), kinds)
 
 
 def _lora_name(lora: str) -> str:

@@ -6,7 +6,7 @@ import logging
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -175,8 +175,10 @@ def active_adapters(module: nn.Module, names: Sequence[str]) -> Iterator[None]:
             layer._active_adapter, layer._disable_adapters = active, disabled
 
 
-def load_lora(model: StableDiffusion, source: str | Path, name: str, key: str = "lora") -> None:
+def load_lora(model: StableDiffusion, source: str | Path, name: str, key: str = "lora", scale: float = 1.0) -> None:
     """Add the LoRA at `source` (see `locate_lora`; of any layout in `lora_files`) as frozen, active adapter `name`.
+
+    Its updates are multiplied by `scale`.
 
     Raises:
         UserError: it cannot be read whole, or was made for another base model; names `key`, the setting that gave
@@ -188,7 +190,8 @@ def load_lora(model: StableDiffusion, source: str | Path, name: str, key: str = 
         model.load_encoders("text_encoder")
     networks = {"unet": model.unet, "text_encoder": model.text_encoder}
     for network, updates in fit(file, networks, said, model.name_or_path).items():
-        _add_frozen(networks[network], name, updates)
+        scaled = {layer: replace(update, alpha=scale * update.alpha) for layer, update in updates.items()}
+        _add_frozen(networks[network], name, scaled)
 
 
 @torch.no_grad()

@@ -70,6 +70,11 @@ class LatentDiffusionModel(nn.Module, ABC):
     def default_resolution(self) -> int:
         """Side in pixels of the images the model was trained on."""
 
+    @property
+    @abstractmethod
+    def resolution_multiple(self) -> int:
+        """Sides in pixels of images that the model takes are multiples of it."""
+
     @abstractmethod
     def latent_shape(self, resolution: int) -> tuple[int, int, int]:
         """(C, h, w) of the latents of a square image of `resolution` px."""

@@ -64,6 +64,37 @@ SOLVERS = {solver.name: solver for solver in (DDIM, DPMPP)}
 
 
 @dataclass(frozen=True)
+class InitialImage:
+    """An image that others are drawn from in place of noise (SDEdit, Meng et al. 2021, arXiv 2108.01073).
+
+    Its latents get the noise of the timestep at which the last `strength` of the steps begin, and only these are taken:
+    ``floor(strength steps)`` of them, as diffusers' `StableDiffusionImg2ImgPipeline` does.
+
+    Attributes:
+        pixel_values: [3, H, W] in [-1, 1].
+        strength: above 0 and at most 1, where little but noise is left of the image.
+
+    Raises:
+        UserError: the strength is out of range.
+    """
+
+    pixel_values: Tensor
+    strength: float = 0.8
+
+    def __post_init__(self) -> None:
+        if not 0 < self.strength <= 1:
+            raise UserError(f"strength={self.strength}: expected above 0 and at most 1, such as strength=0.5")
+
+    def skipped(self, steps: int) -> int:
+        """How many of `steps` are left out at the start. Raises a `UserError` where that would be all."""
+        taken = int(steps * self.strength)
+        if not taken:
+            least = math.ceil(100 / steps) / 100
+            raise UserError(f"strength={self.strength}: takes none of steps={steps}; expected at least {least}")
+        return steps - taken
+
+
+@dataclass(frozen=True)
 class SamplingSetup:
     """One way of drawing images from a model: which adapters act, and how many steps of what.
 
@@ -118,7 +149,8 @@ def sample(
     steps: int,
     guidance_scale: float,
     sampler: Sampler,
-    resolution: int,
+    resolution: int | None = None,
+    init_image: InitialImage | None = None,
     negative_prompt: str = "",
     on_latents: Callable[[Tensor], None] | None = None,
     batch_size: int | None = None,
@@ -133,6 +165,8 @@ def sample(
 
     Args:
         guidance_scale: diffusers' form, ``uncond + g (cond - uncond)``; at most 1 means no guidance and one pass.
+        resolution: H = W in pixels; the model's own if None.
+        init_image: to start from in place of noise, with H and W of its own; `resolution` must be None.
         on_latents: called with the final latents [B, C, h, w] of each batch, float32 on the model's device.
         batch_size: images at a time; all at once if None.
         on_batch: called with the number of images finished in each batch, for progress bars.
@@ -149,7 +183,9 @@ def sample(
         raise UserError(f"steps={steps}: the sampler {sampler.title} takes {taken}")
     if len(prompts) != len(seeds):
         raise ValueError(f"{len(prompts)} prompts but {len(seeds)} seeds")
-    model.check_resolution(resolution)
+    height, width = _sides(model, resolution, init_image)
+    if init_image is not None:
+        init_image.skipped(steps)  # refused before anything is encoded
     guided = guidance_scale > 1
     batch_size = batch_size or max(len(prompts), 1)
     ended = on_stage or (lambda stage: None)
@@ -163,7 +199,7 @@ def sample(
         ended("text_encoding")
         generators = [torch.Generator().manual_seed(seed) for seed in seeds[start : start + batch_size]]
         with evaluating(model.unet):
-            latents = _denoise(model, sampler, condition, generators, steps, guidance_scale, resolution)
+            latents = _denoise(model, sampler, condition, generators, steps, guidance_scale, init_image or height)
         ended("denoising")
         images.append(model.decode_latents(latents, preview=preview).cpu())
         ended("vae_decoding")
@@ -171,7 +207,18 @@ def sample(
             on_batch(len(chunk))
         if on_latents is not None:
             on_latents(latents)
-    return torch.cat(images) if images else torch.empty(0, 3, resolution, resolution)
+    return torch.cat(images) if images else torch.empty(0, 3, height, width)
+
+
+def _sides(model: LatentDiffusionModel, resolution: int | None, init_image: InitialImage | None) -> tuple[int, int]:
+    """Height and width of what is drawn; a `UserError` unless the model takes them."""
+    if init_image is not None and resolution is not None:
+        raise ValueError("an init_image has a size of its own: leave resolution out")
+    side = model.default_resolution if resolution is None else resolution
+    height, width = (side, side) if init_image is None else init_image.pixel_values.shape[1:]
+    model.check_resolution(height)
+    model.check_resolution(width)
+    return height, width
 
 
 def check_finite(drawn_by: str, *drawn: Tensor) -> None:
@@ -189,18 +236,23 @@ def _denoise(
     generators: list[torch.Generator],
     steps: int,
     guidance_scale: float,
-    resolution: int,
+    start: InitialImage | int,
 ) -> Tensor:
-    """Latents [B, C, h, w], float32, by `sampler`; of B conditions, or 2 B if guided, unconditional first."""
-    shape = model.latent_shape(resolution)
-    latents = torch.stack([torch.randn(shape, generator=generator) for generator in generators]).to(model.device)
+    """Latents [B, C, h, w], float32, by `sampler`; of B conditions, or 2 B if guided, unconditional first.
+
+    They start from an image, or from noise for images of so many pixels a side.
+    """
     scheduler: Any = make_scheduler(sampler, model.scheduler_config)
     scheduler.set_timesteps(steps)
-    latents = latents * scheduler.init_noise_sigma
+    if isinstance(start, InitialImage):
+        latents, timesteps = _noised(model, scheduler, start, generators, steps)
+    else:
+        latents = _normal(model.latent_shape(start), generators, model.device) * scheduler.init_noise_sigma
+        timesteps = scheduler.timesteps
     passes = len(condition) // len(latents)
     noise = {"generator": generators, "eta": sampler.settings.get("eta", 0.0)}
     stochastic = {key: noise[key] for key in noise.keys() & inspect.signature(scheduler.step).parameters}
-    for timestep in scheduler.timesteps:
+    for timestep in timesteps:
         scaled = scheduler.scale_model_input(latents, timestep)
         with torch.autocast(model.device.type, dtype=model.dtype, enabled=model.dtype != torch.float32):
             output = model.denoise(torch.cat([scaled] * passes), timestep, condition).float()
@@ -209,6 +261,28 @@ def _denoise(
             output = unconditional + guidance_scale * (conditional - unconditional)
         latents = scheduler.step(output, timestep, latents, **stochastic).prev_sample
     return latents
+
+
+def _noised(
+    model: LatentDiffusionModel, scheduler: Any, image: InitialImage, generators: list[torch.Generator], steps: int
+) -> tuple[Tensor, Tensor]:
+    """Latents [B, C, h, w] of the image with the noise of the first of the timesteps to come, and these.
+
+    Each generator gives the draw from the VAE's posterior first, then the noise, as diffusers' pipeline takes them.
+    """
+    skipped = image.skipped(steps) * scheduler.order
+    timesteps = scheduler.timesteps[skipped:]
+    if hasattr(scheduler, "set_begin_index"):
+        scheduler.set_begin_index(skipped)
+    mean, std = model.posterior(image.pixel_values[None].to(model.device))
+    shape = mean.shape[1:]
+    x_0 = model.sample_posterior(mean, std, _normal(shape, generators, model.device))
+    return scheduler.add_noise(x_0, _normal(shape, generators, model.device), timesteps[:1]), timesteps
+
+
+def _normal(shape: Sequence[int], generators: list[torch.Generator], device: torch.device) -> Tensor:
+    """Standard normal noise [B, *shape], each sample from a CPU generator of its own."""
+    return torch.stack([torch.randn(*shape, generator=generator) for generator in generators]).to(device)
 
 
 @contextmanager

@@ -106,9 +106,14 @@ class StableDiffusion(LatentDiffusionModel):
         side = SAMPLE_SIZE if size is None else size if isinstance(size, int) else min(size)
         return side * self.vae_scale_factor
 
+    @property
+    def resolution_multiple(self) -> int:
+        """See `LatentDiffusionModel`; VAE and UNet halve the sides at each of their levels but one."""
+        return self.vae_scale_factor * 2 ** (len(self.unet.config.block_out_channels) - 1)
+
     def check_resolution(self, resolution: int, key: str = "data.resolution") -> None:
         """Raise a `UserError` that names `key` unless images of `resolution` px pass VAE and UNet without remainder."""
-        multiple = self.vae_scale_factor * 2 ** (len(self.unet.config.block_out_channels) - 1)
+        multiple = self.resolution_multiple
         if resolution <= 0 or resolution % multiple:
             nearest = max(multiple, round(resolution / multiple) * multiple)
             raise UserError(

@@ -26,17 +26,18 @@ def to_pil(image: Tensor) -> Image.Image:
 
 def contact_sheet(images: Tensor, columns: int = 4, captions: Sequence[str] = ()) -> Image.Image:
     """Images [N, 3, H, W] in [0, 1] in rows of `columns`, enlarged as in `labelled_grid`, each over its caption."""
-    side = images.shape[-1] * max(1, SMALLEST_CELL // images.shape[-1])
+    enlarged = max(1, SMALLEST_CELL // images.shape[-1])
+    tall, wide = (side * enlarged for side in images.shape[-2:])
     columns = min(columns, len(images))
     rows = -(-len(images) // columns)
-    height = side + (CAPTION_LINE if captions else GAP)
-    sheet = Image.new("RGB", (columns * (side + GAP) + GAP, rows * height + GAP), "white")
+    height = tall + (CAPTION_LINE if captions else GAP)
+    sheet = Image.new("RGB", (columns * (wide + GAP) + GAP, rows * height + GAP), "white")
     draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(12)
     for number, image in enumerate(images):
-        left, top = GAP + number % columns * (side + GAP), GAP + number // columns * height
-        sheet.paste(to_pil(image).resize((side, side), Image.Resampling.NEAREST), (left, top))
+        left, top = GAP + number % columns * (wide + GAP), GAP + number // columns * height
+        sheet.paste(to_pil(image).resize((wide, tall), Image.Resampling.NEAREST), (left, top))
         if captions:
-            draw.text((left, top + side), textwrap.shorten(captions[number], side // 6, placeholder="…"), "black", font)
+            draw.text((left, top + tall), textwrap.shorten(captions[number], wide // 6, placeholder="…"), "black", font)
     return sheet
 
 
