@@ -53,7 +53,7 @@ def test_a_mistyped_path_is_refused_in_a_sentence_at_once_where_no_hub_is(key: s
         ASKED[key]()
     message = str(refusal.value)
     assert message.startswith(f"{key}={PLACE}: ") and len(message) <= 300 and "\n" not in message
-    assert time.monotonic() - started < 5
+    assert time.monotonic() - started < 15  # on a machine busy with other things; the library would take 24 to 70
 
 
 def test_a_shard_of_the_hub_is_given_up_at_once_where_no_hub_is(nobody: None, tmp_path):
