@@ -82,7 +82,9 @@ def describe(
         for adapter in read_manifest(run):
             kind, file = adapter.kind, run / "lora" / adapter.file
             use = f"{kind.sampler.name}, {kind.steps} steps, guidance {kind.guidance_scale:g}"
-            yield str(file), [("adapter", f"{kind.name} ({kind.title})"), ("drawn by", use), *lora_rows(file, networks)]
+            step = [] if adapter.step is None else [("step", str(adapter.step))]
+            name = ("adapter", f"{kind.name} ({kind.title})")
+            yield str(file), [name, ("drawn by", use), *step, *lora_rows(file, networks)]
     elif (place / "model_index.json").is_file():
         yield str(place), model_rows(place)
     else:

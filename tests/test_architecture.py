@@ -20,7 +20,7 @@ USES = {
     "methods": {"diffusion", "models"},
     "runs": {"methods", "models", "output"},
     "evaluation": {"data", "hub", "models", "output"},
-    "callbacks": {"data", "methods", "models", "output", "runs"},
+    "callbacks": {"data", "evaluation", "methods", "models", "output", "runs"},
     "toy": {"data", "diffusion", "methods", "models"},
     "config": {"data", "evaluation", "methods", "models", "runs"},
     "prepare": {"config", "data", "models", "output"},

@@ -140,6 +140,11 @@ trainer.log_every_n_steps=0
 trainer.max_steps=-1
 callbacks.samples.student_steps=[0]
 callbacks.samples.num_prompts=0
+callbacks=student_quality callbacks.student_quality.num_images=1
+callbacks=student_quality callbacks.student_quality.steps=60
+callbacks=student_quality callbacks.student_quality.foo=1
+callbacks=student_quality method=lora -> callbacks\.student_quality: method LoraFinetuning trains no student
+callbacks=early_stopping callbacks.early_stopping.patience=0
 method.lora.rank=0
 method.lora.rank=-4
 method.lora.alpha=0

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 import time
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ from lightning.pytorch.callbacks import Checkpoint
 from torch import Tensor
 
 from lcm_lightning.callbacks.loggers import MetricsFile
-from lcm_lightning.callbacks.trainers import train_loader
+from lcm_lightning.callbacks.trainers import Lowest, train_loader
 from lcm_lightning.data.plan import steps_per_epoch
 from lcm_lightning.errors import UserError
 from lcm_lightning.output.files import replace
@@ -61,7 +60,7 @@ class Checkpoints(Checkpoint):
         self.every_n_minutes = every_n_minutes
         self.keep_last = keep_last
         self.best_by = best_by
-        self.best_value = math.inf
+        self.lowest = Lowest()
         self.signals = StopSignals()
         self.step = 0  # optimizer steps seen
         self.saved_step = 0
@@ -75,11 +74,11 @@ class Checkpoints(Checkpoint):
 
     def state_dict(self) -> dict[str, Any]:
         """The best value so far."""
-        return {"best_value": self.best_value}
+        return {"best_value": self.lowest.value}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on from `state_dict`."""
-        self.best_value = state_dict["best_value"]
+        self.lowest = Lowest(state_dict["best_value"])
 
     def on_load_checkpoint(self, trainer: L.Trainer, module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         """Make Lightning's counters those of this run's batches, which may be larger or smaller than the former."""
@@ -192,10 +191,7 @@ class Checkpoints(Checkpoint):
         if self.best_by not in trainer.callback_metrics:
             found = ", ".join(sorted(trainer.callback_metrics))
             raise UserError(f"callbacks.checkpoint.best_by={self.best_by}: no such metric; logged are {found}, or null")
-        value = trainer.callback_metrics[self.best_by].item()
-        better = value < self.best_value
-        self.best_value = min(value, self.best_value) if math.isfinite(value) else self.best_value
-        return better
+        return self.lowest.take(trainer.callback_metrics[self.best_by].item())
 
     # ---- how to save -----------------------------------------------------------------------------------------------
 

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import logging
+import math
 from pathlib import Path
+from typing import Any
 
 import lightning as L
 from lightning.pytorch.loggers import WandbLogger
 from torch import Tensor
 
+from lcm_lightning.callbacks.trainers import Lowest
 from lcm_lightning.methods.adapter_training import AdapterTraining
 from lcm_lightning.models.adapters import kohya_state_dict, lora_state_dict
 from lcm_lightning.models.kinds import LORA_FILE
 from lcm_lightning.models.lora_files import copy_lora, save_lora
-from lcm_lightning.runs.contents import Adapter, write_manifest
+from lcm_lightning.runs.contents import Adapter, exported_step, write_manifest
 
 log = logging.getLogger(__name__)
 
@@ -25,14 +28,30 @@ class ExportLora(L.Callback):
     """After each validation and at the end, write the adapter as safetensors under `folder` (a run's `lora/`).
 
     `pytorch_lora_weights.safetensors` loads with diffusers' `load_lora_weights`, `kohya_lora_weights.safetensors` with
-    ComfyUI and A1111. A LoRA that is part of the frozen model, as a teacher's, is put beside it. At the end the
-    folder becomes a W&B artifact where W&B logs the run.
+    ComfyUI and A1111. Both say in their headers, and `adapters.json` does, after which optimizer step they were written
+    ("step"). A LoRA that is part of the frozen model, as a teacher's, is put beside it. At the end the folder becomes a
+    W&B artifact where W&B logs the run.
 
     Files that cannot be written (a full disk) are a warning: training and the files before them matter more.
+
+    Args:
+        best_by: a validation metric; only the adapter with which it was lowest is kept. None keeps the last one.
     """
 
-    def __init__(self, folder: str) -> None:
+    def __init__(self, folder: str, best_by: str | None = None) -> None:
         self.folder = Path(folder)
+        self.best_by = best_by
+        self.lowest = Lowest()
+        self.best_step = 0
+
+    def state_dict(self) -> dict[str, Any]:
+        """The best value so far, and after which step it was."""
+        return {"best_value": self.lowest.value, "best_step": self.best_step}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on from `state_dict` where its adapter is still in the folder; else the next one is the best so far."""
+        if exported_step(self.folder.parent) == state_dict["best_step"]:
+            self.lowest, self.best_step = Lowest(state_dict["best_value"]), state_dict["best_step"]
 
     def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         """Keep the LoRA below with the trained one."""
@@ -43,13 +62,18 @@ class ExportLora(L.Callback):
                 warn_unwritten(self.folder, error)
 
     def on_validation_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
-        """Export, except from Lightning's check before training."""
-        if not trainer.sanity_checking:
+        """Export, except from Lightning's check before training, and what is not the best."""
+        if trainer.sanity_checking:
+            return
+        value = None if self.best_by is None else trainer.callback_metrics.get(self.best_by)
+        if value is None or self.lowest.take(value.item()):
+            self.best_step = trainer.global_step
             self._export(trainer, module)
 
     def on_train_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
-        """Export the end of training and hand it to W&B."""
-        self._export(trainer, module)
+        """Export the end of training, unless a better one is kept, and hand it to W&B."""
+        if math.isinf(self.lowest.value):
+            self._export(trainer, module)
         if not trainer.is_global_zero or not self.folder.is_dir():
             return
         for logger in trainer.loggers:
@@ -64,15 +88,15 @@ class ExportLora(L.Callback):
         state_dict = lora_state_dict(module.model.unet, module.kind.name)
         if trainer.is_global_zero:
             try:
-                self._write(state_dict, module)
+                self._write(state_dict, module, trainer.global_step)
             except OSError as error:
                 warn_unwritten(self.folder, error)
 
-    def _write(self, state_dict: dict[str, Tensor], module: AdapterTraining) -> None:
+    def _write(self, state_dict: dict[str, Tensor], module: AdapterTraining, step: int) -> None:
         below = self._keep_below(module)
-        save_lora(state_dict, self.folder / LORA_FILE)
-        save_lora(kohya_state_dict(state_dict), self.folder / KOHYA_FILE)
-        write_manifest(self.folder, [*below, Adapter(module.kind)])
+        save_lora(state_dict, self.folder / LORA_FILE, step=str(step))
+        save_lora(kohya_state_dict(state_dict), self.folder / KOHYA_FILE, step=str(step))
+        write_manifest(self.folder, [*below, Adapter(module.kind, step=step)])
 
     def _keep_below(self, module: L.LightningModule, *, again: bool = False) -> list[Adapter]:
         assert isinstance(module, AdapterTraining)

@@ -6,7 +6,6 @@ import io
 import logging
 from collections.abc import Sequence
 from pathlib import Path
-from typing import cast
 
 import lightning as L
 import torch
@@ -14,9 +13,9 @@ from lightning.pytorch.loggers import TensorBoardLogger, WandbLogger
 from PIL import Image
 from torch import Tensor
 
+from lcm_lightning.callbacks.shared_sampling import sample_shared
 from lcm_lightning.methods.adapter_training import AdapterTraining
-from lcm_lightning.models.adapters import active_adapters
-from lcm_lightning.models.sampling import SamplingSetup, sample
+from lcm_lightning.models.sampling import SamplingSetup
 from lcm_lightning.output.files import write_atomic
 from lcm_lightning.output.pictures import labelled_grid
 
@@ -98,24 +97,15 @@ class SampleGrid(L.Callback):
         """Images [N, 3, H, W] of one setup, complete on every rank."""
         if setup.label in self._unchanging:
             return self._unchanging[setup.label]
-        ranks = trainer.world_size
-        # Padded to the same number on each rank: sharded weights are gathered by all ranks together.
-        mine = [i % len(prompts) for i in range(trainer.global_rank, -(-len(prompts) // ranks) * ranks, ranks)]
-        with active_adapters(module.model, setup.adapters):
-            images = sample(
-                module.model,
-                [prompts[i] for i in mine],
-                seeds=[self.seed + i for i in mine],
-                steps=setup.steps,
-                guidance_scale=setup.guidance_scale,
-                sampler=setup.sampler,
-                resolution=self.resolution or trainer.datamodule.resolution,  # type: ignore[attr-defined]
-                batch_size=self.batch_size,
-                preview=True,
-            )
-        if ranks > 1:
-            gathered = cast(Tensor, module.all_gather(images.to(module.device)))
-            images = gathered.transpose(0, 1).flatten(0, 1)[: len(prompts)].cpu()
+        images = sample_shared(
+            module,
+            setup,
+            prompts,
+            seed=self.seed,
+            resolution=self.resolution or trainer.datamodule.resolution,  # type: ignore[attr-defined]
+            batch_size=self.batch_size,
+            preview=True,
+        )
         if module.kind.name not in setup.adapters:
             self._unchanging[setup.label] = images
         return images

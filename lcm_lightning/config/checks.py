@@ -87,6 +87,14 @@ RANGES: Mapping[str, tuple[float, float, object]] = {
     "callbacks.samples.guidance_scale": (0, math.inf, 7.5),
     "callbacks.samples.student_steps": (1, 50, [1, 4]),
     "callbacks.samples.batch_size": (1, math.inf, 4),
+    "callbacks.student_quality.num_images": (2, math.inf, 64),
+    "callbacks.student_quality.steps": (1, 1000, 4),
+    "callbacks.student_quality.teacher_steps": (1, 1000, 50),
+    "callbacks.student_quality.guidance_scale": (0, math.inf, 7.5),
+    "callbacks.student_quality.batch_size": (1, math.inf, 8),
+    "callbacks.student_quality.min_photos": (2, math.inf, 32),
+    "callbacks.student_quality.bootstrap_samples": (0, math.inf, 100),
+    "callbacks.early_stopping.patience": (1, math.inf, 5),
 }
 
 

@@ -179,14 +179,20 @@ class CaptionedImages(LightningDataModule):
     def val_shards(self) -> tuple[Shard, ...]:
         """Shards of the validation split; of the test split where a data set publishes no validation split.
 
-        Nothing is selected on validation (checkpoints are the last ones), so looking at test samples is harmless.
+        Nothing is selected on validation (checkpoints are the last ones), so looking at test samples is harmless; not
+        so with `callbacks.checkpoint.best_by` or early stopping.
 
         Raises:
             UserError: the data set has neither.
         """
+        return open_split(self.index, self.val_split, self.cache_dir, self.max_bad_fraction)
+
+    @property
+    def val_split(self) -> str:
+        """ "val", or "test" where there is none. Raises `UserError` where there is neither."""
         for split in ("val", "test"):
             if split in self.index.locations:
-                return open_split(self.index, split, self.cache_dir, self.max_bad_fraction)
+                return split
         raise UserError(
             f"data.source={self.source}: shards without val or test split; name some val-*.tar (or put them in val/), "
             "prepare the data set again, or train without validation with data.val_limit=0"

@@ -21,10 +21,13 @@ class KernelDistance:
     Args:
         kernel: of the inner products of two vectors.
         real: features [M, D].
+        paired: leave out of the last mean each image with the real one it belongs to (Gretton et al. 2012, eq. 4):
+            unbiased too where the two depend on each other, as a student's picture and its teacher's of the same noise
+            do, and 0 where they are equal.
     """
 
-    def __init__(self, kernel: Kernel, real: np.ndarray, resampling: Resampling) -> None:
-        self.kernel, self.resampling = kernel, resampling
+    def __init__(self, kernel: Kernel, real: np.ndarray, resampling: Resampling, *, paired: bool = False) -> None:
+        self.kernel, self.resampling, self.paired = kernel, resampling, paired
         self.real = np.asarray(real, dtype=np.float64)
         self._within_real = self._within(self.real, resampling.real)
 
@@ -33,6 +36,9 @@ class KernelDistance:
         x, counts = np.asarray(generated, dtype=np.float64), self.resampling
         between = self._total(x, counts.generated, self.real, counts.real)
         pairs = counts.generated.sum(axis=1) * counts.real.sum(axis=1)
+        if self.paired:
+            between -= counts.generated @ self.kernel((x * self.real[counts.photos]).sum(axis=1))
+            pairs -= counts.generated.sum(axis=1)
         return self._within(x, counts.generated) + self._within_real - 2 * _ratio(between, pairs)
 
     def _within(self, x: np.ndarray, counts: np.ndarray) -> np.ndarray:
@@ -63,7 +69,7 @@ def unit_scale(real: np.ndarray) -> float:
     return float(np.sqrt(np.mean(np.square(real, dtype=np.float64)))) or 1.0
 
 
-def kid(real: np.ndarray, resampling: Resampling) -> KernelDistance:
+def kid(real: np.ndarray, resampling: Resampling, *, paired: bool = False) -> KernelDistance:
     """Kernel Inception distance: ``k(x, y) = (x.y / D + 1)^3`` (Bińkowski et al. 2018, arXiv 1801.01401, eq. 4)."""
     dimension = real.shape[1]
 
@@ -71,7 +77,7 @@ def kid(real: np.ndarray, resampling: Resampling) -> KernelDistance:
         shifted = products / dimension + 1
         return shifted * shifted * shifted
 
-    return KernelDistance(cubic, real, resampling)
+    return KernelDistance(cubic, real, resampling, paired=paired)
 
 
 class Cmmd:
@@ -82,12 +88,13 @@ class Cmmd:
 
     Args:
         real: projected features [M, D], of any length.
+        paired: see `KernelDistance`.
     """
 
     SIGMA, SCALE = 10.0, 1000.0
 
-    def __init__(self, real: np.ndarray, resampling: Resampling) -> None:
-        self._distance = KernelDistance(self._gaussian, unit_vectors(real), resampling)
+    def __init__(self, real: np.ndarray, resampling: Resampling, *, paired: bool = False) -> None:
+        self._distance = KernelDistance(self._gaussian, unit_vectors(real), resampling, paired=paired)
 
     def draws(self, generated: np.ndarray) -> np.ndarray:
         """See `KernelDistance.draws`."""

@@ -509,10 +509,15 @@ def _original_names(layer: str, layers_per_block: int) -> Iterator[str]:
 # ---- writing -------------------------------------------------------------------------------------------------------
 
 
-def save_lora(state_dict: dict[str, Tensor], path: Path) -> None:
-    """Write a LoRA's tensors as `path` (.safetensors), whole or not at all. Raises `OSError`."""
+def save_lora(state_dict: dict[str, Tensor], path: Path, **metadata: str) -> None:
+    """Write a LoRA's tensors as `path` (.safetensors), whole or not at all, `metadata` in its header.
+
+    Raises:
+        OSError: it cannot be written.
+    """
     # safetensors' save_file makes files that only their owner can read.
-    write_atomic(path, save({key: tensor.contiguous() for key, tensor in state_dict.items()}, {"format": "pt"}))
+    tensors = {key: tensor.contiguous() for key, tensor in state_dict.items()}
+    write_atomic(path, save(tensors, {"format": "pt", **metadata}))
 
 
 def copy_lora(source: str | Path, path: Path, key: str = "lora") -> None:

@@ -24,15 +24,19 @@ MANIFEST = "adapters.json"
 
 @dataclass(frozen=True)
 class Adapter:
-    """One exported LoRA: what it is for, and its file, relative to the run's `lora/` folder."""
+    """One exported LoRA: what it is for, its file, relative to the run's `lora/` folder, and its optimizer step.
+
+    The step is None where it is not this run's, or version 0.1 wrote it.
+    """
 
     kind: AdapterKind
     file: str = LORA_FILE
+    step: int | None = None
 
 
 def write_manifest(folder: Path, adapters: list[Adapter]) -> None:
     """Say which files in `folder` (a run's `lora/`) make up its model, in the order they were trained."""
-    entries = [{"file": adapter.file, **adapter.kind.to_json()} for adapter in adapters]
+    entries = [{"file": adapter.file, "step": adapter.step, **adapter.kind.to_json()} for adapter in adapters]
     write_atomic(folder / MANIFEST, (json.dumps({"adapters": entries}, indent=2) + "\n").encode())
 
 
@@ -68,12 +72,23 @@ def read_manifest(run: Path) -> list[Adapter]:
         ) from error
 
 
+def exported_step(run: Path) -> int | None:
+    """After which optimizer step a run's own LoRA was written; None where there is none, or it does not say."""
+    try:
+        return read_manifest(run)[-1].step
+    except (UserError, IndexError):
+        return None
+
+
 def _adapter(entry: dict[str, Any]) -> Adapter:
     """What a manifest says of an adapter; version 0.1 wrote its name and file alone."""
     if Path(entry["file"]).name != entry["file"]:
         raise ValueError(f"{entry['file']!r} does not lie beside it")
+    step = entry.get("step")
+    if not (step is None or (type(step) is int and step >= 0)):
+        raise ValueError(f"step {step!r} is none")
     if "role" in entry:
-        return Adapter(AdapterKind.from_json(entry), entry["file"])
+        return Adapter(AdapterKind.from_json(entry), entry["file"], step)
     kinds = adapter_kinds()  # asked only here: it imports every method
     if entry["name"] not in kinds:
         raise ValueError(f"no method here trains {entry['name']!r}")
