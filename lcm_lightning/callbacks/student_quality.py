@@ -18,7 +18,7 @@ from lcm_lightning.data.datamodule import CaptionedImages
 from lcm_lightning.data.stream import ShardLoader
 from lcm_lightning.errors import UserError
 from lcm_lightning.evaluation.contenders import Contender
-from lcm_lightning.evaluation.drawing import Drawing, check_finite, image_folder
+from lcm_lightning.evaluation.drawing import Drawing, image_folder
 from lcm_lightning.evaluation.features import Clip
 from lcm_lightning.evaluation.figures import as_bytes
 from lcm_lightning.evaluation.metrics import Estimate
@@ -26,7 +26,7 @@ from lcm_lightning.evaluation.reference import RealImages
 from lcm_lightning.evaluation.student import FIGURES, StudentMeasure, quality_curves
 from lcm_lightning.methods.adapter_training import AdapterTraining
 from lcm_lightning.models.identity import model_digest
-from lcm_lightning.models.sampling import SamplingSetup
+from lcm_lightning.models.sampling import SamplingSetup, check_finite
 from lcm_lightning.models.stable_diffusion import StableDiffusion
 from lcm_lightning.output.files import write_atomic
 
@@ -192,7 +192,7 @@ class StudentQuality(L.Callback):
         if trainer.strategy.broadcast(kept is not None):
             return kept if kept is not None else torch.empty(0)
         images = self._draw(trainer, module, setup, prompts)
-        check_finite(images, images, setup.label)
+        check_finite(setup.label, images)
         pictures = as_bytes_of(images)
         if trainer.is_global_zero:
             self._write(file, save({"images": pictures}))
