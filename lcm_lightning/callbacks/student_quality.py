@@ -195,7 +195,7 @@ class StudentQuality(L.Callback):
         check_finite(setup.label, images)
         pictures = as_bytes_of(images)
         if trainer.is_global_zero:
-            self._write(file, save({"images": pictures}))
+            self._write(file, save({"images": pictures.contiguous()}))
         return pictures
 
     def _setups(self, module: AdapterTraining) -> tuple[SamplingSetup, SamplingSetup]:
