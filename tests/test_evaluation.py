@@ -428,6 +428,9 @@ def test_a_student_is_not_asked_for_more_steps_than_its_sampler_takes():
     few = replace(lcm, sampler=replace(lcm.sampler, max_steps=2))
     students = [c for c in Lineup(student_steps=(1, 2, 4, 8)).contenders([few]) if c.role == "student"]
     assert [student.steps for student in students] == [1, 2]
+    exact = replace(lcm, sampler=replace(lcm.sampler, min_steps=5, max_steps=5), steps=5)
+    students = [c for c in Lineup(student_steps=(1, 2, 4, 8)).contenders([exact]) if c.role == "student"]
+    assert [student.steps for student in students] == [5]
 
 
 def test_rivals_are_the_teacher_by_fast_solvers_and_everyone_knows_the_teacher():

@@ -13,7 +13,7 @@ from lcm_lightning.models.sampling import DDIM, DPMPP, SOLVERS, Sampler, network
 Role: TypeAlias = Literal["base", "finetuned", "undistilled", "student"]
 ROLES: tuple[Role, ...] = get_args(Role)
 MOST_STUDENT_STEPS = 50
-# The strongest solver at a student's number of steps: 1 to 4 of DDIM start in the middle of the noise, or below.
+# It starts at the last timestep, whatever the number of steps; DDIM's leading ones start in the midst of the noise.
 UNDISTILLED = DPMPP
 
 
@@ -134,5 +134,6 @@ class Lineup:
             for steps in dict.fromkeys(self.undistilled_steps):
                 hurried = replace(guided(teacher, UNDISTILLED, steps), name="undistilled", role="undistilled")
                 lineup.append(replace(hurried, title="undistilled", teacher_title=teacher.title))
-        steps_of = {kind: kind.sampler.possible(self.student_steps) for kind in students}
+        # One that takes none of these numbers of steps is drawn in its own.
+        steps_of = {kind: kind.sampler.possible(self.student_steps) or [kind.steps] for kind in students}
         return lineup + [student(kind, steps) for kind, numbers in steps_of.items() for steps in numbers]

@@ -147,7 +147,7 @@ class AdapterTraining(FusedClipping, ABC):
         if kind.role == "student":
             tried = [
                 SamplingSetup(kind.label(steps), names, kind.sampler, steps, kind.guidance_scale)
-                for steps in kind.sampler.possible(student_steps)
+                for steps in kind.sampler.possible(student_steps) or [kind.steps]
             ]
         else:
             tried = [SamplingSetup(kind.label(teacher_steps), names, kind.sampler, teacher_steps, guidance_scale)]

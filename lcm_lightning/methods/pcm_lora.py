@@ -42,9 +42,10 @@ class PcmLoraDistillation(TrajectoryLoraDistillation):
         super().check_settings(distillation=distillation, **trajectory)
         steps = distillation.num_ode_steps
         if phases < 1 or steps % phases:
+            divisors = ", ".join(str(number) for number in range(1, steps + 1) if steps % number == 0)
             raise UserError(
                 f"method.phases={phases}: expected a divisor of method.distillation.num_ode_steps={steps}, so that "
-                "phases end on the ODE's timesteps; 40 steps divide into 1, 2, 4, 5, 8, 10 or 20 phases"
+                f"phases end on the ODE's timesteps: one of {divisors}"
             )
 
     def destinations(self, step_index: Tensor, randomness: SampleRandomness) -> Tensor:
