@@ -1,9 +1,9 @@
-"""The Hugging Face hub, asked once whether it is there before libraries ask it again and again."""
+"""The Hugging Face hub, asked now and then whether it is there before libraries ask it again and again."""
 
 from __future__ import annotations
 
 import time
-from functools import cache
+from functools import lru_cache
 
 from huggingface_hub import constants
 from huggingface_hub.utils import get_session
@@ -12,6 +12,7 @@ from lcm_lightning.errors import first_line
 
 ATTEMPTS = 2
 TIMEOUT = 5.0  # seconds
+REMEMBERED = 60.0  # seconds an answer counts: a run of hours must not go by one bad moment
 
 
 def hub_answers() -> bool:
@@ -20,11 +21,11 @@ def hub_answers() -> bool:
     Its library makes every request six times over half a minute, several of them for one file, and a mistyped path
     looks like the id of a repository. Without an answer take what its cache holds: `local_files_only`.
     """
-    return not constants.HF_HUB_OFFLINE and _is_reachable(constants.ENDPOINT)
+    return not constants.HF_HUB_OFFLINE and _is_reachable(constants.ENDPOINT, int(time.monotonic() / REMEMBERED))
 
 
-@cache
-def _is_reachable(address: str) -> bool:
+@lru_cache(maxsize=1)
+def _is_reachable(address: str, moment: int) -> bool:
     for attempt in range(ATTEMPTS):
         time.sleep(attempt)
         try:

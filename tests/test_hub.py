@@ -7,6 +7,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
+from types import SimpleNamespace
 
 import pytest
 from huggingface_hub import constants
@@ -54,6 +55,16 @@ def test_a_mistyped_path_is_refused_in_a_sentence_at_once_where_no_hub_is(key: s
     message = str(refusal.value)
     assert message.startswith(f"{key}={PLACE}: ") and len(message) <= 300 and "\n" not in message
     assert time.monotonic() - started < 15  # on a machine busy with other things; the library would take 24 to 70
+
+
+def test_a_hub_that_was_away_for_a_moment_is_asked_again(nobody: None, monkeypatch: pytest.MonkeyPatch):
+    now = [0.0]
+    monkeypatch.setattr(hub, "time", SimpleNamespace(monotonic=lambda: now[0], sleep=lambda seconds: None))
+    assert not hub.hub_answers()
+    monkeypatch.setattr(hub, "get_session", lambda: SimpleNamespace(head=lambda address, timeout: None))
+    assert not hub.hub_answers()
+    now[0] = hub.REMEMBERED
+    assert hub.hub_answers()
 
 
 def test_a_shard_of_the_hub_is_given_up_at_once_where_no_hub_is(nobody: None, tmp_path):
