@@ -148,7 +148,7 @@ def test_pipeline_and_clip_share_the_text_tower():
 def test_weights_stay_small():
     files = {name: [f for f in (ASSETS / name).rglob("*") if f.is_file()] for name in ("tiny", "tiny_clip")}
     sizes = {name: sum(file.stat().st_size for file in of) for name, of in files.items()}
-    assert sizes["tiny"] < 40e6 and sizes["tiny_clip"] < 10e6
+    assert sizes["tiny"] < 41e6 and sizes["tiny_clip"] < 10e6
     assert not [file for of in files.values() for file in of if file.suffix in (".bin", ".ckpt", ".pt")]
 
 
