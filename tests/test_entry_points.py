@@ -311,7 +311,10 @@ def refused(capfd: pytest.CaptureFixture[str], run: Run, message: str, *override
         ("+callbacks.samples.foo=1", "callbacks.samples.foo=1: nothing reads this key"),
         ("+callbacks.export.foo=1", "callbacks.export.foo=1: nothing reads this key"),
         ("+callbacks.checkpoint.foo=1", "callbacks.checkpoint.foo=1: nothing reads this key"),
-        ("method=nonesuch", "method=nonesuch: there is no such file in conf/method; there are dmd2_lora, lcm_lora, lora"),
+        (
+            "method=nonesuch",
+            "method=nonesuch: there is no such file in conf/method; there are dmd2_lora, lcm_lora, lora",
+        ),
         ("data.source=???", "data.source: has no value"),
         ("trainer.val_check_interval=${nonesuch}", "nonesuch"),
         ("trainer.precision=64-true", "trainer.precision=64-true: expected 32-true"),

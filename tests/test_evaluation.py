@@ -337,7 +337,11 @@ def test_generate_draws_several_prompts_into_one_sheet(tmp_path: Path):
         ("generate", ("model=tiny",), "prompt: has no value"),
         ("generate", ("prompt=x",), "give run=outputs/"),
         ("generate", ("model=tiny", "prompt=[]"), "prompt=[]: expected at least one prompt"),
-        ("generate", ("model=tiny", "prompt=x", "sampler=euler"), "sampler=euler: expected one of ddim, dpmpp, dmd2, lcm"),
+        (
+            "generate",
+            ("model=tiny", "prompt=x", "sampler=euler"),
+            "sampler=euler: expected one of ddim, dpmpp, dmd2, lcm",
+        ),
         ("generate", ("model=tiny", "prompt=x", "steps=0"), "steps=0: expected 1 to 1000"),
         ("generate", ("model=tiny", "prompt=x", "negative_prompt=y", "guidance_scale=1"), "negative_prompt=y: acts"),
         ("generate", ("model=tiny", "prompt=x", "accelerator=gpu"), "accelerator=gpu"),
