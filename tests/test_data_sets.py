@@ -279,6 +279,10 @@ READ: dict[str, tuple[Files, dict[str, list[str]]]] = {
 # A folder's files, and what the message must hold.
 REFUSED: dict[str, tuple[Files, str]] = {
     "an empty table": (table(""), r"captions\.txt .*one column.*tab, semicolon or \| for comma"),
+    "bare commas in a column that is not the last": (
+        table("filename,split,caption,source\n0.jpg,train,a, with comma,web\n"),
+        r"captions\.txt .*row 1 has 5 columns, not 4: quote captions with commas",
+    ),
     "blanks between the columns": (table("0.jpg a dog\n1.jpg b\n"), r"captions\.txt .*'0\.jpg a dog' has one column"),
     "the caption first": (
         table("caption,image\na,0.jpg\n"),

@@ -69,7 +69,9 @@ def read_caption_table(path: Path) -> Captions:
         else:
             width, chosen = (3, [2]) if are_numbered([row[1] for row in rows if len(row) > 2], rows) else (2, [1])
         captions: Captions = {}
-        for row in rows:
+        for number, row in enumerate(rows, start=1):
+            if any(map(str.strip, row[width:])) and width - 1 not in chosen:
+                raise ValueError(f"row {number} has {len(row)} columns, not {width}: quote captions with commas")
             cells = [*row[: width - 1], separator.join(row[width - 1 :])]  # the last may hold the separator
             texts = [text for place in chosen if place < len(cells) for text in texts_of(cells[place])]
             captions.setdefault(table_name(row[0]), []).extend(filter(None, texts))
