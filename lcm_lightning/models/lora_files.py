@@ -517,7 +517,16 @@ def save_lora(state_dict: dict[str, Tensor], path: Path, **metadata: str) -> Non
     """
     # safetensors' save_file makes files that only their owner can read.
     tensors = {key: tensor.contiguous() for key, tensor in state_dict.items()}
-    write_atomic(path, save(tensors, {"format": "pt", **metadata}))
+    write_atomic(path, _in_order(save(tensors, {"format": "pt", **metadata})))
+
+
+def _in_order(content: bytes) -> bytes:
+    """A .safetensors file with its metadata sorted: the library writes it in an order of each process's own."""
+    end = 8 + int.from_bytes(content[:8], "little")
+    header = json.loads(content[8:end])
+    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode().ljust(end - 8)
+    return len(text).to_bytes(8, "little") + text + content[end:]
 
 
 def copy_lora(source: str | Path, path: Path, key: str = "lora") -> None:
