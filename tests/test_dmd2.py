@@ -12,9 +12,8 @@ import pytest
 import torch
 from diffusers import LCMScheduler, StableDiffusionPipeline
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
 
-from helpers.adapters import random_batch, randomise
+from helpers.adapters import random_batch, randomise, train
 from lcm_lightning.callbacks.export import KOHYA_FILE, ExportLora
 from lcm_lightning.diffusion.distribution_matching import DistributionMatching
 from lcm_lightning.diffusion.schedule import alphas_cumprod_from_config
@@ -194,7 +193,7 @@ def test_training_draws_as_the_sampler_does(saved_pipeline: Callable[..., Path],
 def test_the_exported_student_gives_the_same_picture_in_diffusers(pipeline_folder: Path, tmp_path: Path, file: str):
     trained = module(pipeline_folder)
     randomise(trained, seed=7)
-    fit(trained, [random_batch(0, 2)], callbacks=[ExportLora(str(tmp_path / "lora"))])
+    train(trained, [random_batch(0, 2)], callbacks=[ExportLora(str(tmp_path / "lora"))])
     (adapter,) = read_manifest(tmp_path)
     assert adapter.kind == trained.kind and adapter.kind.sampler.scheduler == "LCMScheduler"
     pipeline = StableDiffusionPipeline.from_pretrained(pipeline_folder, safety_checker=None)
@@ -215,21 +214,6 @@ def test_the_exported_student_gives_the_same_picture_in_diffusers(pipeline_folde
 
 
 # ---- through Lightning's Trainer -----------------------------------------------------------------------------------
-
-
-def fit(trained: Dmd2LoraDistillation, batches: list[dict[str, object]], **settings: Any) -> L.Trainer:
-    trainer = L.Trainer(
-        accelerator="cpu",
-        max_epochs=1,
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        log_every_n_steps=1,
-        **settings,
-    )
-    trainer.fit(trained, DataLoader(batches, batch_size=None))
-    return trainer
 
 
 class Watch(L.Callback):
@@ -257,7 +241,7 @@ def test_the_critic_takes_its_steps_before_each_of_the_generator_s_and_all_draw_
 ):
     trained, watch = module(pipeline_folder, critic_steps=2, num_steps=3, critic_lr=1e-2), Watch()
     randomise(trained, seed=7)
-    trainer = fit(trained, [random_batch(seed, 2) for seed in range(9)], callbacks=[watch])
+    trainer = train(trained, [random_batch(seed, 2) for seed in range(9)], callbacks=[watch])
     assert watch.moved == ["critic", "critic", "dmd2"] * 3
     for place in range(3):
         assert sorted(watch.steps[place::3]) == [1, 2, 3]
@@ -268,7 +252,7 @@ def test_no_picture_is_read(pipeline_folder: Path):
     losses = []
     for seed in (0, 1):
         trained, pictures = module(pipeline_folder), random_batch(seed, 2)["pixel_values"]
-        trainer = fit(trained, [{**random_batch(0, 2), "pixel_values": pictures}])
+        trainer = train(trained, [{**random_batch(0, 2), "pixel_values": pictures}])
         losses.append(trainer.callback_metrics["train/critic_loss"])
         assert isinstance(trained.model, StableDiffusion) and trained.model.vae is None
     assert losses[0] == losses[1]

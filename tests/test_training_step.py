@@ -17,9 +17,8 @@ from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 from lightning.pytorch.plugins import MixedPrecision
 from peft import LoraConfig, get_peft_model_state_dict, set_peft_model_state_dict
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
 
-from helpers.adapters import gradients, random_batch, randomise
+from helpers.adapters import gradients, random_batch, randomise, train
 from lcm_lightning.diffusion.consistency import ConsistencyDistillation
 from lcm_lightning.diffusion.distribution_matching import DistributionMatching
 from lcm_lightning.diffusion.trajectory import TrajectoryDistillation
@@ -695,21 +694,6 @@ def test_distribution_matching_steps_are_those_of_the_paper(
 
 def rows(batch: dict[str, object], chosen: slice) -> dict[str, object]:
     return {key: value[chosen] for key, value in batch.items()}
-
-
-def train(module: AdapterTraining, batches: list[dict[str, object]], **settings: object) -> L.Trainer:
-    trainer = L.Trainer(
-        accelerator="cpu",
-        max_epochs=1,
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        log_every_n_steps=1,
-        **settings,
-    )
-    trainer.fit(module, DataLoader(batches, batch_size=None))
-    return trainer
 
 
 def test_two_batches_of_4_accumulated_are_a_batch_of_8(pipeline_folder: Path):

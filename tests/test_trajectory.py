@@ -5,14 +5,12 @@ from __future__ import annotations
 from functools import partial
 from pathlib import Path
 
-import lightning as L
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline, TCDScheduler
 from torch import Tensor
-from torch.utils.data import DataLoader
 
-from helpers.adapters import random_batch, randomise
+from helpers.adapters import random_batch, randomise, train
 from lcm_lightning.callbacks.export import ExportLora
 from lcm_lightning.diffusion.trajectory import (
     TrajectoryDistillation,
@@ -147,16 +145,7 @@ def test_the_kind_of_a_run_is_what_its_settings_make_of_the_method_s(pipeline_fo
 def export(module: TrajectoryLoraDistillation, folder: Path) -> None:
     """As after one step from a random adapter."""
     randomise(module, seed=7)
-    trainer = L.Trainer(
-        accelerator="cpu",
-        max_steps=1,
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        callbacks=[ExportLora(str(folder / "lora"))],
-    )
-    trainer.fit(module, DataLoader([random_batch(1, 2)], batch_size=None))
+    train(module, [random_batch(1, 2)], callbacks=[ExportLora(str(folder / "lora"))])
 
 
 def diffusers_images(pipeline_folder: Path, run: Path, negative_prompt: str = "") -> Tensor:

@@ -13,7 +13,7 @@ from lightning.pytorch.loggers import TensorBoardLogger, WandbLogger
 from PIL import Image
 from torch import Tensor
 
-from lcm_lightning.callbacks.shared_sampling import sample_shared
+from lcm_lightning.callbacks.shared_sampling import held_out_captions, sample_shared
 from lcm_lightning.methods.adapter_training import AdapterTraining
 from lcm_lightning.models.sampling import SamplingSetup
 from lcm_lightning.output.files import write_atomic
@@ -84,13 +84,9 @@ class SampleGrid(L.Callback):
 
     def _prompts(self, trainer: L.Trainer) -> list[str]:
         if self.prompts is None:
-            captions: list[str] = []
-            for batch in trainer.datamodule.val_dataloader():  # type: ignore[attr-defined]
-                captions += [c for c, weight in zip(batch["captions"], batch["weight"], strict=True) if weight > 0]
-                if len(captions) >= self.num_prompts:
-                    break
+            captions = held_out_captions(trainer.datamodule, self.num_prompts)  # type: ignore[attr-defined]
             # Ranks hold different validation samples; all must draw the first rank's.
-            self.prompts = trainer.strategy.broadcast(captions[: self.num_prompts])
+            self.prompts = trainer.strategy.broadcast(captions)
         return self.prompts[: self.num_prompts]
 
     def _column(self, trainer: L.Trainer, module: AdapterTraining, setup: SamplingSetup, prompts: list[str]) -> Tensor:

@@ -1,4 +1,4 @@
-"""Drawing in the midst of training, shared out over the ranks."""
+"""Drawing in the midst of training, shared out over the ranks, and what there is to draw."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ from typing import cast
 
 from torch import Tensor
 
+from lcm_lightning.data.datamodule import CaptionedImages
+from lcm_lightning.data.stream import ShardLoader
 from lcm_lightning.methods.adapter_training import AdapterTraining
 from lcm_lightning.models.adapters import active_adapters
 from lcm_lightning.models.sampling import SamplingSetup, sample
@@ -48,3 +50,13 @@ def sample_shared(
         return images
     gathered = cast(Tensor, module.all_gather(images.to(module.device)))
     return gathered.transpose(0, 1).flatten(0, 1)[: len(prompts)].cpu()
+
+
+def held_out_captions(data: CaptionedImages, count: int) -> list[str]:
+    """The captions of the first validation samples, at most `count`."""
+    captions: list[str] = []
+    for batch in cast(ShardLoader, data.val_dataloader()):
+        captions += [c for c, weight in zip(batch["captions"], batch["weight"], strict=True) if weight > 0]
+        if len(captions) >= count:
+            break
+    return captions[:count]

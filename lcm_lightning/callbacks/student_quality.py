@@ -13,9 +13,8 @@ import torch
 from safetensors.torch import load_file, save
 from torch import Tensor
 
-from lcm_lightning.callbacks.shared_sampling import sample_shared
+from lcm_lightning.callbacks.shared_sampling import held_out_captions, sample_shared
 from lcm_lightning.data.datamodule import CaptionedImages
-from lcm_lightning.data.stream import ShardLoader
 from lcm_lightning.errors import UserError
 from lcm_lightning.evaluation.contenders import Contender
 from lcm_lightning.evaluation.drawing import Drawing, image_folder
@@ -29,6 +28,7 @@ from lcm_lightning.models.identity import model_digest
 from lcm_lightning.models.sampling import SamplingSetup, check_finite
 from lcm_lightning.models.stable_diffusion import StableDiffusion
 from lcm_lightning.output.files import write_atomic
+from lcm_lightning.output.pictures import to_bytes
 
 log = logging.getLogger(__name__)
 
@@ -141,7 +141,7 @@ class StudentQuality(L.Callback):
         if self._measure is not None:
             finite = bool(torch.isfinite(images).all())
             unknown = Estimate(math.nan, math.nan, math.nan, len(images), math.nan)
-            found = self._measure(as_bytes_of(images)) if finite else dict.fromkeys(FIGURES, unknown)
+            found = self._measure(to_bytes(images)) if finite else dict.fromkeys(FIGURES, unknown)
         self._found = trainer.strategy.broadcast(found)
         for name, figure in self._found.items():
             bounds = {"": figure.value, "_low": figure.low, "_high": figure.high}
@@ -193,7 +193,7 @@ class StudentQuality(L.Callback):
             return kept if kept is not None else torch.empty(0)
         images = self._draw(trainer, module, setup, prompts)
         check_finite(setup.label, images)
-        pictures = as_bytes_of(images)
+        pictures = to_bytes(images)
         if trainer.is_global_zero:
             self._write(file, save({"images": pictures.contiguous()}))
         return pictures
@@ -234,23 +234,8 @@ def held_out_samples(data: CaptionedImages, count: int, min_photos: int) -> Held
         return HeldOut([s.captions[0] for s in samples], torch.stack([real.square(s) for s in samples]))
     most = max((len(sample.captions) for sample in samples), default=0)
     captions = [sample.captions[n] for n in range(most) for sample in samples if n < len(sample.captions)]
-    captions = captions or loaded_captions(data, count)
+    captions = captions or held_out_captions(data, count)
     log.info(
         "CMMD and KID to the teacher's pictures: %d held-out photos, %s.min_photos=%d", len(samples), KEY, min_photos
     )
     return HeldOut([captions[i % len(captions)] for i in range(count)], None)
-
-
-def loaded_captions(data: CaptionedImages, count: int) -> list[str]:
-    """The captions of the first validation samples."""
-    captions: list[str] = []
-    for batch in cast(ShardLoader, data.val_dataloader()):
-        captions += [c for c, weight in zip(batch["captions"], batch["weight"], strict=True) if weight > 0]
-        if len(captions) >= count:
-            break
-    return captions[:count]
-
-
-def as_bytes_of(images: Tensor) -> Tensor:
-    """Images in [0, 1] as a picture file holds them, uint8."""
-    return (images * 255).round().byte()

@@ -184,13 +184,12 @@ def caption_tables(contents: Contents) -> list[tuple[Path, Captions]]:
     return []
 
 
-def read_flickr(folder: Path) -> Source:
+def read_flickr(contents: Contents) -> Source:
     """Flickr8k or Flickr30k, as their authors or as Kaggle publish them, and what people keep in the same way.
 
     The captions of an image are those of all tables; where no table names it, those beside it.
     """
-    contents = Contents.of(folder)
-    tables = caption_tables(contents)
+    folder, tables = contents.folder, caption_tables(contents)
     captions: dict[Path, list[str]] = {}
     names: dict[Path, str] = {}
     for table, content in tables:
@@ -246,12 +245,11 @@ def read_coco_captions(path: Path) -> Captions:
         return captions
 
 
-def read_coco(folder: Path) -> Source:
+def read_coco(contents: Contents) -> Source:
     """COCO 2014 or 2017 as its authors publish it: `train2014/`, `val2014/` or one of them, and `annotations/`.
 
     Of both years the first is read: each has all photos, in other splits.
     """
-    contents = Contents.of(folder)
     year = next(year for year, files in COCO_FILES.items() if contents.tables(list(files.values())))
     found = {split: contents.tables([name]) for split, name in COCO_FILES[year].items()}
     tables = {split: paths[0] for split, paths in found.items() if paths}
@@ -335,9 +333,9 @@ def repeats_folder(image: Path, folder: Path) -> re.Match[str] | None:
     return None if image.parent == folder else REPEATS_FOLDER.fullmatch(image.parent.name)
 
 
-def read_folder(folder: Path) -> Source:
+def read_folder(contents: Contents) -> Source:
     """A plain folder of images with a metadata file or a file of captions beside each image."""
-    captions = folder_captions(Contents.of(folder))
+    folder, captions = contents.folder, folder_captions(contents)
     kohya = {path: match[1] for path in captions if (match := repeats_folder(path, folder))}
     alone = sum(tuple(captions[path]) == (name,) for path, name in kohya.items())
     note = f" (kohya's, whose repeats are ignored; {alone} are captioned by their folder's name)" if kohya else ""
@@ -359,7 +357,7 @@ class Layout:
 
     title: str
     matches: Callable[[Contents], bool]
-    read: Callable[[Path], Source]
+    read: Callable[[Contents], Source]
 
 
 LAYOUTS = (
@@ -381,7 +379,11 @@ LAYOUTS = (
 )
 
 
+def layout_of(contents: Contents) -> Layout | None:
+    """The first layout that a folder with these files has, None if it has none."""
+    return next((layout for layout in LAYOUTS if layout.matches(contents)), None)
+
+
 def recognise(folder: Path) -> Layout | None:
     """The first layout a folder has, None if it has none."""
-    contents = Contents.of(folder)
-    return next((layout for layout in LAYOUTS if layout.matches(contents)), None)
+    return layout_of(Contents.of(folder))

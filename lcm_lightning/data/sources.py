@@ -10,7 +10,7 @@ from typing import Any
 
 from lcm_lightning.data.caption_tables import caption_columns, row_captions
 from lcm_lightning.data.images import ImageFault
-from lcm_lightning.data.layouts import DOWNLOADS, LAYOUTS, recognise
+from lcm_lightning.data.layouts import DOWNLOADS, LAYOUTS, Contents, layout_of
 from lcm_lightning.data.records import HASH_SPLIT_ORIGIN, SPLIT_NAMES, Record, Source, hash_split, sample_key
 from lcm_lightning.data.shards import (
     ShardIndex,
@@ -54,9 +54,10 @@ def read_directory(folder: Path) -> Source:
 
     Photos come before shards: the shards in a folder of photos are those that were made of them.
     """
-    layout = recognise(folder)
+    contents = Contents.of(folder)
+    layout = layout_of(contents)
     if layout is not None:
-        return layout.read(folder)
+        return layout.read(contents)
     index = find_shards(str(folder))
     if index is not None:
         return read_shards(index)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lcm_lightning.diffusion.consistency import Denoiser, GuidedDenoiser, squared_error
+from lcm_lightning.diffusion.consistency import Denoiser, GuidedDenoiser, guided, squared_error
 from lcm_lightning.diffusion.schedule import (
     PredictionType,
     add_noise,
@@ -16,7 +16,7 @@ from lcm_lightning.diffusion.schedule import (
     predicted_x_0,
     training_target,
 )
-from lcm_lightning.diffusion.solver import guide, ode_timesteps
+from lcm_lightning.diffusion.solver import ode_timesteps
 
 
 @dataclass(frozen=True)
@@ -90,11 +90,8 @@ class DistributionMatching:
         Both predict from `x` under `noise` at `timesteps` [B]; the teacher guided by ``w`` [B] in LCM's form. The mean
         is each picture's, so that all timesteps weigh alike.
         """
-        a_t = alphas_cumprod[timesteps]
-        x_t = add_noise(x, noise, a_t)
-        conditional, unconditional = (output.float() for output in teacher(x_t, timesteps))
-        output = guide(conditional, unconditional, guidance_scale)
-        real = predicted_x_0(output, x_t, a_t, self.prediction_type)
+        x_t = add_noise(x, noise, alphas_cumprod[timesteps])
+        real = self.denoised(guided(teacher, guidance_scale), x_t, timesteps, alphas_cumprod)
         fake = self.denoised(critic, x_t, timesteps, alphas_cumprod)
         return (fake - real) / expand((x - real).abs().flatten(1).mean(1), x)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, cast
 
 import torch
@@ -81,21 +82,20 @@ class Distillation(AdapterTraining):
 
     def teacher(self, condition: Condition) -> GuidedDenoiser:
         """The network without adapters, with and without the caption, both in one pass."""
-        both = Condition.cat([condition, condition.with_caption(self.unconditional)])
+        network = self.network((), Condition.cat([condition, condition.with_caption(self.unconditional)]))
 
         def guided(x_t: Tensor, timesteps: Tensor) -> tuple[Tensor, Tensor]:
-            with active_adapters(self.model.unet, ()):
-                output = self.model.denoise(torch.cat([x_t, x_t]), torch.cat([timesteps, timesteps]), both)
+            output = network(torch.cat([x_t, x_t]), torch.cat([timesteps, timesteps]))
             conditional, unconditional = output.chunk(2)
             return conditional, unconditional
 
         return guided
 
-    def unguided_teacher(self, condition: Condition) -> Denoiser:
-        """The network without adapters, given the condition."""
+    def network(self, adapters: Sequence[str], condition: Condition) -> Denoiser:
+        """The network with these adapters and no others, given the condition."""
 
         def denoise(x_t: Tensor, timesteps: Tensor) -> Tensor:
-            with active_adapters(self.model.unet, ()):
+            with active_adapters(self.model.unet, adapters):
                 return self.model.denoise(x_t, timesteps, condition)
 
         return denoise

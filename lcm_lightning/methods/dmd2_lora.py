@@ -16,7 +16,6 @@ from lcm_lightning.diffusion.schedule import add_noise
 from lcm_lightning.errors import UserError
 from lcm_lightning.methods.distillation import Distillation
 from lcm_lightning.methods.randomness import SampleRandomness
-from lcm_lightning.models.adapters import active_adapters
 from lcm_lightning.models.condition import Condition
 from lcm_lightning.models.discriminator import Discriminator, encoder_features
 from lcm_lightning.models.kinds import AdapterKind
@@ -172,12 +171,7 @@ class Dmd2LoraDistillation(Distillation):
 
     def critic(self, condition: Condition) -> Denoiser:
         """The network with the critic's adapter, given the condition."""
-
-        def denoiser(x_t: Tensor, timesteps: Tensor) -> Tensor:
-            with active_adapters(self.model.unet, (CRITIC,)):
-                return self.model.denoise(x_t, timesteps, condition)
-
-        return denoiser
+        return self.network((CRITIC,), condition)
 
     def _features(
         self, latents: Tensor, condition: Condition, randomness: SampleRandomness

@@ -85,7 +85,7 @@ class TrajectoryLoraDistillation(Distillation):
 
     def _teacher(self, condition: Condition, randomness: SampleRandomness) -> Denoiser:
         if self.student_guidance > 1:
-            return self.unguided_teacher(condition)
+            return self.network((), condition)
         return guided(self.teacher(condition), randomness.uniform(self.w_min, self.w_max))
 
     def _draw_in(self, steps: int, *, min_steps: int, max_steps: int, eta: float = 0.0) -> None:

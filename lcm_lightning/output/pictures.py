@@ -19,9 +19,14 @@ CAPTION_LINE = 24
 SMALLEST_CELL = 128
 
 
+def to_bytes(images: Tensor) -> Tensor:
+    """Images in [0, 1] as picture files hold them, uint8."""
+    return (images * 255).round().byte()
+
+
 def to_pil(image: Tensor) -> Image.Image:
     """A [3, H, W] tensor in [0, 1] as a picture."""
-    return Image.fromarray((image * 255).round().byte().permute(1, 2, 0).contiguous().cpu().numpy())
+    return Image.fromarray(to_bytes(image).permute(1, 2, 0).contiguous().cpu().numpy())
 
 
 def contact_sheet(images: Tensor, columns: int = 4, captions: Sequence[str] = ()) -> Image.Image:

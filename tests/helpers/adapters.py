@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import lightning as L
 import torch
 from torch import Tensor
+from torch.utils.data import DataLoader
 
 
 def randomise(module: torch.nn.Module, seed: int) -> None:
@@ -27,3 +31,19 @@ def random_batch(seed: int, size: int) -> dict[str, object]:
         "seed": torch.randint(2**62, (size,), generator=generator),
         "weight": torch.ones(size),
     }
+
+
+def train(module: L.LightningModule, batches: list[dict[str, object]], **settings: Any) -> L.Trainer:
+    """An epoch of these batches, and nothing else than training."""
+    trainer = L.Trainer(
+        accelerator="cpu",
+        max_epochs=1,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        log_every_n_steps=1,
+        **settings,
+    )
+    trainer.fit(module, DataLoader(batches, batch_size=None))
+    return trainer
