@@ -599,8 +599,9 @@ def processor_seconds(*arguments: str, **environment: str) -> tuple[float, subpr
 
 @pytest.fixture(scope="module")
 def import_seconds() -> float:
-    """Processor time of importing torch, Lightning and diffusers, most of which is their own dependencies'."""
-    seconds, done = processor_seconds("-c", "import train", **{**os.environ, "PYTHONPATH": str(ROOT)})
+    """Processor time of importing what trains and draws, most of which is torch's and diffusers' own."""
+    imports = "import lightning, lcm_lightning.methods.lcm_lora, lcm_lightning.models.sampling"
+    seconds, done = processor_seconds("-c", imports, **{**os.environ, "PYTHONPATH": str(ROOT)})
     assert done.returncode == 0, done.stderr
     return seconds
 
