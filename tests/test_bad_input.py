@@ -180,6 +180,7 @@ method=dmd2_lora method.distillation.max_timestep=0.01 -> min_timestep=0\.02, .*
 method=dmd2_lora method.critic_steps=0
 method=dmd2_lora method.critic_lr=0
 method=dmd2_lora method.adversarial_weight=-1
+method=pcm_lora method.adversarial_weight=-0.1
 method=dmd2_lora method.w_max=1 -> method\.w_min=7\.0, method\.w_max=1: expected 0 <= w_min
 # names and combinations
 method.w_min=20

@@ -41,7 +41,7 @@ def kill_until(
         "lcm, latents, two workers",
         "lora, a sample that is no number",
         "tcd, two workers",
-        "pcm, no worker",
+        "pcm with a discriminator, no worker",
         "dmd2, one worker",
     ],
 )

@@ -323,6 +323,25 @@ def test_zero_terminal_snr_with_epsilon_prediction_is_refused(saved_pipeline: Ca
         load_stable_diffusion(str(folder))
 
 
+# ---- adversarial losses ---------------------------------------------------------------------------------------------
+
+ADVERSARIAL_WEIGHT, ADVERSARIAL_NOISE = 0.5, normal(30, 4, 4, 8, 8)
+ADVERSARIAL_TIMESTEPS = torch.tensor([0, 959, 100, 500])
+
+
+def realness(unet: UNet2DConditionModel, discriminator: nn.Module, x: Tensor, t: Tensor, text: Tensor) -> Tensor:
+    """Logits [B, P] of all pixels of the maps of the UNet's encoder, with noise on `x`."""
+    a = at(ALPHAS_CUMPROD, t, x.dtype)
+    embedding = unet.time_embedding(unet.time_proj(t).to(x.dtype))
+    maps = [unet.conv_in(a.sqrt() * x + (1 - a).sqrt() * ADVERSARIAL_NOISE)]
+    for block in unet.down_blocks:
+        caption = {"encoder_hidden_states": text} if getattr(block, "has_cross_attention", False) else {}
+        maps.append(block(maps[-1], embedding, **caption)[0])
+    maps.append(unet.mid_block(maps[-1], embedding, encoder_hidden_states=text))
+    pairs = zip(discriminator.heads, maps[1:], strict=True)
+    return torch.cat([head(feature).flatten(1) for head, feature in pairs], dim=1)
+
+
 # ---- trajectory consistency distillation ---------------------------------------------------------------------------
 
 
@@ -338,16 +357,20 @@ def trajectory_loss(
     w: Tensor | None,
     prediction_type: str,
     loss: str,
-) -> Tensor:
-    """Zheng et al. 2024, section 4.1, with Phi the DDIM solver and theta^- = theta without gradient."""
+    discriminator: nn.Module | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Zheng et al. 2024, section 4.1, with Phi the DDIM solver and theta^- = theta without gradient.
+
+    The loss's value, and what has its gradient: with a discriminator the student's `x_0` is moved by the GAN's too.
+    """
     dtype = reference.dtype
     a_t, a_reached, a_s = (at(ALPHAS_CUMPROD, torch.tensor(places), dtype) for places in (t, reached, s))
     condition, no_condition = reference.text(batch["captions"]), reference.text([""] * 4)
 
-    def jump(x: Tensor, places: list[int], a: Tensor) -> Tensor:
+    def jump(x: Tensor, places: list[int], a: Tensor) -> tuple[Tensor, Tensor]:
         output = student(x, torch.tensor(places), condition).sample
         x_0, epsilon = to_x_0_and_epsilon(output, x, a, prediction_type)
-        return a_s.sqrt() * x_0 + (1 - a_s).sqrt() * epsilon
+        return a_s.sqrt() * x_0 + (1 - a_s).sqrt() * epsilon, x_0
 
     z_t = a_t.sqrt() * reference.latents(batch["pixel_values"]) + (1 - a_t).sqrt() * NOISE
     with torch.no_grad():
@@ -356,13 +379,26 @@ def trajectory_loss(
             output = output + w.reshape(-1, 1, 1, 1) * (output - teacher(z_t, torch.tensor(t), no_condition).sample)
         x_0, epsilon = to_x_0_and_epsilon(output, z_t, a_t, prediction_type)
         z_reached = a_reached.sqrt() * x_0 + (1 - a_reached).sqrt() * epsilon
-        target = jump(z_reached, reached, a_reached)
+        target, _ = jump(z_reached, reached, a_reached)
         # Where the jump ends where the teacher's step has, there is none.
         there = (torch.tensor(reached) == torch.tensor(s)).reshape(-1, 1, 1, 1)
         target = torch.where(there, z_reached, target)
-    difference = jump(z_t, t, a_t) - target
+    jumped, x_0 = jump(z_t, t, a_t)
+    difference = jumped - target
     distance = (difference**2 + 0.001**2) ** 0.5 - 0.001 if loss == "huber" else difference**2
-    return (batch["weight"] * distance.mean((1, 2, 3))).sum() / 4
+    losses, weight = distance.mean((1, 2, 3)), batch["weight"] / 4
+    if discriminator is None:
+        return (weight * losses).sum(), (weight * losses).sum()
+    deceived = copy.deepcopy(discriminator).requires_grad_(False)
+    logits = realness(teacher, deceived, x_0, ADVERSARIAL_TIMESTEPS, condition)
+    deceiving = ADVERSARIAL_WEIGHT * torch.log1p(torch.exp(-logits)).mean(1)
+    (slope,) = torch.autograd.grad(deceiving.sum(), x_0, retain_graph=True)
+    moved = ((slope * x_0[0].numel()) ** 2).mean((1, 2, 3)) / 2
+    photos = reference.latents(batch["pixel_values"])
+    pictures = (photos, x_0.detach())
+    real, drawn = (realness(teacher, discriminator, z, ADVERSARIAL_TIMESTEPS, condition) for z in pictures)
+    own = torch.log1p(torch.exp(-real)).mean(1) + torch.log1p(torch.exp(drawn)).mean(1)
+    return (weight * (losses + moved + own)).sum(), (weight * (losses + deceiving + own)).sum()
 
 
 # Of 40 ODE steps of 25 timesteps: the first, the last, two between; where the teacher gets to; and where the student
@@ -382,8 +418,14 @@ PHASED, ANYWHERE, SCHEDULED = [0, 749, 749, 249], [0, 487, 375, 150], [0, 799, 6
     ids=["pcm", "pcm that keeps guidance", "tcd", "tcd of schedules"],
 )
 @pytest.mark.parametrize(
-    ("prediction_type", "loss", "with_teacher_lora"),
-    [("epsilon", "huber", False), ("v_prediction", "l2", False), ("v_prediction", "huber", True)],
+    ("prediction_type", "loss", "with_teacher_lora", "adversarial"),
+    [
+        ("epsilon", "huber", False, False),
+        ("v_prediction", "l2", False, False),
+        ("v_prediction", "huber", True, False),
+        ("epsilon", "l2", False, True),
+        ("v_prediction", "huber", True, True),
+    ],
 )
 def test_trajectory_step_is_its_papers_algorithm(
     saved_pipeline: Callable[..., Path],
@@ -397,6 +439,7 @@ def test_trajectory_step_is_its_papers_algorithm(
     prediction_type: str,
     loss: str,
     with_teacher_lora: bool,
+    adversarial: bool,
 ):
     folder = saved_pipeline(prediction_type=prediction_type)
     file, weights = teacher_lora_file(Reference(folder), tmp_path) if with_teacher_lora else (None, {})
@@ -406,6 +449,7 @@ def test_trajectory_step_is_its_papers_algorithm(
         w_min=W_MIN,
         w_max=W_MAX,
         student_guidance=guidance,
+        adversarial_weight=ADVERSARIAL_WEIGHT if adversarial else 0.0,
         teacher_lora=str(file) if file else None,
         lora=LORA,
         optimizer=partial(torch.optim.SGD, lr=0.1),
@@ -413,9 +457,9 @@ def test_trajectory_step_is_its_papers_algorithm(
     )
     randomise(module, seed=7)
     draws = FixedDraws(
-        normals=[POSTERIOR_NOISE, NOISE],
+        normals=[POSTERIOR_NOISE, NOISE, ADVERSARIAL_NOISE],
         unit=torch.full((4,), 0.5),
-        integers={40: torch.tensor(STEP_INDEX), 5: torch.tensor([0, 1, 2, 4])},
+        integers={40: torch.tensor(STEP_INDEX), 5: torch.tensor([0, 1, 2, 4]), 1000: ADVERSARIAL_TIMESTEPS},
     )
     monkeypatch.setattr(adapter_training, "SampleRandomness", draws)
     found = module.training_step(batch, 0)
@@ -424,9 +468,11 @@ def test_trajectory_step_is_its_papers_algorithm(
     teacher_adapters = {"finetuned": (RANK, weights)} if with_teacher_lora else {}
     expected, expected_gradients = {}, {}
     for dtype in (torch.float32, torch.float64):
-        reference = Reference(folder, dtype)
+        reference, judge = Reference(folder, dtype), copy.deepcopy(module.discriminator)
+        if judge is not None:
+            judge.to(dtype).zero_grad()
         student = reference.unet(**teacher_adapters, trained=(ALPHA, adapter_weights(module)))
-        expected[dtype] = trajectory_loss(
+        expected[dtype], surrogate = trajectory_loss(
             reference,
             student,
             reference.unet(**teacher_adapters),
@@ -437,12 +483,17 @@ def test_trajectory_step_is_its_papers_algorithm(
             w=None if guidance > 1 else torch.full((4,), (W_MIN + W_MAX) / 2),
             prediction_type=prediction_type,
             loss=loss,
+            discriminator=judge,
         )
-        expected[dtype].backward()
+        surrogate.backward()
         expected_gradients[dtype] = gradients(student, "trained")
+        if judge is not None:
+            expected_gradients[dtype] |= {name: p.grad for name, p in judge.named_parameters()}
     assert_same_loss(found, *expected.values())
     found_gradients = gradients(module.model.unet, module.kind.name)
     named = {name.replace(f".{module.kind.name}.", ".trained."): g for name, g in found_gradients.items()}
+    if adversarial:
+        named |= {name: p.grad for name, p in module.discriminator.named_parameters()}
     assert_same_gradients(named, *expected_gradients.values())
 
 
@@ -527,7 +578,6 @@ def test_timesteps_of_finetuning_follow_the_exponent(
 # ---- distribution matching distillation ----------------------------------------------------------------------------
 
 OWN_TIMESTEPS = [999, 749, 499, 249]
-ADVERSARIAL_WEIGHT, ADVERSARIAL_NOISE = 0.5, normal(30, 4, 4, 8, 8)
 WALK_NOISES = [normal(20 + number, 4, 4, 8, 8) for number in range(4)]
 
 
@@ -546,19 +596,6 @@ def generated(
             a = at(ALPHAS_CUMPROD, torch.tensor([OWN_TIMESTEPS[number + 1]]), dtype)
             x = a.sqrt() * x + (1 - a).sqrt() * WALK_NOISES[number + 1]
     return x
-
-
-def realness(unet: UNet2DConditionModel, discriminator: nn.Module, x: Tensor, t: Tensor, text: Tensor) -> Tensor:
-    """Logits [B, P] of all pixels of the maps of the UNet's encoder, with noise on `x`."""
-    a = at(ALPHAS_CUMPROD, t, x.dtype)
-    embedding = unet.time_embedding(unet.time_proj(t).to(x.dtype))
-    maps = [unet.conv_in(a.sqrt() * x + (1 - a).sqrt() * ADVERSARIAL_NOISE)]
-    for block in unet.down_blocks:
-        caption = {"encoder_hidden_states": text} if getattr(block, "has_cross_attention", False) else {}
-        maps.append(block(maps[-1], embedding, **caption)[0])
-    maps.append(unet.mid_block(maps[-1], embedding, encoder_hidden_states=text))
-    pairs = zip(discriminator.heads, maps[1:], strict=True)
-    return torch.cat([head(feature).flatten(1) for head, feature in pairs], dim=1)
 
 
 def distribution_matching_loss(

@@ -8,13 +8,13 @@ so no boundary scalings are needed.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from lcm_lightning.diffusion.consistency import Denoiser, OdeDistillation
+from lcm_lightning.diffusion.consistency import Denoiser, OdeDistillation, squared_error
 from lcm_lightning.diffusion.schedule import add_noise, predicted_epsilon, predicted_x_0
 from lcm_lightning.diffusion.solver import ddim_step, ode_timesteps, previous_timesteps
 
@@ -47,17 +47,22 @@ def phase_ends(timesteps: Tensor, phase: int) -> Tensor:
 class TrajectoryDistillation(OdeDistillation):
     """One step of trajectory consistency distillation as a function of networks, samples and random draws."""
 
+    def predictions(
+        self, denoiser: Denoiser, x_t: Tensor, timesteps: Tensor, alphas_cumprod: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """The ``x_0`` and ``eps`` that a network predicts, float32; `timesteps` int64 [B]."""
+        output, a_t = denoiser(x_t, timesteps).float(), alphas_cumprod[timesteps]
+        return (
+            predicted_x_0(output, x_t, a_t, self.prediction_type),
+            predicted_epsilon(output, x_t, a_t, self.prediction_type),
+        )
+
     def jump(
         self, denoiser: Denoiser, x_t: Tensor, timesteps: Tensor, destinations: Tensor, alphas_cumprod: Tensor
     ) -> Tensor:
         """``J(x_t, t -> s)``, float32; `timesteps` and `destinations` int64 [B]."""
-        a_t = alphas_cumprod[timesteps]
-        output = denoiser(x_t, timesteps).float()
-        return ddim_step(
-            predicted_x_0(output, x_t, a_t, self.prediction_type),
-            predicted_epsilon(output, x_t, a_t, self.prediction_type),
-            alphas_cumprod[destinations],
-        )
+        predicted = self.predictions(denoiser, x_t, timesteps, alphas_cumprod)
+        return ddim_step(*predicted, alphas_cumprod[destinations])
 
     def losses(
         self,
@@ -68,12 +73,16 @@ class TrajectoryDistillation(OdeDistillation):
         step_index: Tensor,
         destinations: Tensor,
         alphas_cumprod: Tensor,
+        judge: Callable[[Tensor], tuple[Tensor, Tensor]] | None = None,
     ) -> Tensor:
         """Distance per sample, float32 [B], of ``J(x_t, t -> s)`` from ``J(x', t - k -> s)`` without gradient.
 
         ``x'`` is one skip of the teacher's ODE from ``x_t`` (Zheng et al. 2024, eq. 21; the student itself is the
         target, without exponential average, as in Wang et al. 2024, arXiv 2409.01347). Both passes without gradient
         run first, so that their activations are freed before the student's are kept.
+
+        With a `judge` the ``x_0`` that the student predicts from ``x_t`` is also moved against a direction ``g``, by
+        ``mean(1/2 (x_0 - sg(x_0 - g))^2)``, and computed once more beforehand.
 
         Args:
             student: called once without and once with gradient.
@@ -83,6 +92,7 @@ class TrajectoryDistillation(OdeDistillation):
             step_index: int64 [B] in [0, N): the position of t among `ode_timesteps`.
             destinations: s, int64 [B], at most ``max(t - k, 0)``.
             alphas_cumprod: [T], float32.
+            judge: gives ``g`` of a predicted ``x_0``, and losses [B] of its own.
         """
         timesteps = self.timesteps(alphas_cumprod)[step_index]
         x_t = add_noise(x_0, noise, alphas_cumprod[timesteps])
@@ -90,4 +100,12 @@ class TrajectoryDistillation(OdeDistillation):
             reached = self.skip_step(teacher, x_t, timesteps, alphas_cumprod)
             earlier = previous_timesteps(timesteps, self.skip(alphas_cumprod))
             target = self.jump(student, reached, earlier, destinations, alphas_cumprod)
-        return self.distances(self.jump(student, x_t, timesteps, destinations, alphas_cumprod), target)
+        if judge is None:
+            return self.distances(self.jump(student, x_t, timesteps, destinations, alphas_cumprod), target)
+        with torch.no_grad():
+            predicted, _ = self.predictions(student, x_t, timesteps, alphas_cumprod)
+        direction, judges_own = judge(predicted)
+        moved = predicted - direction
+        predicted, eps = self.predictions(student, x_t, timesteps, alphas_cumprod)
+        jumped = ddim_step(predicted, eps, alphas_cumprod[destinations])
+        return self.distances(jumped, target) + squared_error(predicted, moved) / 2 + judges_own

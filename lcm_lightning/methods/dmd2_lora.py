@@ -2,22 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
-from lcm_lightning.diffusion.adversarial import adversarial_direction, discriminator_losses
 from lcm_lightning.diffusion.consistency import Denoiser
 from lcm_lightning.diffusion.distribution_matching import DistributionMatching
-from lcm_lightning.diffusion.schedule import add_noise
 from lcm_lightning.errors import UserError
-from lcm_lightning.methods.distillation import Distillation
+from lcm_lightning.methods.adversarial_distillation import AdversarialDistillation, discriminator_step
 from lcm_lightning.methods.randomness import SampleRandomness
 from lcm_lightning.models.condition import Condition
-from lcm_lightning.models.discriminator import Discriminator, encoder_features
 from lcm_lightning.models.kinds import AdapterKind
 from lcm_lightning.models.latent_diffusion import LatentDiffusionModel
 from lcm_lightning.models.sampling import Sampler
@@ -33,7 +29,7 @@ def few_steps(steps: int) -> Sampler:
     return Sampler("dmd2", "DMD2", "LCMScheduler", walk, max_steps=steps)
 
 
-class Dmd2LoraDistillation(Distillation):
+class Dmd2LoraDistillation(AdversarialDistillation):
     """Distribution matching distillation (Yin et al. 2024, arXiv 2405.14867) of one UNet in three roles.
 
     With its adapters off it is the teacher, with that of `kind` the generator, and with the critic's the model of what
@@ -44,9 +40,7 @@ class Dmd2LoraDistillation(Distillation):
         distillation: the generator's steps, and the noise under which teacher and critic are compared.
         critic_steps: optimizer steps of the critic before each of the generator's.
         critic_lr: the critic's learning rate, and the discriminator's; None for the generator's.
-        adversarial_weight: of the loss of not being taken for real by a discriminator, which trains with the critic and
-            for which the images are read; 0 for none.
-        **teaching: see `Distillation`.
+        **teaching: see `AdversarialDistillation`; the discriminator trains with the critic, and images are then read.
     """
 
     kind = AdapterKind("dmd2", "dmd2_lora", "DMD2-LoRA", "student", few_steps(4), steps=4, guidance_scale=1.0)
@@ -60,15 +54,9 @@ class Dmd2LoraDistillation(Distillation):
         distillation: DistributionMatching,
         critic_steps: int = 5,
         critic_lr: float | None = None,
-        adversarial_weight: float = 0.0,
         **teaching: Any,
     ) -> None:
-        self.check_settings(
-            distillation=distillation,
-            critic_steps=critic_steps,
-            critic_lr=critic_lr,
-            adversarial_weight=adversarial_weight,
-        )
+        self.check_settings(distillation=distillation, critic_steps=critic_steps, critic_lr=critic_lr)
         model.check_steps(distillation.num_steps, "method.distillation.num_steps")
         super().__init__(model, **teaching)
         steps = distillation.num_steps
@@ -76,8 +64,6 @@ class Dmd2LoraDistillation(Distillation):
         self.distillation = replace(distillation, prediction_type=model.prediction_type)
         self.critic_steps = critic_steps
         self.critic_lr = critic_lr
-        self.adversarial_weight = adversarial_weight
-        self.discriminator = Discriminator.of(model) if adversarial_weight else None
         self.reads_images = self.discriminator is not None
 
     @classmethod
@@ -87,7 +73,6 @@ class Dmd2LoraDistillation(Distillation):
         distillation: DistributionMatching = DEFAULTS,
         critic_steps: int = 5,
         critic_lr: float | None = None,
-        adversarial_weight: float = 0.0,
         **teaching: Any,
     ) -> None:
         """See `Distillation.check_settings`."""
@@ -105,18 +90,7 @@ class Dmd2LoraDistillation(Distillation):
             raise UserError(f"method.critic_steps={critic_steps}: expected at least 1; DMD2 uses 5 to 10")
         if critic_lr is not None and critic_lr <= 0:
             raise UserError(f"method.critic_lr={critic_lr}: expected a positive number, or null for optimizer.lr")
-        if adversarial_weight < 0:
-            raise UserError(f"method.adversarial_weight={adversarial_weight}: expected at least 0, such as 0.005")
         super().check_settings(**teaching)
-
-    def configure_model(self) -> None:
-        """See `AdapterTraining`; a UNet in shards cannot stop after its encoder."""
-        if self.device_mesh is not None and self.discriminator is not None:
-            raise UserError(
-                f"method.adversarial_weight={self.adversarial_weight}: cannot be trained in shards; set it to 0, or "
-                "take trainer=ddp"
-            )
-        super().configure_model()
 
     def turn(self, step: int) -> str:
         """The generator's after `critic_steps` of the critic's."""
@@ -147,11 +121,10 @@ class Dmd2LoraDistillation(Distillation):
 
         direction = matching
         if self.discriminator is not None and self.training:  # in a validation there are no gradients
-            features, discriminator = self._features(latents, condition, randomness), self.discriminator
+            features, discriminator = self.features(latents, condition, randomness), self.discriminator
 
             def direction(x: Tensor) -> Tensor:
-                deceiving = adversarial_direction(lambda x: discriminator(features(x)), x)
-                return matching(x) + self.adversarial_weight * deceiving
+                return matching(x) + self.deceiving(discriminator, features, x)
 
         return self.distillation.losses(self.student(condition), direction, noises, self.alphas_cumprod)
 
@@ -164,22 +137,12 @@ class Dmd2LoraDistillation(Distillation):
         losses = self.distillation.critic_losses(self.critic(condition), x, noise, timesteps, self.alphas_cumprod)
         if self.discriminator is None:
             return losses
-        features = self._features(latents, condition, randomness)
-        with torch.no_grad():
-            real, drawn = features(latents), features(x)
-        return losses + discriminator_losses(self.discriminator(real), self.discriminator(drawn))
+        features = self.features(latents, condition, randomness)
+        return losses + discriminator_step(self.discriminator, features, latents, x)
 
     def critic(self, condition: Condition) -> Denoiser:
         """The network with the critic's adapter, given the condition."""
         return self.network((CRITIC,), condition)
-
-    def _features(
-        self, latents: Tensor, condition: Condition, randomness: SampleRandomness
-    ) -> Callable[[Tensor], list[Tensor]]:
-        """What the discriminator is given of pictures shaped as `latents`: `encoder_features` under one noise."""
-        timesteps = randomness.integer(len(self.alphas_cumprod))
-        noise, a_t = randomness.normal(latents.shape[1:]), self.alphas_cumprod[timesteps]
-        return lambda x: encoder_features(self.model, add_noise(x, noise, a_t), timesteps, condition)
 
     def _noises(self, latents: Tensor, randomness: SampleRandomness) -> list[Tensor]:
         """One for each step that the generator draws in."""

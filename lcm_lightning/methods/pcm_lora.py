@@ -16,7 +16,7 @@ DEFAULTS = TrajectoryDistillation(num_ode_steps=40)
 
 
 class PcmLoraDistillation(TrajectoryLoraDistillation):
-    """Phased consistency distillation into a LoRA (Wang et al. 2024, arXiv 2405.18407), without its adversarial loss.
+    """Phased consistency distillation into a LoRA (Wang et al. 2024, arXiv 2405.18407).
 
     Args:
         phases: of equal length, into which the ODE is cut. The student jumps to the end of the phase it is in, so it is

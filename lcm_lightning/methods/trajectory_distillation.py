@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from lcm_lightning.diffusion.consistency import Denoiser, guided
 from lcm_lightning.diffusion.trajectory import TrajectoryDistillation
 from lcm_lightning.errors import UserError
-from lcm_lightning.methods.distillation import Distillation, check_distillation, check_skip
+from lcm_lightning.methods.adversarial_distillation import AdversarialDistillation, discriminator_step
+from lcm_lightning.methods.distillation import check_distillation, check_skip
 from lcm_lightning.methods.randomness import SampleRandomness
 from lcm_lightning.models.condition import Condition
 from lcm_lightning.models.kinds import AdapterKind
@@ -32,7 +34,7 @@ def trajectory_kind(name: str, title: str, num_ode_steps: int) -> AdapterKind:
     return AdapterKind(name, f"{name}_lora", f"{title}-LoRA", "student", sampler, steps=4, guidance_scale=1.0)
 
 
-class TrajectoryLoraDistillation(Distillation):
+class TrajectoryLoraDistillation(AdversarialDistillation):
     """Trajectory consistency distillation into a LoRA; its subclasses say where the jumps go.
 
     Args:
@@ -40,7 +42,7 @@ class TrajectoryLoraDistillation(Distillation):
         student_guidance: at 1 the teacher's guidance goes into the student. Above, the teacher steps without guidance,
             and the student is drawn with this guidance (diffusers' form) and takes negative prompts; the data's caption
             dropout is what teaches it the empty caption.
-        **teaching: see `Distillation`.
+        **teaching: see `AdversarialDistillation`; the discriminator trains in the student's own steps.
     """
 
     def __init__(
@@ -80,8 +82,30 @@ class TrajectoryLoraDistillation(Distillation):
         teacher = self._teacher(condition, randomness)
         noise = randomness.normal(latents.shape[1:])
         destinations = self.destinations(step_index, randomness)
-        student = self.student(condition)
-        return self.distillation.losses(student, teacher, latents, noise, step_index, destinations, self.alphas_cumprod)
+        student, judge = self.student(condition), self._judge(latents, condition, randomness)
+        return self.distillation.losses(
+            student, teacher, latents, noise, step_index, destinations, self.alphas_cumprod, judge
+        )
+
+    def trained_by(self, adapter: str) -> list[nn.Parameter]:
+        """The adapter and the discriminator."""
+        heads = [] if self.discriminator is None else self.discriminator.parameters()
+        return [*super().trained_by(adapter), *heads]
+
+    def _judge(
+        self, latents: Tensor, condition: Condition, randomness: SampleRandomness
+    ) -> Callable[[Tensor], tuple[Tensor, Tensor]] | None:
+        """Direction and losses of the discriminator; it has no say in a validation, where there are no gradients."""
+        discriminator = self.discriminator
+        if discriminator is None or not self.training:
+            return None
+        features = self.features(latents, condition, randomness)
+
+        def judge(x: Tensor) -> tuple[Tensor, Tensor]:
+            own = discriminator_step(discriminator, features, latents, x)
+            return self.deceiving(discriminator, features, x), own
+
+        return judge
 
     def _teacher(self, condition: Condition, randomness: SampleRandomness) -> Denoiser:
         if self.student_guidance > 1:

@@ -48,7 +48,10 @@ SETTINGS: dict[str, tuple[int, tuple[str, ...]]] = {
     "lcm, latents, two workers": (1, ("experiment=lcm_flickr8k", "data.num_workers=2", "data.source=latents")),
     "lora, a sample that is no number": (1, ("experiment=lora_flickr8k", "data.source=spoilt", "data.num_workers=1")),
     "tcd, two workers": (1, ("experiment=lcm_flickr8k", "method=tcd_lora", "data.num_workers=2")),
-    "pcm, no worker": (1, ("experiment=lcm_flickr8k", "method=pcm_lora")),
+    "pcm with a discriminator, no worker": (
+        1,
+        ("experiment=lcm_flickr8k", "method=pcm_lora", "method.adversarial_weight=1"),
+    ),
     # Two adapters and a discriminator that take turns, three optimizer steps a round.
     "dmd2, one worker": (
         1,
