@@ -8,7 +8,7 @@ PRETRAIN := outputs/pretrain
 # A process a core, each with one thread: a file of tests shares what is costly to make.
 PARALLEL := -n auto --maxprocesses 8 --dist loadfile
 
-.PHONY: help setup quickstart test test-fast test-faults coverage eval bench lint pretrain
+.PHONY: help setup quickstart test test-fast test-faults coverage eval bench methods-table lint pretrain
 
 help:
 	@echo "make quickstart        fine-tune, distil and evaluate the embedded pipeline, 8 minutes on two cores"
@@ -17,6 +17,7 @@ help:
 	@echo "make coverage          all tests, and which lines of the package they run: at least 90 %, in htmlcov/"
 	@echo "make eval RUN=...      evaluate a run folder; more arguments in ARGS=..."
 	@echo "make bench             step time, memory, FLOPs; peer=PATH runs diffusers' script beside; more in ARGS=..."
+	@echo "make methods-table     every distillation from one teacher at one price, two hours; more in ARGS=..."
 	@echo "make lint              style and types"
 	@echo "make pretrain          train the embedded pipeline from scratch, hours; goes on where it was stopped"
 
@@ -57,6 +58,9 @@ eval: $(READY)
 
 bench: $(READY)
 	$(BIN)/python -m benchmarks $(if $(peer),peer=$(peer)) $(ARGS)
+
+methods-table: $(READY)
+	$(BIN)/python -m benchmarks.methods $(ARGS)
 
 lint: $(READY)
 	$(BIN)/ruff check .

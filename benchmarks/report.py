@@ -144,15 +144,20 @@ def insert(runs: Sequence[dict[str, Any]], page: Path) -> None:
     Raises:
         ValueError: the page has no such lines.
     """
-    before, rest = page.read_text().split(BEGIN)
-    _, after = rest.split(END)
     plot = page.with_suffix(".png")
     found = []
     for results in runs:
         plot_growth(results, plot)
         picture = f"\n![Seconds a step as one thing grows]({plot.name})\n" if growth_parts(results) else ""
         found.append(markdown(results) + picture)
-    page.write_text(f"{before}{BEGIN}\n" + "\n".join(found) + f"{END}{after}")
+    replace_figures(page, "\n".join(found))
+
+
+def replace_figures(page: Path, figures: str) -> None:
+    """Put `figures` between the page's lines `BEGIN` and `END`. Raises ValueError where it has none."""
+    before, rest = page.read_text().split(BEGIN)
+    _, after = rest.split(END)
+    page.write_text(f"{before}{BEGIN}\n{figures}{END}{after}")
 
 
 if __name__ == "__main__":
