@@ -241,7 +241,7 @@ run=W/run lora=a
 run=W/run num_images=0
 run=W/run num_images=few
 run=W/run steps=0
-run=W/run steps=51 -> steps=51: the sampler LCM takes at most 50
+run=W/run steps=51 -> steps=51: the sampler LCM takes 1 to 50
 run=W/run guidance_scale=-1
 run=W/run batch_size=0
 run=W/run seed=-1
