@@ -89,6 +89,8 @@ data.bacth_size=1
 # options
 experiment=nonesuch
 experiment=8 -> experiment=8: there is no such file in conf/experiment; there are .*quickstart
+trainer=gpu method.teacher_lora=W/nowhere -> method\.teacher_lora=.*/nowhere: no such file
+trainer=gpu method.w_min=-1 -> method\.w_min=-1
 model=true -> model=true: there is no such file in conf/model; there are sd15, tiny
 method=nonesuch -> method=nonesuch: .*there are .*lcm_lora, lora
 data=nonesuch
@@ -258,6 +260,7 @@ run=W/run seed=-1
 run=W/run dtype=int8
 run=W/run accelerator=abacus
 run=W/run accelerator=cuda
+run=nowhere accelerator=cuda -> run=nowhere: 
 run=W/run resolution=33
 run=W/run negative_prompt=b
 run=W/run output=W/a_file
