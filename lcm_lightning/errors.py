@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import functools
 import os
+import re
 import shlex
 import signal
 import sys
 import traceback
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import suppress
 from difflib import get_close_matches
+from itertools import takewhile
 from pathlib import Path
 from typing import NoReturn, ParamSpec, TypeVar
 
@@ -130,8 +132,7 @@ def explain(error: Exception) -> str:
         group, _, option = error.missing_cfg_file.rpartition("/")
         return f"{group}={option}: there is no such file in conf/{group}; there are {', '.join(error.options)}"
     if isinstance(error, OverrideParseException):
-        remedy = f"quote the value twice: {quoted(error.override)}" if "=" in error.override else "expected key=value"
-        return f"{error.override}: {first_line(error)}; {remedy}"
+        return f"{error.override}: {unreadable(error.override, sys.argv[1:])}"
     if isinstance(error, OSError) and not isinstance(error, HydraException):
         return f"hydra.run.dir: the run folder cannot be made ({error}); set hydra.run.dir=... to a place with room"
     message = first_line(error)
@@ -148,6 +149,32 @@ def explain(error: Exception) -> str:
     return advice
 
 
+def unreadable(override: str, arguments: Sequence[str]) -> str:
+    """Why Hydra's grammar does not take one of the command line's arguments, with its remedy."""
+    key, equals, value = override.partition("=")
+    if not equals:
+        return no_assignment(override, arguments)
+    if placeholder := re.search(r"<[\w -]+>", value):
+        return f"{placeholder[0]} stands for a name that you know; put that in its place"
+    if value.startswith("["):
+        example = f'{key}=["...","..."]'
+        return f"is no list that can be read; quote the texts in it: {shlex.quote(example)}"
+    return f"holds signs that mean more than themselves; quote the value twice: {quoted(override)}"
+
+
+def no_assignment(word: str, arguments: Sequence[str]) -> str:
+    """What is wrong with a word without ``=``; mostly the shell has cut a text at its spaces."""
+    place = arguments.index(word) if word in arguments else 0
+    if [*arguments[place + 1 :], ""][0].startswith("="):
+        return f"expected {word}=..., without spaces around the ="
+    starts = [n for n, argument in enumerate(arguments[:place]) if "=" in argument and not argument.startswith("-")]
+    if not starts:
+        return "expected key=value"
+    words = takewhile(lambda argument: "=" not in argument, arguments[starts[-1] + 1 :])
+    text = " ".join([arguments[starts[-1]], *words])
+    return f"expected key=value; if it belongs to the text before it, quote that twice: {quoted(text)}"
+
+
 def quoted(override: str) -> str:
     """An override whose value is one text, quoted for Hydra and then for the shell: ``'key="a, b"'``."""
     key, _, value = override.partition("=")
@@ -161,9 +188,11 @@ def no_such_key(error: Exception, override: str) -> str | None:
     known = [str(key) for key in section if not str(key).startswith("_")] if isinstance(section, DictConfig) else []
     if not known:
         return None
+    key = override.partition("=")[0]
+    adding = f"; +{override} would add it" if key.endswith(f".{name}") else ""
     if "hydra" in known:  # the top; a choice of experiment leaves no key
         known[known.index("hydra")] = "experiment"
-    adding = f"; +{override} would add it" if override.partition("=")[0].endswith(f".{name}") else ""
+        name = key
     assert isinstance(section, DictConfig), "it has keys"
     return f"there is no such key; {suggestion(str(name), known, section._get_root())}{adding}"
 
@@ -172,14 +201,16 @@ def suggestion(name: str, known: Collection[str], config: object) -> str:
     """What a name may have been meant to be.
 
     Args:
+        name: may be dotted.
         known: names where it was looked for.
         config: the whole configuration, in whose sections it may stand.
     """
     elsewhere: dict[str, list[str]] = {}
-    for key in keys_below(OmegaConf.to_container(config) if isinstance(config, DictConfig) else config):
+    keys = [*keys_below(OmegaConf.to_container(config) if isinstance(config, DictConfig) else config)]
+    for key in keys:
         if key != name:
             elsewhere.setdefault(key.rpartition(".")[2], []).append(key)
-    close = elsewhere.get(name) or get_close_matches(name, known, n=1)
+    close = [key for key in keys if key.endswith(f".{name}")] or get_close_matches(name.partition(".")[0], known, n=1)
     close = close or [key for leaf in get_close_matches(name, elsewhere, n=1) for key in elsewhere[leaf]]
     if not close:
         return f"there are {', '.join(known)}"

@@ -153,8 +153,8 @@ def main(cfg: DictConfig) -> None:
     from lcm_lightning.config.instantiate import find_device
     from lcm_lightning.config.model_choice import find_models
 
-    device = find_device(cfg.accelerator)
     (source,) = find_models(cfg)
+    device = find_device(cfg.accelerator)
     import torch
 
     from lcm_lightning.config.quiet import quiet_known_warnings

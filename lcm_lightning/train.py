@@ -31,6 +31,7 @@ def main(cfg: DictConfig) -> float | None:
     from lcm_lightning.runs.preemption import Preempted, requeue_slurm_job
 
     quiet_known_warnings()
+    check_settings(cfg)  # before devices and networks are asked for
     run_dir = Path(cfg.run_dir)
     L.seed_everything(cfg.seed, workers=True, verbose=False)
     checkpoint = find_checkpoint(cfg.resume, run_dir)
@@ -41,7 +42,6 @@ def main(cfg: DictConfig) -> float | None:
     settings = SettingsRecord(cfg, HydraConfig.get().overrides.task, run_dir, loggers[1:])
     callbacks = [*instantiate_each(cfg, "callbacks"), settings]  # last: others may refuse to start
     trainer = instantiate_group(cfg, "trainer", logger=loggers, callbacks=callbacks)
-    check_settings(cfg)
     data.prepare_data()
     module = build_module(cfg, trainer.precision, data.cache)
     data.resolution = cfg.data.resolution  # where it was null, known with the model

@@ -61,6 +61,7 @@ batch_size=4 -> batch_size=4: there is no such key; did you mean data\.batch_siz
 lr=1e-4 -> lr=1e-4: there is no such key; did you mean optimizer\.lr\?
 +lr=1e-4 -> lr=0\.0001: nothing reads this key; did you mean optimizer\.lr\?
 rank=8 -> did you mean method\.lora\.rank\?
+lora.rank=8 -> lora\.rank=8: there is no such key; did you mean method\.lora\.rank\?
 method.rank=8 -> method\.rank=8: there is no such key; did you mean method\.lora\.rank\?
 bach_size=4 -> did you mean data\.batch_size or
 --experiment=quickstart -> --experiment=quickstart: settings are written without dashes; try experiment=quickstart
@@ -87,12 +88,23 @@ data.bacth_size=1
 ~nonesuch -> \~nonesuch:
 # options
 experiment=nonesuch
+experiment=8 -> experiment=8: there is no such file in conf/experiment; there are .*quickstart
+trainer=gpu method.teacher_lora=W/nowhere -> method\.teacher_lora=.*/nowhere: no such file
+trainer=gpu method.w_min=-1 -> method\.w_min=-1
+model=true -> model=true: there is no such file in conf/model; there are sd15, tiny
 method=nonesuch -> method=nonesuch: .*there are .*lcm_lora, lora
 data=nonesuch
 trainer=nonesuch
 optimizer=nonesuch
 hydra/launcher=nonesuch
-data.source={a
+# what Hydra's grammar does not take
+data.source={a -> data\.source=\{a: .*quote the value twice: 'data\.source="\{a"'
+data.source=it's -> quote the value twice: 'data\.source="it
+resume=outputs/lcm_flickr8k/<date_time> -> resume=.*: <date_time> stands for a name that you know; put that in its place
+callbacks.samples.prompts=[it's,b] -> quote the texts in it: 'callbacks\.samples\.prompts=\["\.\.\.","\.\.\."\]'
+name=my first run seed=1 -> first: expected key=value; .*quote that twice: 'name="my first run"'
+seed = 1 -> seed: expected seed=\.\.\., without spaces around the =
+optimizer.lr -> expected key=value
 trainer.val_check_interval=${nonesuch} -> trainer\.val_check_interval:
 # types
 data=shards data.source=??? -> data\.source:
@@ -242,13 +254,14 @@ run=W/run lora=a
 run=W/run num_images=0
 run=W/run num_images=few
 run=W/run steps=0
-run=W/run steps=51 -> steps=51: the sampler LCM takes at most 50
+run=W/run steps=51 -> steps=51: the sampler LCM takes 1 to 50
 run=W/run guidance_scale=-1
 run=W/run batch_size=0
 run=W/run seed=-1
 run=W/run dtype=int8
 run=W/run accelerator=abacus
 run=W/run accelerator=cuda
+run=nowhere accelerator=cuda -> run=nowhere: 
 run=W/run resolution=33
 run=W/run negative_prompt=b
 run=W/run output=W/a_file
@@ -264,6 +277,8 @@ run=W/run init_image=W/cut.png -> init_image=.*cut\.png: undecodable
 run=W/run init_image=W/photo.png resolution=33 -> resolution=33: expected a positive multiple of 8
 run=W/run init_image=W/large.png -> init_image=.*large\.png: 100x70 pixels.*set resolution=32
 run=W/run init_image=W/strip.png resolution=32 -> init_image=.*strip\.png: 90x10 pixels.*crop it
+prompt=red heart run=W/run -> heart: expected key=value; .*, quote that twice: 'prompt="red heart"'
+run=outputs/quickstart/<date_time> -> run=outputs/quickstart/<date_time>: <date_time> stands for a name
 run=W/run prompt={a:1} -> prompt=\{'a': 1\}:
 run=W/run +foo=1
 run=W/run --prompt b -> --prompt: settings are written without dashes; try prompt=b

@@ -4,28 +4,33 @@ from __future__ import annotations
 
 import copy
 import json
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import lightning as L
 import pytest
 import torch
-from diffusers import StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import LCMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from lcm_lightning.callbacks.export import KOHYA_FILE, TEACHER_FILE, ExportLora
 from lcm_lightning.diffusion.consistency import ConsistencyDistillation
+from lcm_lightning.diffusion.solver import ode_timesteps
 from lcm_lightning.errors import UserError
 from lcm_lightning.methods.adapter_training import AdapterTraining
-from lcm_lightning.methods.lcm_lora import LcmLoraDistillation
+from lcm_lightning.methods.lcm_lora import LCM, LcmLoraDistillation
 from lcm_lightning.methods.lora import LoraFinetuning
 from lcm_lightning.models.adapters import LoraSettings, active_adapters, add_lora, fuse_lora, load_lora, lora_parameters
 from lcm_lightning.models.architectures import SD15_UNET
 from lcm_lightning.models.condition import Condition
 from lcm_lightning.models.lora_files import LORA_FILE
+from lcm_lightning.models.sampling import Sampler, make_scheduler, sample
 from lcm_lightning.models.stable_diffusion import StableDiffusion, load_stable_diffusion
+from lcm_lightning.runs.contents import read_manifest
 
 GENERATOR_SEED = 5
 
@@ -77,10 +82,12 @@ def finetuned(pipeline_folder: Path, folder: Path, **lora: object) -> AdapterTra
     return train_and_export(module, folder)
 
 
-def distilled(pipeline_folder: Path, folder: Path, teacher_lora: Path | None = None) -> AdapterTraining:
+def distilled(
+    pipeline_folder: Path, folder: Path, teacher_lora: Path | None = None, num_ode_steps: int = 50
+) -> AdapterTraining:
     module = LcmLoraDistillation(
         load_stable_diffusion(str(pipeline_folder)),
-        distillation=ConsistencyDistillation(),
+        distillation=ConsistencyDistillation(num_ode_steps=num_ode_steps),
         teacher_lora=str(teacher_lora) if teacher_lora else None,
         lora=LoraSettings(rank=4, alpha=6, target_modules="lcm_lora"),
         optimizer=SGD,
@@ -179,6 +186,42 @@ def test_the_manifest_of_a_run_without_teacher_lora_names_one_file(pipeline_fold
     assert adapter["name"] == "lcm" and adapter["file"] == LORA_FILE
     assert adapter["sampler"]["scheduler"] == "LCMScheduler" and (adapter["steps"], adapter["guidance_scale"]) == (4, 1)
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted(["adapters.json", LORA_FILE, KOHYA_FILE])
+
+
+def walk(sampler: Sampler, steps: int, scheduler_config: Mapping[str, Any]) -> list[int]:
+    scheduler: Any = make_scheduler(sampler, scheduler_config)
+    scheduler.set_timesteps(steps)
+    return scheduler.timesteps.tolist()
+
+
+@pytest.mark.parametrize("num_ode_steps", [2, 8, 30, 50])
+def test_an_lcm_student_is_drawn_at_timesteps_it_was_trained_at(
+    pipeline_folder: Path, tmp_path: Path, num_ode_steps: int
+):
+    module = distilled(pipeline_folder, tmp_path / "lora", num_ode_steps=num_ode_steps)
+    (adapter,) = read_manifest(tmp_path)
+    kind, trained_at = adapter.kind, set(ode_timesteps(1000, num_ode_steps).tolist())
+    assert kind == module.kind and kind.steps == min(4, num_ode_steps)
+    for steps in kind.sampler.possible(range(1, 100)):
+        timesteps = walk(kind.sampler, steps, module.model.scheduler_config)
+        assert len(timesteps) == steps and set(timesteps) <= trained_at
+    assert kind.sampler.possible([1, num_ode_steps, num_ode_steps + 1]) == [1, num_ode_steps]
+    assert LcmLoraDistillation.kind.sampler == LCM  # of a LoRA that does not say
+
+    pipeline = base_pipeline(pipeline_folder)
+    pipeline.scheduler = LCMScheduler.from_config(pipeline.scheduler.config, original_inference_steps=num_ode_steps)
+    pipeline.load_lora_weights(tmp_path / "lora", weight_name=adapter.file)
+    size = {"height": 32, "width": 32, "generator": torch.Generator().manual_seed(5), "output_type": "pt"}
+    expected = pipeline("a dog", num_inference_steps=kind.steps, guidance_scale=1.0, **size).images
+    way = {"steps": kind.steps, "guidance_scale": 1.0, "sampler": kind.sampler, "resolution": 32}
+    torch.testing.assert_close(sample(module.model, ["a dog"], seeds=[5], **way), expected, atol=1e-4, rtol=0)
+    with pytest.raises(UserError, match=f"the sampler LCM takes 1 to {num_ode_steps}"):
+        sample(module.model, ["a dog"], seeds=[5], **way | {"steps": num_ode_steps + 1})
+
+
+def test_a_manifest_that_does_not_say_the_ode_s_steps_means_fifty():
+    former = Sampler("lcm", "LCM", "LCMScheduler", {"timestep_spacing": "leading"}, max_steps=50)
+    assert walk(former, 4, {}) == walk(LCM, 4, {}) == [999, 759, 499, 259]
 
 
 @pytest.mark.parametrize("scale", [1.0, 0.5])

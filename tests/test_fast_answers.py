@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -10,8 +11,10 @@ from pathlib import Path
 from typing import Literal
 
 import pytest
+from omegaconf import OmegaConf
 
-from lcm_lightning.config.entry import with_absolute_config_path
+from lcm_lightning.config.entry import configurations, with_absolute_config_path
+from lcm_lightning.config.help import help_text
 from lcm_lightning.config.signatures import parameters
 
 HERE = {**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent), "OMP_NUM_THREADS": "1"}
@@ -48,6 +51,21 @@ def imports(tmp_path: Path) -> Imports:
 @pytest.mark.parametrize("module", COMMANDS)
 def test_help_and_configuration_are_shown_at_once(imports: Imports, module: str, option: str):
     assert imports(module, *option.split(), *COMMANDS[module].split()) == (0, set())
+
+
+@pytest.mark.parametrize("name", ["train", "evaluate", "generate", "prepare"])
+def test_help_explains_every_key_at_the_top_and_every_group(name: str):
+    shown = help_text([configurations()], name, "lcm-command")
+    assert shown.startswith("lcm-command ")
+    written = OmegaConf.load(configurations() / f"{name}.yaml")
+    groups = [key for part in written.defaults if part != "_self_" for key in part if " " not in key]
+    keys = [key for key in written if key not in ("defaults", "hydra", "prepare")]
+    keys += [f"prepare.{key}" for key in written.get("prepare", ())]
+    for key in groups + keys:
+        assert re.search(rf"^  {re.escape(key)}(=\S*)? +\w.*", shown, re.MULTILINE), key
+    for key in groups:
+        for option in (configurations() / key).glob("*.yaml"):
+            assert re.search(rf"\b{option.stem}\b", shown)
 
 
 @pytest.mark.parametrize("module", COMMANDS)

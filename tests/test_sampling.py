@@ -177,7 +177,7 @@ def test_network_evaluations_are_counted_as_they_happen(
     ("option", "message"),
     [
         ({"steps": 0}, "steps=0: expected at least 1"),
-        ({"steps": 51, "sampler": LCM}, "steps=51: the sampler LCM takes at most 50"),
+        ({"steps": 51, "sampler": LCM}, "steps=51: the sampler LCM takes 1 to 50"),
         ({"sampler": Sampler("euler", "Euler", "Euler")}, "sampler=euler: this diffusers has no scheduler Euler"),
         ({"resolution": 33}, "resolution=33: expected a positive multiple of 8"),
     ],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import re
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -15,8 +16,9 @@ from hydra.core.plugins import Plugins
 from hydra.plugins.search_path_plugin import SearchPathPlugin
 from omegaconf import DictConfig
 
+from lcm_lightning.config.help import help_text
 from lcm_lightning.config.resolvers import PACKAGE, register_resolvers
-from lcm_lightning.errors import fail, report_configuration_errors, report_user_errors
+from lcm_lightning.errors import fail, program, report_configuration_errors, report_user_errors
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -38,21 +40,30 @@ class ConfigurationsHere(SearchPathPlugin):
             search_path.append(provider="working-folder", path=f"file://{here}")
 
 
-def command(config_name: str) -> Callable[[Callable[P, R]], Callable[[], R]]:
+def command(config_name: str) -> Callable[[Callable[P, R]], Callable[[], R | None]]:
     """Decorate the main function of a program with Hydra's command line, composed from `config_name`.
 
-    What is wrong with the command ends it with one message and status 2.
+    What is wrong with the command ends it with one message and status 2; `help_text` is what it says of itself.
     """
     register_resolvers()
 
-    def decorate(task: Callable[P, R]) -> Callable[[], R]:
+    def decorate(task: Callable[P, R]) -> Callable[[], R | None]:
         composed = hydra.main(version_base="1.3", config_path=str(configurations()), config_name=config_name)
-        main = report_configuration_errors(composed(report_user_errors(task)))
+
+        def answer(*config: DictConfig) -> R | None:
+            if {"--help", "-h"}.isdisjoint(sys.argv[1:]):
+                return started(*config)
+            print(help_text([configurations(), Path.cwd() / "conf"], config_name, program()))
+            return None
+
+        started = composed(report_user_errors(task))
+        main = report_configuration_errors(answer)
 
         @functools.wraps(task)
-        def run(*config: DictConfig) -> R:
+        def run(*config: DictConfig) -> R | None:
             Plugins.instance().register(ConfigurationsHere)  # not on import: another program may compose its own
             refuse_flags(sys.argv[1:])
+            refuse_numbers(sys.argv[1:])
             sys.argv[1:] = with_absolute_config_path(sys.argv[1:])
             return main(*config)
 
@@ -70,6 +81,15 @@ def refuse_flags(arguments: Sequence[str]) -> None:
             following = next((text for text in arguments[place + 1 :][:1] if not text.startswith("-")), "...")
             setting = f"{flag.strip('-').replace('-', '_')}={value if equals else following}"
             fail(f"{argument}: settings are written without dashes; try {setting}")
+
+
+def refuse_numbers(arguments: Sequence[str]) -> None:
+    """End the program where a number stands for a file of a config group; Hydra's own refusal does not say which."""
+    for argument in arguments:
+        key = argument.lstrip("+").partition("=")[0]
+        options = sorted(file.stem for file in (configurations() / key).glob("*.yaml")) if key else []
+        if options and re.fullmatch(r"[\d.]+|true|false", argument.partition("=")[2], re.IGNORECASE):
+            fail(f"{argument}: there is no such file in conf/{key}; there are {', '.join(options)}")
 
 
 def with_absolute_config_path(arguments: Sequence[str]) -> list[str]:

@@ -15,9 +15,19 @@ from lcm_lightning.models.kinds import AdapterKind
 from lcm_lightning.models.latent_diffusion import LatentDiffusionModel
 from lcm_lightning.models.sampling import Sampler
 
-# Multistep consistency sampling (Luo et al. 2023a, Algorithm 3); diffusers picks its steps from 50.
-LCM = Sampler("lcm", "LCM", "LCMScheduler", {"timestep_spacing": "leading"}, max_steps=50)
 DEFAULTS = ConsistencyDistillation()
+
+
+def lcm_sampler(num_ode_steps: int) -> Sampler:
+    """Multistep consistency sampling (Luo et al. 2023a, Algorithm 3) at timesteps of an ODE of so many steps.
+
+    A student has learnt these timesteps and no others.
+    """
+    walk = {"original_inference_steps": num_ode_steps, "timestep_spacing": "leading"}
+    return Sampler("lcm", "LCM", "LCMScheduler", walk, max_steps=num_ode_steps)
+
+
+LCM = lcm_sampler(DEFAULTS.num_ode_steps)
 
 
 class LcmLoraDistillation(Distillation):
@@ -34,6 +44,8 @@ class LcmLoraDistillation(Distillation):
         self.check_settings(distillation=distillation)
         check_skip(distillation, model)
         super().__init__(model, **teaching)
+        steps, usual = distillation.num_ode_steps, type(self).kind
+        self.kind = replace(usual, sampler=lcm_sampler(steps), steps=min(usual.steps, steps))
         self.distillation = replace(distillation, prediction_type=model.prediction_type)
 
     @classmethod

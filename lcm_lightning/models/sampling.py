@@ -178,7 +178,7 @@ def sample(
     model.check_steps(steps)
     if not sampler.possible([steps]):
         least, most = sampler.min_steps, sampler.max_steps
-        span = f"at least {least}" if steps < least else f"at most {most}; try 4"
+        span = f"at least {least}" if steps < least else f"{least} to {most}"
         taken = f"exactly {most}" if least == most else span
         raise UserError(f"steps={steps}: the sampler {sampler.title} takes {taken}")
     if len(prompts) != len(seeds):
