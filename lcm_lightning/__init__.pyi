@@ -13,6 +13,7 @@ from .evaluation.model_sources import LoadedModel as LoadedModel
 from .evaluation.model_sources import ModelSource as ModelSource
 from .evaluation.protocol import Protocol as Protocol
 from .evaluation.reference import RealImages as RealImages
+from .methods.kd_lora import KdLoraDistillation as KdLoraDistillation
 from .methods.lcm import LcmDistillation as LcmDistillation
 from .methods.lcm_lora import LcmLoraDistillation as LcmLoraDistillation
 from .methods.lora import LoraFinetuning as LoraFinetuning

@@ -14,7 +14,7 @@ import torch
 
 from helpers.commands import ROOT
 from helpers.photos import cached_latents, noise_jpeg, spoil_one_sample
-from helpers.pipelines import build_tiny_pipeline
+from helpers.pipelines import build_tiny_pipeline, save_full_lcm
 from helpers.stoppable import COMMON, LORA, SETTINGS, Command, Start
 from lcm_lightning.data.records import Record
 from lcm_lightning.data.writing import ShardSettings, write_shards
@@ -90,6 +90,7 @@ def start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pipeline_folder: Path
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     cached_latents(flickr_shards, pipeline_folder, tmp_path / "latents")
+    save_full_lcm(build_tiny_pipeline(), tmp_path / "full_lcm")
     spoil_one_sample(shutil.copytree(tmp_path / "latents", tmp_path / "spoilt") / "train-000000.tar")
 
     def run(setting: str, folder: Path, *overrides: str) -> Command:

@@ -313,7 +313,7 @@ def refused(capfd: pytest.CaptureFixture[str], run: Run, message: str, *override
         ("+callbacks.checkpoint.foo=1", "callbacks.checkpoint.foo=1: nothing reads this key"),
         (
             "method=nonesuch",
-            "method=nonesuch: there is no such file in conf/method; there are dmd2_lora, lcm, lcm_lora, lora",
+            "method=nonesuch: there is no such file in conf/method; there are dmd2_lora, kd_lora, lcm, lcm_lora, lora",
         ),
         ("data.source=???", "data.source: has no value"),
         ("trainer.val_check_interval=${nonesuch}", "nonesuch"),

@@ -419,4 +419,4 @@ def test_a_run_trains_draws_is_gone_on_with_and_is_evaluated(tmp_path: Path, mon
     alone = ("models=[tiny]", "model=tiny", "model.path=run/pipeline", "data=noto_emoji", "run_dir=alone")
     in_process("evaluate", *alone, *evaluation, *lineup)
     models = json.loads((tmp_path / "alone" / "metrics.json").read_text())["models"]
-    assert [model["slug"] for model in models] == ["full_lcm_2", "full_lcm_1"]
+    assert {(model["slug"], model["teacher"]) for model in models} == {(f"full_lcm_{n}",) * 2 for n in (1, 2)}

@@ -19,6 +19,7 @@ from peft import LoraConfig, get_peft_model_state_dict, set_peft_model_state_dic
 from torch import Tensor, nn
 
 from helpers.adapters import gradients, random_batch, randomise, train
+from helpers.pipelines import save_full_lcm
 from lcm_lightning.diffusion.consistency import ConsistencyDistillation
 from lcm_lightning.diffusion.distribution_matching import DistributionMatching
 from lcm_lightning.diffusion.trajectory import TrajectoryDistillation
@@ -26,6 +27,7 @@ from lcm_lightning.errors import UserError
 from lcm_lightning.methods import adapter_training
 from lcm_lightning.methods.adapter_training import AdapterTraining
 from lcm_lightning.methods.dmd2_lora import Dmd2LoraDistillation
+from lcm_lightning.methods.kd_lora import KdLoraDistillation
 from lcm_lightning.methods.lcm import LcmDistillation
 from lcm_lightning.methods.lcm_lora import LcmLoraDistillation
 from lcm_lightning.methods.lora import LoraFinetuning
@@ -416,6 +418,77 @@ def test_full_distillation_step_is_algorithm_1(
     assert_same_loss(found, *expected.values())
     assert_same_gradients(found_gradients, *expected_gradients.values())
     assert all(p.grad is None for name, p in module.named_parameters() if ".student." not in name)
+
+
+# ---- knowledge distillation of a full LCM into a LoRA --------------------------------------------------------------
+
+
+def imitation_loss(
+    reference: Reference,
+    networks: dict[str, UNet2DConditionModel],
+    batch: dict[str, object],
+    w: Tensor,
+    prediction_type: str,
+    loss: str,
+) -> Tensor:
+    """c_skip z + c_out x_0' of both at the same (z_t, t, c), the teacher told w: apart by c_out times what x_0' is."""
+    dtype, t = reference.dtype, 20 * (torch.tensor(ODE_STEPS) + 1) - 1
+    a, condition = at(ALPHAS_CUMPROD, t, dtype), reference.text(batch["captions"])
+    told = LatentConsistencyModelPipeline.get_guidance_scale_embedding(None, w, embedding_dim=16).to(dtype)
+    z_t = a.sqrt() * reference.latents(batch["pixel_values"]) + (1 - a).sqrt() * NOISE
+    with torch.no_grad():
+        output = networks["teacher"](z_t, t, condition, timestep_cond=told).sample
+    theirs, _ = to_x_0_and_epsilon(output, z_t, a, prediction_type)
+    ours, _ = to_x_0_and_epsilon(networks["student"](z_t, t, condition).sample, z_t, a, prediction_type)
+    s = 10.0 * t.reshape(-1, 1, 1, 1).to(dtype)
+    difference = s / (s**2 + 0.5**2) ** 0.5 * (ours - theirs)
+    distance = (difference**2 + 0.001**2) ** 0.5 - 0.001 if loss == "huber" else difference**2
+    return (batch["weight"] * distance.mean((1, 2, 3))).sum() / 4
+
+
+@pytest.mark.parametrize(("prediction_type", "loss"), [("epsilon", "huber"), ("v_prediction", "l2")])
+def test_knowledge_step_holds_the_student_against_the_full_lcm(
+    saved_pipeline: Callable[..., Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    batch: dict[str, object],
+    prediction_type: str,
+    loss: str,
+):
+    folder = saved_pipeline(prediction_type=prediction_type)
+    teacher = save_full_lcm(Reference(folder).pipeline, tmp_path / "lcm")
+    module = KdLoraDistillation(
+        load_stable_diffusion(str(folder)),
+        teacher_lcm=str(tmp_path / "lcm"),
+        distillation=ConsistencyDistillation(loss=loss),
+        w_min=W_MIN,
+        w_max=W_MAX,
+        lora=LORA,
+        optimizer=partial(torch.optim.SGD, lr=0.1),
+    )
+    randomise(module, seed=7)
+    unit = torch.tensor([0.0, 0.25, 0.5, 0.99])
+    draws = FixedDraws(normals=[POSTERIOR_NOISE, NOISE], unit=unit, integers=torch.tensor(ODE_STEPS))
+    monkeypatch.setattr(adapter_training, "SampleRandomness", draws)
+    found = module.training_step(batch, 0)
+    found.backward()
+
+    expected, expected_gradients = {}, {}
+    for dtype in (torch.float32, torch.float64):
+        reference = Reference(folder, dtype)
+        student = reference.unet(kd=(ALPHA, adapter_weights(module)))
+        networks = {"teacher": told_of(teacher, teacher.state_dict(), dtype), "student": student}
+        w = W_MIN + (W_MAX - W_MIN) * unit
+        expected[dtype] = imitation_loss(reference, networks, batch, w, prediction_type, loss)
+        expected[dtype].backward()
+        expected_gradients[dtype] = gradients(student, "kd")
+    assert draws.highs == [50]
+    assert_same_loss(found, *expected.values())
+    assert_same_gradients(gradients(module.model.unet, "kd"), *expected_gradients.values())
+    assert all(p.grad is None for name, p in module.named_parameters() if ".kd." not in name)
+    draws.unit = 1 - unit  # another w, another target
+    with torch.no_grad():
+        assert module.training_step(batch, 0).item() != pytest.approx(found.item(), rel=1e-3)
 
 
 # ---- trajectory consistency distillation ---------------------------------------------------------------------------

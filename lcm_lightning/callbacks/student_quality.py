@@ -24,7 +24,7 @@ from lcm_lightning.evaluation.metrics import Estimate
 from lcm_lightning.evaluation.reference import RealImages
 from lcm_lightning.evaluation.student import FIGURES, StudentMeasure, quality_curves
 from lcm_lightning.methods.adapter_training import Training
-from lcm_lightning.models.identity import model_digest
+from lcm_lightning.models.identity import adapter_digest, model_digest
 from lcm_lightning.models.sampling import SamplingSetup, check_finite
 from lcm_lightning.models.stable_diffusion import StableDiffusion
 from lcm_lightning.output.files import write_atomic
@@ -127,7 +127,8 @@ class StudentQuality(L.Callback):
             )
         module.model.load_encoders()  # by all ranks: DistributedDataParallel expects the same networks of each
         if trainer.is_global_zero:
-            self._weights = model_digest(cast(StableDiffusion, module.model))
+            model, names = cast(StableDiffusion, module.model), self._setups(module)[0].adapters
+            self._weights = " ".join([model_digest(model), *(adapter_digest(model, name) for name in names)])
 
     def on_validation_epoch_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         """Draw, measure and log."""

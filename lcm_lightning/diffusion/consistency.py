@@ -194,3 +194,27 @@ class ConsistencyDistillation(OdeDistillation):
             reached = self.consistency_function(target or student, x_s, earlier, alphas_cumprod)
         prediction = self.consistency_function(student, x_t, timesteps, alphas_cumprod)
         return self.distances(prediction, reached)
+
+    def imitation_losses(
+        self,
+        student: Denoiser,
+        teacher: Denoiser,
+        x_0: Tensor,
+        noise: Tensor,
+        step_index: Tensor,
+        alphas_cumprod: Tensor,
+    ) -> Tensor:
+        """Distance per sample, float32 [B], between the consistency functions of student and teacher at ``(x_t, t)``.
+
+        The teacher is a consistency model already: ``d(f_student(x_t, t), sg f_teacher(x_t, t))``, knowledge
+        distillation (Hinton et al. 2015, arXiv 1503.02531) of its one output. It is called without gradient, and first.
+
+        Args:
+            student, teacher: of the same prediction type.
+            x_0, noise, step_index, alphas_cumprod: see `losses`.
+        """
+        timesteps = self.timesteps(alphas_cumprod)[step_index]
+        x_t = add_noise(x_0, noise, alphas_cumprod[timesteps])
+        with torch.no_grad():
+            target = self.consistency_function(teacher, x_t, timesteps, alphas_cumprod)
+        return self.distances(self.consistency_function(student, x_t, timesteps, alphas_cumprod), target)

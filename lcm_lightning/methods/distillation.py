@@ -105,6 +105,16 @@ class Distillation(GuidedDistillation, AdapterTraining):
         return lambda x_t, timesteps: self.model.denoise(x_t, timesteps, condition)
 
 
+def variant_network(model: LatentDiffusionModel, name: str, condition: Condition) -> Denoiser:
+    """The variant `name` of a model's UNet, given the condition."""
+
+    def denoise(x_t: Tensor, timesteps: Tensor) -> Tensor:
+        with active_adapters(model, (name,)):
+            return model.denoise(x_t, timesteps, condition)
+
+    return denoise
+
+
 def check_distillation(distillation: OdeDistillation) -> None:
     """Raise a `UserError` for a setting that is wrong whatever the model is."""
     key = "method.distillation"

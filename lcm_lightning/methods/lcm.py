@@ -9,12 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lcm_lightning.diffusion.consistency import ConsistencyDistillation, Denoiser
+from lcm_lightning.diffusion.consistency import ConsistencyDistillation
 from lcm_lightning.errors import UserError
-from lcm_lightning.methods.distillation import GuidedDistillation, check_distillation, check_skip
+from lcm_lightning.methods.distillation import GuidedDistillation, check_distillation, check_skip, variant_network
 from lcm_lightning.methods.lcm_lora import DEFAULTS
 from lcm_lightning.methods.randomness import SampleRandomness
-from lcm_lightning.models.adapters import active_adapters
 from lcm_lightning.models.condition import Condition
 from lcm_lightning.models.kinds import AdapterKind
 from lcm_lightning.models.latent_diffusion import LatentDiffusionModel
@@ -103,22 +102,15 @@ class LcmDistillation(GuidedDistillation):
         noise = randomness.normal(latents.shape[1:])
         told = condition.with_guidance(guidance_scale)
         return self.distillation.losses(
-            self._network(STUDENT, told),
+            variant_network(self.model, STUDENT, told),
             self.teacher(condition),
             latents,
             noise,
             step_index,
             guidance_scale,
             self.alphas_cumprod,
-            target=self._network(self.kind.name, told),
+            target=variant_network(self.model, self.kind.name, told),
         )
-
-    def _network(self, name: str, condition: Condition) -> Denoiser:
-        def denoise(x_t: Tensor, timesteps: Tensor) -> Tensor:
-            with active_adapters(self.model, (name,)):
-                return self.model.denoise(x_t, timesteps, condition)
-
-        return denoise
 
     def optimizer_step(self, *step: Any, **options: Any) -> None:
         """Let the target follow the student."""

@@ -58,6 +58,10 @@ SETTINGS: dict[str, tuple[int, tuple[str, ...]]] = {
         ),
     ),
     "full lcm, two workers": (1, ("experiment=full_lcm_flickr8k", "data.num_workers=2")),
+    "kd, two workers": (
+        1,
+        ("experiment=lcm_flickr8k", "method=kd_lora", "method.teacher_lcm=full_lcm", "data.num_workers=2"),
+    ),
     "lora, two processes": (2, ("experiment=lora_flickr8k", *TWO)),
     "lcm, two processes, a worker each, accumulated": (
         2,
