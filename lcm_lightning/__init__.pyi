@@ -1,6 +1,7 @@
 """What is imported when it is first asked for; see `lcm_lightning/__init__.py`."""
 
 from .callbacks.export import ExportLora as ExportLora
+from .callbacks.export import ExportPipeline as ExportPipeline
 from .config.resolvers import package_file as package_file
 from .data.datamodule import CaptionedImages as CaptionedImages
 from .diffusion.consistency import ConsistencyDistillation as ConsistencyDistillation
@@ -12,6 +13,8 @@ from .evaluation.model_sources import LoadedModel as LoadedModel
 from .evaluation.model_sources import ModelSource as ModelSource
 from .evaluation.protocol import Protocol as Protocol
 from .evaluation.reference import RealImages as RealImages
+from .methods.kd_lora import KdLoraDistillation as KdLoraDistillation
+from .methods.lcm import LcmDistillation as LcmDistillation
 from .methods.lcm_lora import LcmLoraDistillation as LcmLoraDistillation
 from .methods.lora import LoraFinetuning as LoraFinetuning
 from .methods.pcm_lora import PcmLoraDistillation as PcmLoraDistillation

@@ -168,8 +168,9 @@ def main(cfg: DictConfig) -> None:
     sampler = usual.sampler if cfg.sampler is None else find_sampler(cfg.sampler, loaded.adapters)
     steps = usual.steps if cfg.steps is None else cfg.steps
     guidance_scale = usual.guidance_scale if cfg.guidance_scale is None else cfg.guidance_scale
-    if cfg.negative_prompt and guidance_scale <= 1:
-        raise UserError(f"negative_prompt={cfg.negative_prompt}: acts with guidance_scale above 1 only")
+    if cfg.negative_prompt and sampler.passes(guidance_scale) == 1:
+        where = "on no full LCM" if sampler.tells_guidance else "with guidance_scale above 1 only"
+        raise UserError(f"negative_prompt={cfg.negative_prompt}: acts {where}")
     wanted = list(cfg.prompt) if OmegaConf.is_list(cfg.prompt) else [cfg.prompt]
     if not wanted:
         raise UserError("prompt=[]: expected at least one prompt, such as prompt=cat or 'prompt=[cat,dog]'")

@@ -35,7 +35,7 @@ from lcm_lightning.models.pipeline_files import (
     read_scheduler_config,
     read_tokenizer,
 )
-from lcm_lightning.runs.contents import MANIFEST, read_manifest
+from lcm_lightning.runs.contents import MANIFEST, exported, read_manifest
 
 SHOWN = 10  # exceptions and unused keys
 SD2_UNET = {**SD15_UNET, "cross_attention_dim": 1024, "use_linear_projection": True}
@@ -78,13 +78,14 @@ def describe(
     if not place.exists():
         raise UserError(f"{place}: no such file or folder; give a LoRA file, a run's folder or a model's")
     run = place.parent if (place / MANIFEST).is_file() else place
-    if (run / "lora" / MANIFEST).is_file():
+    if (folder := exported(run)) is not None:
         for adapter in read_manifest(run):
-            kind, file = adapter.kind, run / "lora" / adapter.file
+            kind, file = adapter.kind, folder / adapter.file
             use = f"{kind.sampler.name}, {kind.steps} steps, guidance {kind.guidance_scale:g}"
             step = [] if adapter.step is None else [("step", str(adapter.step))]
             name = ("adapter", f"{kind.name} ({kind.title})")
-            yield str(file), [name, ("drawn by", use), *step, *lora_rows(file, networks)]
+            content = model_rows(folder) if kind.whole else lora_rows(file, networks)
+            yield str(file), [name, ("drawn by", use), *step, *content]
     elif (place / "model_index.json").is_file():
         yield str(place), model_rows(place)
     else:
@@ -180,6 +181,7 @@ def model_rows(folder: Path) -> list[tuple[str, str]]:
         ("latents", f"{said(unet.get('sample_size'))} wide, {said(unet.get('in_channels'))} channels"),
         ("scheduler", said(scheduler.get("_class_name"))),
         ("predicts", said(scheduler.get("prediction_type"))),
+        ("guidance", "told to the UNet (a full LCM)" if unet.get("time_cond_proj_dim") else "by a second pass"),
     ]
     try:
         check_networks(locate_pipeline(str(folder), None))

@@ -14,8 +14,8 @@ import torch
 
 from helpers.commands import ROOT
 from helpers.photos import cached_latents, noise_jpeg, spoil_one_sample
-from helpers.pipelines import build_tiny_pipeline
-from helpers.stoppable import COMMON, SETTINGS, Command, Start
+from helpers.pipelines import build_tiny_pipeline, save_full_lcm
+from helpers.stoppable import COMMON, LORA, SETTINGS, Command, Start
 from lcm_lightning.data.records import Record
 from lcm_lightning.data.writing import ShardSettings, write_shards
 from lcm_lightning.models.stable_diffusion import StableDiffusion, load_stable_diffusion
@@ -90,12 +90,14 @@ def start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pipeline_folder: Path
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     cached_latents(flickr_shards, pipeline_folder, tmp_path / "latents")
+    save_full_lcm(build_tiny_pipeline(), tmp_path / "full_lcm")
     spoil_one_sample(shutil.copytree(tmp_path / "latents", tmp_path / "spoilt") / "train-000000.tar")
 
     def run(setting: str, folder: Path, *overrides: str) -> Command:
         ranks, options = SETTINGS[setting]
         places = (f"model.path={pipeline_folder}", f"data.source={flickr_shards}", f"hydra.run.dir={folder}")
-        command = Command((*places, *COMMON, *options, *overrides), ranks, tmp_path / f"{folder.name}.log")
+        adapter = () if "experiment=full_lcm_flickr8k" in options else LORA
+        command = Command((*places, *COMMON, *adapter, *options, *overrides), ranks, tmp_path / f"{folder.name}.log")
         command.start()
         return command
 

@@ -182,6 +182,15 @@ method=pcm_lora method.phases=0
 method=pcm_lora method.phases=3 -> method\.phases=3: expected a divisor of method\.distillation\.num_ode_steps=40
 method=pcm_lora method.phases=few
 method=pcm_lora +method.schedules=[4,8] -> method\.schedules
+method=lcm method.ema_decay=1
+method=lcm method.guidance_dimension=7
+method=lcm method.w_min=20 -> method\.w_min=20
+method=lcm method.distillation.huber_c=0
+method=lcm +method.lora.dropout=0 -> method\.lora
+method=kd_lora -> method\.teacher_lcm
+method=kd_lora method.teacher_lcm=null -> method\.teacher_lcm=null: expected a run of method=lcm
+method=kd_lora method.teacher_lcm=W/pipeline -> method\.teacher_lcm=.*: no full LCM
+method=kd_lora method.teacher_lcm=W/pipeline method.w_min=8
 method=lora method.min_snr_gamma=0
 method=lora method.noise_offset=-1
 method=lora method.timestep_exponent=0
@@ -456,7 +465,8 @@ def state(folder: Path) -> dict[str, bytes | None]:
 def overrides(defaults: tuple[str, ...], case: str, world: Path) -> list[str]:
     """The command line of a case: the defaults it does not set itself, then its own."""
     own = case.split()
-    kept = [option for option in defaults if option.partition("=")[0] not in {o.partition("=")[0] for o in own}]
+    taken = {option.partition("=")[0] for option in own} | ({"method.lora.rank"} if "method=lcm" in own else set())
+    kept = [option for option in defaults if option.partition("=")[0] not in taken]
     return [in_world(option, world) for option in (*kept, *own)]
 
 

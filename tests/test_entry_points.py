@@ -260,7 +260,7 @@ def test_a_sweep_without_an_experiment_is_named_by_its_method(
 
 def test_resuming_another_adapter_is_refused(run: Run, capfd: pytest.CaptureFixture[str]):
     run("part", "trainer=debug", "logger=csv", "trainer.max_steps=1")
-    refused(capfd, run, "resume: the checkpoint's adapter differs", "resume=part", "method.lora.rank=8")
+    refused(capfd, run, "resume: the checkpoint's weights differ", "resume=part", "method.lora.rank=8")
 
 
 def test_a_refused_command_leaves_the_record_of_the_run_it_would_go_on_with(run: Run):
@@ -313,7 +313,7 @@ def refused(capfd: pytest.CaptureFixture[str], run: Run, message: str, *override
         ("+callbacks.checkpoint.foo=1", "callbacks.checkpoint.foo=1: nothing reads this key"),
         (
             "method=nonesuch",
-            "method=nonesuch: there is no such file in conf/method; there are dmd2_lora, lcm_lora, lora",
+            "method=nonesuch: there is no such file in conf/method; there are dmd2_lora, kd_lora, lcm, lcm_lora, lora",
         ),
         ("data.source=???", "data.source: has no value"),
         ("trainer.val_check_interval=${nonesuch}", "nonesuch"),

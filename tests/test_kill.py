@@ -43,6 +43,8 @@ def kill_until(
         "tcd, two workers",
         "pcm with a discriminator, no worker",
         "dmd2, one worker",
+        "full lcm, two workers",
+        "kd, two workers",
     ],
 )
 def test_a_few_kills_change_no_bit(start: Start, tmp_path: Path, setting: str):

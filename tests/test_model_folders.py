@@ -238,7 +238,10 @@ REFUSED: dict[str, tuple[Change, str]] = {
     "weights the text encoder lacks": (lacking(TEXT, "final_layer"), r"weights of text_encoder lack 2 tensors"),
     "a damaged config": (text("unet/config.json", "{"), rf"cannot be loaded: unet/config\.json .*{AGAIN}"),
     "a config that is a list": (text("vae/config.json", "[1]"), r"cannot be loaded: vae/config\.json"),
-    "a full LCM": (unet(time_cond_proj_dim=16), r"unet/config\.json: time_cond_proj_dim=16: a full LCM.*give"),
+    "guidance embedded in an odd width": (
+        unet(time_cond_proj_dim=15),
+        r"unet/config\.json: time_cond_proj_dim=15: .*even",
+    ),
     "an inpainting UNet": (unet(in_channels=9), r"unet/config\.json: 9 channels in and 4 out.*VAE has 4.*give a"),
     "an editing UNet": (unet(in_channels=8), r"unet/config\.json: 8 channels in and 4 out"),
     "a UNet that predicts variances": (unet(out_channels=8), r"unet/config\.json: 4 channels in and 8 out"),

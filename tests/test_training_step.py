@@ -13,12 +13,13 @@ import lightning as L
 import numpy as np
 import pytest
 import torch
-from diffusers import StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import LatentConsistencyModelPipeline, StableDiffusionPipeline, UNet2DConditionModel
 from lightning.pytorch.plugins import MixedPrecision
 from peft import LoraConfig, get_peft_model_state_dict, set_peft_model_state_dict
 from torch import Tensor, nn
 
 from helpers.adapters import gradients, random_batch, randomise, train
+from helpers.pipelines import save_full_lcm
 from lcm_lightning.diffusion.consistency import ConsistencyDistillation
 from lcm_lightning.diffusion.distribution_matching import DistributionMatching
 from lcm_lightning.diffusion.trajectory import TrajectoryDistillation
@@ -26,6 +27,8 @@ from lcm_lightning.errors import UserError
 from lcm_lightning.methods import adapter_training
 from lcm_lightning.methods.adapter_training import AdapterTraining
 from lcm_lightning.methods.dmd2_lora import Dmd2LoraDistillation
+from lcm_lightning.methods.kd_lora import KdLoraDistillation
+from lcm_lightning.methods.lcm import LcmDistillation
 from lcm_lightning.methods.lcm_lora import LcmLoraDistillation
 from lcm_lightning.methods.lora import LoraFinetuning
 from lcm_lightning.methods.pcm_lora import PcmLoraDistillation
@@ -321,6 +324,171 @@ def test_zero_terminal_snr_with_epsilon_prediction_is_refused(saved_pipeline: Ca
     folder = saved_pipeline(prediction_type="epsilon", rescale_betas_zero_snr=True)
     with pytest.raises(UserError, match=r"model\.path=.*zero terminal SNR with prediction_type=epsilon"):
         load_stable_diffusion(str(folder))
+
+
+# ---- latent consistency distillation of all parameters -------------------------------------------------------------
+
+
+def told_of(unet: UNet2DConditionModel, state: dict[str, Tensor], dtype: torch.dtype) -> UNet2DConditionModel:
+    """diffusers' own UNet of a full LCM, with these weights."""
+    told = UNet2DConditionModel.from_config({**unet.config, "time_cond_proj_dim": 16})
+    told.load_state_dict(state)
+    return told.to(dtype)
+
+
+def full_lcm_loss(
+    reference: Reference,
+    networks: dict[str, UNet2DConditionModel],
+    batch: dict[str, object],
+    w: Tensor,
+    prediction_type: str,
+    loss: str,
+) -> Tensor:
+    """Algorithm 1 of Luo et al. 2023a with k = 20, w told to theta and to its exponential average theta^-."""
+    dtype, t_end = reference.dtype, 20 * (torch.tensor(ODE_STEPS) + 1) - 1
+    t_start = torch.where(t_end < 20, 0, t_end - 20)
+    told = LatentConsistencyModelPipeline.get_guidance_scale_embedding(None, w, embedding_dim=16).to(dtype)
+    condition, no_condition = reference.text(batch["captions"]), reference.text([""] * 4)
+
+    def consistency_function(network: UNet2DConditionModel, x: Tensor, t: Tensor) -> Tensor:
+        output = network(x, t, condition, timestep_cond=told).sample
+        x_0, _ = to_x_0_and_epsilon(output, x, at(ALPHAS_CUMPROD, t, dtype), prediction_type)
+        s = 10.0 * t.reshape(-1, 1, 1, 1).to(dtype)
+        return 0.5**2 / (s**2 + 0.5**2) * x + s / (s**2 + 0.5**2) ** 0.5 * x_0
+
+    a_end, a_start = (at(ALPHAS_CUMPROD, t, dtype) for t in (t_end, t_start))
+    z_end = a_end.sqrt() * reference.latents(batch["pixel_values"]) + (1 - a_end).sqrt() * NOISE
+    with torch.no_grad():
+        conditional, unconditional = (networks["teacher"](z_end, t_end, c).sample for c in (condition, no_condition))
+        guided = conditional + w.reshape(-1, 1, 1, 1) * (conditional - unconditional)
+        x_0, epsilon = to_x_0_and_epsilon(guided, z_end, a_end, prediction_type)
+        z_start = a_start.sqrt() * x_0 + (1 - a_start).sqrt() * epsilon
+        target = consistency_function(networks["target"], z_start, t_start)
+    difference = consistency_function(networks["student"], z_end, t_end) - target
+    distance = (difference**2 + 0.001**2) ** 0.5 - 0.001 if loss == "huber" else difference**2
+    return (batch["weight"] * distance.mean((1, 2, 3))).sum() / 4
+
+
+@pytest.mark.parametrize(
+    ("prediction_type", "loss", "with_teacher_lora"),
+    [("epsilon", "huber", False), ("v_prediction", "l2", False), ("v_prediction", "huber", True)],
+)
+def test_full_distillation_step_is_algorithm_1(
+    saved_pipeline: Callable[..., Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    batch: dict[str, object],
+    prediction_type: str,
+    loss: str,
+    with_teacher_lora: bool,
+):
+    folder = saved_pipeline(prediction_type=prediction_type)
+    file, weights = teacher_lora_file(Reference(folder), tmp_path) if with_teacher_lora else (None, {})
+    module = LcmDistillation(
+        load_stable_diffusion(str(folder)),
+        distillation=ConsistencyDistillation(loss=loss),
+        guidance_dimension=16,
+        w_min=W_MIN,
+        w_max=W_MAX,
+        teacher_lora=str(file) if file else None,
+        optimizer=partial(torch.optim.SGD, lr=0.1),
+    )
+    variants = {"student": module.model.variants["student"], "target": module.model.variants[module.kind.name]}
+    for seed, network in enumerate(variants.values()):
+        generator = torch.Generator().manual_seed(seed)
+        with torch.no_grad():  # in mid-training
+            network.time_embedding.cond_proj.weight.normal_(0, 0.5, generator=generator)
+            network.conv_out.weight.mul_(1.1 + seed)
+    unit = torch.tensor([0.0, 0.25, 0.5, 0.99])
+    draws = FixedDraws(normals=[POSTERIOR_NOISE, NOISE], unit=unit, integers=torch.tensor(ODE_STEPS))
+    monkeypatch.setattr(adapter_training, "SampleRandomness", draws)
+    found = module.training_step(batch, 0)
+    found.backward()
+    found_gradients = {name: p.grad for name, p in variants["student"].named_parameters()}
+
+    expected, expected_gradients = {}, {}
+    for dtype in (torch.float32, torch.float64):
+        reference = Reference(folder, dtype)
+        networks = {"teacher": reference.unet(**({"finetuned": (RANK, weights)} if file else {}))}
+        networks |= {n: told_of(reference.pipeline.unet, v.state_dict(), dtype) for n, v in variants.items()}
+        w = W_MIN + (W_MAX - W_MIN) * unit
+        expected[dtype] = full_lcm_loss(reference, networks, batch, w, prediction_type, loss)
+        expected[dtype].backward()
+        expected_gradients[dtype] = {name: p.grad for name, p in networks["student"].named_parameters()}
+    assert_same_loss(found, *expected.values())
+    assert_same_gradients(found_gradients, *expected_gradients.values())
+    assert all(p.grad is None for name, p in module.named_parameters() if ".student." not in name)
+
+
+# ---- knowledge distillation of a full LCM into a LoRA --------------------------------------------------------------
+
+
+def imitation_loss(
+    reference: Reference,
+    networks: dict[str, UNet2DConditionModel],
+    batch: dict[str, object],
+    w: Tensor,
+    prediction_type: str,
+    loss: str,
+) -> Tensor:
+    """c_skip z + c_out x_0' of both at the same (z_t, t, c), the teacher told w: apart by c_out times what x_0' is."""
+    dtype, t = reference.dtype, 20 * (torch.tensor(ODE_STEPS) + 1) - 1
+    a, condition = at(ALPHAS_CUMPROD, t, dtype), reference.text(batch["captions"])
+    told = LatentConsistencyModelPipeline.get_guidance_scale_embedding(None, w, embedding_dim=16).to(dtype)
+    z_t = a.sqrt() * reference.latents(batch["pixel_values"]) + (1 - a).sqrt() * NOISE
+    with torch.no_grad():
+        output = networks["teacher"](z_t, t, condition, timestep_cond=told).sample
+    theirs, _ = to_x_0_and_epsilon(output, z_t, a, prediction_type)
+    ours, _ = to_x_0_and_epsilon(networks["student"](z_t, t, condition).sample, z_t, a, prediction_type)
+    s = 10.0 * t.reshape(-1, 1, 1, 1).to(dtype)
+    difference = s / (s**2 + 0.5**2) ** 0.5 * (ours - theirs)
+    distance = (difference**2 + 0.001**2) ** 0.5 - 0.001 if loss == "huber" else difference**2
+    return (batch["weight"] * distance.mean((1, 2, 3))).sum() / 4
+
+
+@pytest.mark.parametrize(("prediction_type", "loss"), [("epsilon", "huber"), ("v_prediction", "l2")])
+def test_knowledge_step_holds_the_student_against_the_full_lcm(
+    saved_pipeline: Callable[..., Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    batch: dict[str, object],
+    prediction_type: str,
+    loss: str,
+):
+    folder = saved_pipeline(prediction_type=prediction_type)
+    teacher = save_full_lcm(Reference(folder).pipeline, tmp_path / "lcm")
+    module = KdLoraDistillation(
+        load_stable_diffusion(str(folder)),
+        teacher_lcm=str(tmp_path / "lcm"),
+        distillation=ConsistencyDistillation(loss=loss),
+        w_min=W_MIN,
+        w_max=W_MAX,
+        lora=LORA,
+        optimizer=partial(torch.optim.SGD, lr=0.1),
+    )
+    randomise(module, seed=7)
+    unit = torch.tensor([0.0, 0.25, 0.5, 0.99])
+    draws = FixedDraws(normals=[POSTERIOR_NOISE, NOISE], unit=unit, integers=torch.tensor(ODE_STEPS))
+    monkeypatch.setattr(adapter_training, "SampleRandomness", draws)
+    found = module.training_step(batch, 0)
+    found.backward()
+
+    expected, expected_gradients = {}, {}
+    for dtype in (torch.float32, torch.float64):
+        reference = Reference(folder, dtype)
+        student = reference.unet(kd=(ALPHA, adapter_weights(module)))
+        networks = {"teacher": told_of(teacher, teacher.state_dict(), dtype), "student": student}
+        w = W_MIN + (W_MAX - W_MIN) * unit
+        expected[dtype] = imitation_loss(reference, networks, batch, w, prediction_type, loss)
+        expected[dtype].backward()
+        expected_gradients[dtype] = gradients(student, "kd")
+    assert draws.highs == [50]
+    assert_same_loss(found, *expected.values())
+    assert_same_gradients(gradients(module.model.unet, "kd"), *expected_gradients.values())
+    assert all(p.grad is None for name, p in module.named_parameters() if ".kd." not in name)
+    draws.unit = 1 - unit  # another w, another target
+    with torch.no_grad():
+        assert module.training_step(batch, 0).item() != pytest.approx(found.item(), rel=1e-3)
 
 
 # ---- adversarial losses ---------------------------------------------------------------------------------------------

@@ -1,21 +1,24 @@
-"""Write the trained adapter where other programs can use it."""
+"""Write what was trained where other programs can use it."""
 
 from __future__ import annotations
 
 import logging
 import math
+from abc import ABC, abstractmethod
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, cast
 
 import lightning as L
 from lightning.pytorch.loggers import WandbLogger
 from torch import Tensor
 
 from lcm_lightning.callbacks.trainers import Lowest
-from lcm_lightning.methods.adapter_training import AdapterTraining
+from lcm_lightning.methods.adapter_training import Training
 from lcm_lightning.models.adapters import kohya_state_dict, lora_state_dict
-from lcm_lightning.models.kinds import LORA_FILE
+from lcm_lightning.models.kinds import LORA_FILE, AdapterKind
 from lcm_lightning.models.lora_files import copy_lora, save_lora
+from lcm_lightning.models.stable_diffusion import StableDiffusion
+from lcm_lightning.models.variants import save_pipeline
 from lcm_lightning.runs.contents import Adapter, exported_step, write_manifest
 
 log = logging.getLogger(__name__)
@@ -24,19 +27,19 @@ TEACHER_FILE = "teacher_lora_weights.safetensors"
 KOHYA_FILE = "kohya_lora_weights.safetensors"
 
 
-class ExportLora(L.Callback):
-    """After each validation and at the end, write the adapter as safetensors under `folder` (a run's `lora/`).
+class Export(L.Callback, ABC):
+    """After each validation and at the end, write what a module has trained into `folder`, if it is of its kind.
 
-    `pytorch_lora_weights.safetensors` loads with diffusers' `load_lora_weights`, `kohya_lora_weights.safetensors` with
-    ComfyUI and A1111. Both say in their headers, and `adapters.json` does, after which optimizer step they were written
-    ("step"). A LoRA that is part of the frozen model, as a teacher's, is put beside it. At the end the folder becomes a
-    W&B artifact where W&B logs the run.
+    `adapters.json` says after which optimizer step it was written ("step"). A LoRA that is part of the frozen model, as
+    a teacher's, is put beside it. At the end the folder becomes a W&B artifact where W&B logs the run.
 
     Files that cannot be written (a full disk) are a warning: training and the files before them matter more.
 
     Args:
-        best_by: a validation metric; only the adapter with which it was lowest is kept. None keeps the last one.
+        best_by: a validation metric; only what was trained when it was lowest is kept. None keeps the last.
     """
+
+    artifact: ClassVar[str]  # W&B's type of it
 
     def __init__(self, folder: str, best_by: str | None = None) -> None:
         self.folder = Path(folder)
@@ -49,13 +52,25 @@ class ExportLora(L.Callback):
         return {"best_value": self.lowest.value, "best_step": self.best_step}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on from `state_dict` where its adapter is still in the folder; else the next one is the best so far."""
+        """Go on from `state_dict` where its export is still in the folder; else the next one is the best so far."""
         if exported_step(self.folder.parent) == state_dict["best_step"]:
             self.lowest, self.best_step = Lowest(state_dict["best_value"]), state_dict["best_step"]
 
+    @abstractmethod
+    def writes(self, kind: AdapterKind) -> bool:
+        """Whether what `kind` says is of this callback's kind."""
+
+    @abstractmethod
+    def collect(self, module: Training) -> Any:
+        """What `write` is given, gathered from all ranks."""
+
+    @abstractmethod
+    def write(self, collected: Any, module: Training, step: int) -> Adapter:
+        """Write it, on one rank, after optimizer step `step`; how the run's manifest names it. Raises `OSError`."""
+
     def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
-        """Keep the LoRA below with the trained one."""
-        if trainer.is_global_zero:
+        """Keep the LoRA below with what is trained."""
+        if trainer.is_global_zero and self._concerns(module):
             try:
                 self._keep_below(module, again=True)
             except OSError as error:
@@ -63,7 +78,7 @@ class ExportLora(L.Callback):
 
     def on_validation_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         """Export, except from Lightning's check before training, and what is not the best."""
-        if trainer.sanity_checking:
+        if trainer.sanity_checking or not self._concerns(module):
             return
         value = None if self.best_by is None else trainer.callback_metrics.get(self.best_by)
         if value is None or self.lowest.take(value.item()):
@@ -74,32 +89,32 @@ class ExportLora(L.Callback):
         """Export the end of training, unless a better one is kept, and hand it to W&B."""
         if math.isinf(self.lowest.value):
             self._export(trainer, module)
-        if not trainer.is_global_zero or not self.folder.is_dir():
+        if not trainer.is_global_zero or not self._concerns(module) or not self.folder.is_dir():
             return
         for logger in trainer.loggers:
             if isinstance(logger, WandbLogger):
                 try:
-                    log_artifact(logger, self.folder)
+                    log_artifact(logger, self.folder, self.artifact)
                 except OSError as error:
                     warn_unwritten(self.folder, error)
 
     def _export(self, trainer: L.Trainer, module: L.LightningModule) -> None:
-        assert isinstance(module, AdapterTraining)
-        state_dict = lora_state_dict(module.model.unet, module.kind.name)
+        if not self._concerns(module):
+            return
+        assert isinstance(module, Training)
+        collected = self.collect(module)
         if trainer.is_global_zero:
             try:
-                self._write(state_dict, module, trainer.global_step)
+                below = self._keep_below(module)
+                write_manifest(self.folder, [*below, self.write(collected, module, trainer.global_step)])
             except OSError as error:
                 warn_unwritten(self.folder, error)
 
-    def _write(self, state_dict: dict[str, Tensor], module: AdapterTraining, step: int) -> None:
-        below = self._keep_below(module)
-        save_lora(state_dict, self.folder / LORA_FILE, step=str(step))
-        save_lora(kohya_state_dict(state_dict), self.folder / KOHYA_FILE, step=str(step))
-        write_manifest(self.folder, [*below, Adapter(module.kind, step=step)])
+    def _concerns(self, module: L.LightningModule) -> bool:
+        return isinstance(module, Training) and self.writes(module.kind)
 
     def _keep_below(self, module: L.LightningModule, *, again: bool = False) -> list[Adapter]:
-        assert isinstance(module, AdapterTraining)
+        assert isinstance(module, Training)
         if module.below is None:
             return []
         kind, source = module.below
@@ -108,15 +123,60 @@ class ExportLora(L.Callback):
         return [Adapter(kind, TEACHER_FILE)]
 
 
-def log_artifact(logger: WandbLogger, folder: Path) -> None:
-    """Hand a folder of LoRA files to W&B."""
+class ExportLora(Export):
+    """Write an adapter as safetensors (into a run's `lora/`).
+
+    `pytorch_lora_weights.safetensors` loads with diffusers' `load_lora_weights`, `kohya_lora_weights.safetensors` with
+    ComfyUI and A1111. Both say their step in their headers too. For the rest see `Export`.
+    """
+
+    artifact = "lora"
+
+    def writes(self, kind: AdapterKind) -> bool:
+        """LoRAs."""
+        return not kind.whole
+
+    def collect(self, module: Training) -> dict[str, Tensor]:
+        """The adapter's tensors."""
+        return lora_state_dict(module.model.unet, module.kind.name)
+
+    def write(self, collected: dict[str, Tensor], module: Training, step: int) -> Adapter:
+        """Both files."""
+        save_lora(collected, self.folder / LORA_FILE, step=str(step))
+        save_lora(kohya_state_dict(collected), self.folder / KOHYA_FILE, step=str(step))
+        return Adapter(module.kind, step=step)
+
+
+class ExportPipeline(Export):
+    """Write a model whose whole UNet was trained (into a run's `pipeline/`).
+
+    The folder loads with diffusers' LatentConsistencyModelPipeline. For the rest see `Export`.
+    """
+
+    artifact = "model"
+
+    def writes(self, kind: AdapterKind) -> bool:
+        """Whole UNets."""
+        return kind.whole
+
+    def collect(self, module: Training) -> None:
+        """Nothing: every rank has all of it."""
+
+    def write(self, collected: None, module: Training, step: int) -> Adapter:
+        """The pipeline's files."""
+        save_pipeline(cast(StableDiffusion, module.model), module.kind.name, module.kind.sampler, self.folder)
+        return Adapter(module.kind, "unet", step)
+
+
+def log_artifact(logger: WandbLogger, folder: Path, kind: str) -> None:
+    """Hand an exported folder to W&B as an artifact of type `kind`."""
     import wandb
 
-    artifact = wandb.Artifact(f"lora-{logger.experiment.id}", type="lora")
+    artifact = wandb.Artifact(f"{kind}-{logger.experiment.id}", type=kind)
     artifact.add_dir(str(folder))
     logger.experiment.log_artifact(artifact)
 
 
 def warn_unwritten(folder: Path, error: OSError) -> None:
     """Say that an export failed."""
-    log.warning("LoRA files in %s not written (%s); those before are kept", folder, error)
+    log.warning("files in %s not written (%s); those before are kept", folder, error)

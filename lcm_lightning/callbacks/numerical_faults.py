@@ -27,7 +27,7 @@ class NumericalFaults(L.Callback):
     """Leave out optimizer steps with a non-finite loss or gradient, count them, and stop after too many in a row.
 
     The gradient is looked at after the ranks have averaged theirs, so all of them decide alike; a non-finite loss
-    makes it non-finite (`AdapterTraining`). In fp16 an overflow of the gradient alone is what Lightning's loss scaler
+    makes it non-finite (`Training`). In fp16 an overflow of the gradient alone is what Lightning's loss scaler
     expects: it leaves the step out and lowers the scale, and only overflows at a scale of 1 count here.
 
     A fused optimizer leaves a step out on the device, by the flag it takes from loss scalers. The host learns of it

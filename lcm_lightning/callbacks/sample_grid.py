@@ -14,7 +14,7 @@ from PIL import Image
 from torch import Tensor
 
 from lcm_lightning.callbacks.shared_sampling import held_out_captions, sample_shared
-from lcm_lightning.methods.adapter_training import AdapterTraining
+from lcm_lightning.methods.adapter_training import Training
 from lcm_lightning.models.sampling import SamplingSetup
 from lcm_lightning.output.files import write_atomic
 from lcm_lightning.output.pictures import labelled_grid
@@ -65,7 +65,7 @@ class SampleGrid(L.Callback):
 
     def on_validation_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         """Draw, save and log the grid."""
-        assert isinstance(module, AdapterTraining)
+        assert isinstance(module, Training)
         if trainer.sanity_checking:
             return
         prompts = self._prompts(trainer)
@@ -89,7 +89,7 @@ class SampleGrid(L.Callback):
             self.prompts = trainer.strategy.broadcast(captions)
         return self.prompts[: self.num_prompts]
 
-    def _column(self, trainer: L.Trainer, module: AdapterTraining, setup: SamplingSetup, prompts: list[str]) -> Tensor:
+    def _column(self, trainer: L.Trainer, module: Training, setup: SamplingSetup, prompts: list[str]) -> Tensor:
         """Images [N, 3, H, W] of one setup, complete on every rank."""
         if setup.label in self._unchanging:
             return self._unchanging[setup.label]

@@ -9,13 +9,13 @@ from torch import Tensor
 
 from lcm_lightning.data.datamodule import CaptionedImages
 from lcm_lightning.data.stream import ShardLoader
-from lcm_lightning.methods.adapter_training import AdapterTraining
+from lcm_lightning.methods.adapter_training import Training
 from lcm_lightning.models.adapters import active_adapters
 from lcm_lightning.models.sampling import SamplingSetup, sample
 
 
 def sample_shared(
-    module: AdapterTraining,
+    module: Training,
     setup: SamplingSetup,
     prompts: Sequence[str],
     *,

@@ -23,8 +23,8 @@ from lcm_lightning.evaluation.figures import as_bytes
 from lcm_lightning.evaluation.metrics import Estimate
 from lcm_lightning.evaluation.reference import RealImages
 from lcm_lightning.evaluation.student import FIGURES, StudentMeasure, quality_curves
-from lcm_lightning.methods.adapter_training import AdapterTraining
-from lcm_lightning.models.identity import model_digest
+from lcm_lightning.methods.adapter_training import Training
+from lcm_lightning.models.identity import adapter_digest, model_digest
 from lcm_lightning.models.sampling import SamplingSetup, check_finite
 from lcm_lightning.models.stable_diffusion import StableDiffusion
 from lcm_lightning.output.files import write_atomic
@@ -114,7 +114,7 @@ class StudentQuality(L.Callback):
 
     def setup(self, trainer: L.Trainer, module: L.LightningModule, stage: str) -> None:
         """Refuse what cannot be measured; know the teacher by its weights, which some strategies shard after this."""
-        if not isinstance(module, AdapterTraining) or module.kind.role != "student":
+        if not isinstance(module, Training) or module.kind.role != "student":
             raise UserError(
                 f"{KEY}: method {type(module).__name__} trains no student; take callbacks=default, or a distillation"
             )
@@ -127,11 +127,12 @@ class StudentQuality(L.Callback):
             )
         module.model.load_encoders()  # by all ranks: DistributedDataParallel expects the same networks of each
         if trainer.is_global_zero:
-            self._weights = model_digest(cast(StableDiffusion, module.model))
+            model, names = cast(StableDiffusion, module.model), self._setups(module)[0].adapters
+            self._weights = " ".join([model_digest(model), *(adapter_digest(model, name) for name in names)])
 
     def on_validation_epoch_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         """Draw, measure and log."""
-        assert isinstance(module, AdapterTraining)
+        assert isinstance(module, Training)
         if trainer.sanity_checking:
             return
         if self._prompts is None:
@@ -163,7 +164,7 @@ class StudentQuality(L.Callback):
 
     # ---- what the student is held against ------------------------------------------------------------------------
 
-    def _start(self, trainer: L.Trainer, module: AdapterTraining) -> list[str]:
+    def _start(self, trainer: L.Trainer, module: Training) -> list[str]:
         """The prompts, on every rank; on the first one also what measures."""
         data = cast(CaptionedImages, trainer.datamodule)  # type: ignore[attr-defined]
         held_out = held_out_samples(data, self.num_images, self.min_photos) if trainer.is_global_zero else None
@@ -180,7 +181,7 @@ class StudentQuality(L.Callback):
             )
         return prompts
 
-    def _teacher_pictures(self, trainer: L.Trainer, module: AdapterTraining, prompts: list[str]) -> Tensor:
+    def _teacher_pictures(self, trainer: L.Trainer, module: Training, prompts: list[str]) -> Tensor:
         """The teacher's pictures, uint8 [N, 3, H, W]: from the file of this teacher, these prompts and this noise."""
         setup = self._setups(module)[0]
         drawing = Drawing(prompts, self.seed, trainer.datamodule.resolution, self.batch_size)  # type: ignore[attr-defined]
@@ -198,7 +199,7 @@ class StudentQuality(L.Callback):
             self._write(file, save({"images": pictures.contiguous()}))
         return pictures
 
-    def _setups(self, module: AdapterTraining) -> tuple[SamplingSetup, SamplingSetup]:
+    def _setups(self, module: Training) -> tuple[SamplingSetup, SamplingSetup]:
         """How teacher and student are drawn from."""
         steps = self.steps or module.kind.steps
         teacher, student = module.sampling_setups(
@@ -206,7 +207,7 @@ class StudentQuality(L.Callback):
         )
         return teacher, student
 
-    def _draw(self, trainer: L.Trainer, module: AdapterTraining, setup: SamplingSetup, prompts: list[str]) -> Tensor:
+    def _draw(self, trainer: L.Trainer, module: Training, setup: SamplingSetup, prompts: list[str]) -> Tensor:
         resolution: int = trainer.datamodule.resolution  # type: ignore[attr-defined]
         return sample_shared(module, setup, prompts, seed=self.seed, resolution=resolution, batch_size=self.batch_size)
 

@@ -17,7 +17,7 @@ from lcm_lightning.config.instantiate import instantiate_group, parse_dtype
 from lcm_lightning.errors import UserError
 from lcm_lightning.evaluation.model_sources import DataChoice, LoadedModel, ModelSource
 from lcm_lightning.methods import adapter_kinds
-from lcm_lightning.runs.contents import MANIFEST, read_config, read_manifest
+from lcm_lightning.runs.contents import MANIFEST, exported, read_config, read_manifest
 
 if TYPE_CHECKING:
     import torch
@@ -125,7 +125,19 @@ def _named_model(cfg: DictConfig, name: str, dtype: torch.dtype) -> ModelSource:
             looks = f"; a run is written run:{name}" if (Path(name).expanduser() / "config.yaml").is_file() else ""
             raise UserError(f"models: no model is called {name}; expected {SPECS}{looks}") from error
         part = OmegaConf.create({"model": OmegaConf.to_container(composed.model, resolve=True)})
-    return ModelSource(name, name, lambda: LoadedModel(instantiate_group(part, "model", dtype=dtype).eval(), ()))
+
+    def load() -> LoadedModel:
+        model: StableDiffusion = instantiate_group(part, "model", dtype=dtype)
+        return LoadedModel(model.eval(), own_kinds(model))
+
+    return ModelSource(name, name, load)
+
+
+def own_kinds(model: StableDiffusion) -> tuple[AdapterKind, ...]:
+    """What a model is by itself: a student, if its UNet wants to be told the guidance scale."""
+    if model.guidance_dimension is None:
+        return ()
+    return tuple(kind for kind in adapter_kinds().values() if kind.whole)
 
 
 def _run(cfg: DictConfig, run: str, spec: str, dtype: torch.dtype) -> ModelSource:
@@ -192,9 +204,12 @@ def _lora_files(lora: str, role: str | None) -> dict[AdapterKind, Path]:
     kinds = adapter_kinds()
     if (run / "lora" / MANIFEST).is_file():
         return {adapter.kind: run / "lora" / adapter.file for adapter in read_manifest(run)}
-    if role in kinds:
+    if exported(run) is not None:
+        raise UserError(f"lora={lora}: a run that trained a whole UNet and left no LoRA; give run={lora}")
+    if role in kinds and not kinds[role].whole:
         return {kinds[role]: locate_lora(lora)}
-    students = [f"lora_role={kind.name} ({kind.title})" for kind in kinds.values() if kind.role == "student"]
+    distilled = [kind for kind in kinds.values() if kind.role == "student" and not kind.whole]
+    students = [f"lora_role={kind.name} ({kind.title})" for kind in distilled]
     raise UserError(
         f"lora_role={role}: say what lora={lora} is: {' or '.join(students)}, which is drawn in few steps without "
         "guidance, or lora_role=finetuned for one that was not distilled; of several in their order, lora_role=[...]"
@@ -204,12 +219,19 @@ def _lora_files(lora: str, role: str | None) -> dict[AdapterKind, Path]:
 def _with_adapters(
     cfg: DictConfig, chosen: Sequence[tuple[AdapterKind, Path, float]], dtype: torch.dtype
 ) -> LoadedModel:
+    """`model=` with LoRAs. A full LCM is a student itself: LoRAs that were not distilled may act on it."""
     from lcm_lightning.models.adapters import load_lora, set_active_adapters
 
     model: StableDiffusion = instantiate_group(cfg, "model", dtype=dtype)
+    own = own_kinds(model)
+    if own and (students := [kind.title for kind, _, _ in chosen if kind.role == "student"]):
+        raise UserError(
+            f"model.path={model.name_or_path}: a full LCM, which takes no {students[0]} on top; give the Stable "
+            "Diffusion model that the LoRA was made for"
+        )
     for kind, file, weight in chosen:
         load_lora(model, file, kind.name, scale=weight)
-    kinds = tuple(kind for kind, _, _ in chosen)
+    kinds = (*(kind for kind, _, _ in chosen), *own)
     set_active_adapters(model, [kind.name for kind in kinds])
     return LoadedModel(model.eval(), kinds)
 

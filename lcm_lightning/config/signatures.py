@@ -72,12 +72,18 @@ def of_initialiser(module: Module, node: ast.ClassDef) -> Parameters | None:
 
 
 def ancestry(module: Module, node: ast.ClassDef) -> Iterator[tuple[Module, ast.ClassDef]]:
-    """A class and its parents, as far as source files show them."""
+    """A class and its ancestors, as far as source files show them; one that several parents share comes after them."""
+    last_first = {found: place for place, found in reversed(list(depth_first(module, node)))}
+    return ((place, found) for found, place in reversed(last_first.items()))
+
+
+def depth_first(module: Module, node: ast.ClassDef) -> Iterator[tuple[Module, ast.ClassDef]]:
+    """A class, then each parent with its own, repeated where several share it."""
     yield module, node
     for base in node.bases:
         parent, parent_node = module.find(ast.unparse(base)) or (None, None)
         if parent is not None and isinstance(parent_node, ast.ClassDef):
-            yield from ancestry(parent, parent_node)
+            yield from depth_first(parent, parent_node)
 
 
 @dataclass(frozen=True)

@@ -48,6 +48,24 @@ def boundary_scalings(
     return sigma_data**2 / variance, scaled / variance.sqrt()
 
 
+def guidance_embedding(guidance_scale: Tensor, dimension: int) -> Tensor:
+    """Sinusoids of ``1000 w``, float32 [B, `dimension`], for `guidance_scale` ``w`` [B] in LCM's form.
+
+    ``sin(1000 w f_i), cos(1000 w f_i)``, ``f_i = 10000^(-i / (D/2 - 1))`` for i = 0 .. D/2 - 1: what a full LCM's
+    ``time_cond_proj_dim`` is the width of (Luo et al. 2023a, section 4.3; diffusers' LatentConsistencyModelPipeline).
+
+    Raises:
+        ValueError: unless `dimension` is even, and 4 at least.
+    """
+    if dimension < 4 or dimension % 2:
+        raise ValueError(f"dimension={dimension}: expected an even number of at least 4")
+    half = dimension // 2
+    rate = torch.tensor(10000.0).log() / (half - 1)
+    frequencies = torch.exp(torch.arange(half, device=guidance_scale.device, dtype=torch.float32) * -rate)
+    angles = 1000 * guidance_scale.float()[:, None] * frequencies
+    return torch.cat([angles.sin(), angles.cos()], dim=1)
+
+
 def pseudo_huber(prediction: Tensor, target: Tensor, c: float = 0.001) -> Tensor:
     """``mean(sqrt((p - t)^2 + c^2) - c)`` over all but the batch dimension: [B] (Luo et al. 2023b's training code)."""
     return ((prediction - target).square() + c**2).sqrt().sub(c).flatten(1).mean(1)
@@ -151,26 +169,52 @@ class ConsistencyDistillation(OdeDistillation):
         step_index: Tensor,
         guidance_scale: Tensor,
         alphas_cumprod: Tensor,
+        target: Denoiser | None = None,
     ) -> Tensor:
-        """Distance per sample, float32 [B], between the student at t and itself one teacher step further.
+        """Distance per sample, float32 [B], between the student at t and the target one teacher step further.
 
-        The target is the student without gradient (no exponential average: Song and Dhariwal 2023, arXiv 2310.14189).
         Both passes without gradient run first, so that their activations are freed before the student's are kept.
 
         Args:
-            student: called once without and once with gradient.
+            student: called with gradient.
             teacher: gives conditional and unconditional outputs.
             x_0: clean latents [B, ...], float32.
             noise: standard normal, shape of `x_0`.
             step_index: int64 [B] in [0, N): the position of t among `ode_timesteps`.
             guidance_scale: ``w`` [B] in LCM's form, see `guide`.
             alphas_cumprod: [T], float32.
+            target: called without gradient; None for the student itself, without exponential average (Song and
+                Dhariwal 2023, arXiv 2310.14189).
         """
         timesteps = self.timesteps(alphas_cumprod)[step_index]
         x_t = add_noise(x_0, noise, alphas_cumprod[timesteps])
         with torch.no_grad():
             x_s = self.teacher_step(teacher, x_t, timesteps, guidance_scale, alphas_cumprod)
             earlier = previous_timesteps(timesteps, self.skip(alphas_cumprod))
-            target = self.consistency_function(student, x_s, earlier, alphas_cumprod)
+            reached = self.consistency_function(target or student, x_s, earlier, alphas_cumprod)
         prediction = self.consistency_function(student, x_t, timesteps, alphas_cumprod)
-        return self.distances(prediction, target)
+        return self.distances(prediction, reached)
+
+    def imitation_losses(
+        self,
+        student: Denoiser,
+        teacher: Denoiser,
+        x_0: Tensor,
+        noise: Tensor,
+        step_index: Tensor,
+        alphas_cumprod: Tensor,
+    ) -> Tensor:
+        """Distance per sample, float32 [B], between the consistency functions of student and teacher at ``(x_t, t)``.
+
+        The teacher is a consistency model already: ``d(f_student(x_t, t), sg f_teacher(x_t, t))``, knowledge
+        distillation (Hinton et al. 2015, arXiv 1503.02531) of its one output. It is called without gradient, and first.
+
+        Args:
+            student, teacher: of the same prediction type.
+            x_0, noise, step_index, alphas_cumprod: see `losses`.
+        """
+        timesteps = self.timesteps(alphas_cumprod)[step_index]
+        x_t = add_noise(x_0, noise, alphas_cumprod[timesteps])
+        with torch.no_grad():
+            target = self.consistency_function(teacher, x_t, timesteps, alphas_cumprod)
+        return self.distances(self.consistency_function(student, x_t, timesteps, alphas_cumprod), target)

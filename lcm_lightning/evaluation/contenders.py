@@ -8,7 +8,7 @@ from typing import Literal, TypeAlias, get_args
 
 from lcm_lightning.errors import UserError
 from lcm_lightning.models.kinds import BASE, AdapterKind
-from lcm_lightning.models.sampling import DDIM, DPMPP, SOLVERS, Sampler, network_evaluations
+from lcm_lightning.models.sampling import DDIM, DPMPP, SOLVERS, Sampler
 
 Role: TypeAlias = Literal["base", "finetuned", "undistilled", "student"]
 ROLES: tuple[Role, ...] = get_args(Role)
@@ -67,7 +67,7 @@ class Contender:
     @property
     def network_evaluations(self) -> int:
         """UNet passes per image."""
-        return network_evaluations(self.steps, self.guidance_scale)
+        return self.steps * self.sampler.passes(self.guidance_scale)
 
 
 def slug(name: str, steps: int, solver: Sampler | None) -> str:
@@ -109,8 +109,12 @@ class Lineup:
             if any(steps < 1 for steps in numbers):
                 raise UserError(f"evaluation.lineup.rivals.{sampler}={list(numbers)}: expected numbers from 1")
 
-    def contenders(self, adapters: Sequence[AdapterKind]) -> list[Contender]:
-        """The comparison that a model with these adapters calls for; all but the distilled ones make up the teacher."""
+    def contenders(self, adapters: Sequence[AdapterKind], *, taught: bool = True) -> list[Contender]:
+        """The comparison that a model with these adapters calls for; all but the distilled ones make up the teacher.
+
+        Args:
+            taught: the teacher is there too; not with the model alone that a teacher was distilled into.
+        """
         tuned = [kind for kind in adapters if kind.role != "student"]
         teacher, acting = (tuned[-1] if tuned else BASE), tuple(kind.name for kind in tuned)
         reference = slug(teacher.result, self.teacher_steps, DDIM)
@@ -121,19 +125,23 @@ class Lineup:
             return Contender(kind.result, kind.role, *settings, title=kind.title)
 
         def student(kind: AdapterKind, steps: int) -> Contender:
-            settings = ((*acting, kind.name), kind.sampler, steps, kind.guidance_scale, reference)
+            compared = reference if taught else slug(kind.result, steps, None)
+            settings = ((*acting, kind.name), kind.sampler, steps, kind.guidance_scale, compared)
             return Contender(kind.result, "student", *settings, title=kind.title)
 
+        students = [kind for kind in adapters if kind.role == "student"]
+        # One that takes none of these numbers of steps is drawn in its own.
+        steps_of = {kind: kind.sampler.possible(self.student_steps) or [kind.steps] for kind in students}
+        tried = [student(kind, steps) for kind, numbers in steps_of.items() for steps in numbers]
+        if not taught:
+            return tried
         lineup = [guided(BASE, DDIM, self.teacher_steps)]
         if tuned:
             lineup.append(guided(teacher, DDIM, self.teacher_steps))
         rivals = [guided(teacher, SOLVERS[name], steps) for name, numbers in self.rivals.items() for steps in numbers]
         lineup += [rival for rival in dict.fromkeys(rivals) if rival not in lineup]
-        students = [kind for kind in adapters if kind.role == "student"]
         if students:
             for steps in dict.fromkeys(self.undistilled_steps):
                 hurried = replace(guided(teacher, UNDISTILLED, steps), name="undistilled", role="undistilled")
                 lineup.append(replace(hurried, title="undistilled", teacher_title=teacher.title))
-        # One that takes none of these numbers of steps is drawn in its own.
-        steps_of = {kind: kind.sampler.possible(self.student_steps) or [kind.steps] for kind in students}
-        return lineup + [student(kind, steps) for kind, numbers in steps_of.items() for steps in numbers]
+        return lineup + tried

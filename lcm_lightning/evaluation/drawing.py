@@ -109,7 +109,7 @@ def draw_models(
         model, identities = loaded.model, loaded.identities()
         model.check_resolution(drawing.resolution)
         token_embeddings[source.name] = token_embeddings_digest(model.text_encoder, model.dtype)
-        for contender in lineup.contenders(loaded.adapters):
+        for contender in lineup.contenders(loaded.adapters, taught=loaded.taught):
             weights = " ".join(identities[name] for name in ("", *contender.adapters))
             folder = image_folder(root, contender, drawing, weights, model.device.type, model.dtype)
             key = f"{contender.role} {folder.name}"

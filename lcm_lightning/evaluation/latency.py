@@ -187,7 +187,7 @@ def count_flops(model: StableDiffusion, resolution: int) -> dict[Stage, float]:
 def flops_per_image(contender: Contender, flops: Mapping[Stage, float], batch_size: int = 1) -> dict[str, float]:
     """Operations of an image by stage and in total; with guidance the empty caption is encoded once a batch too."""
     times = {
-        "text_encoding": 1 + (1 / batch_size if contender.guidance_scale > 1 else 0),
+        "text_encoding": 1 + (1 / batch_size if contender.sampler.passes(contender.guidance_scale) > 1 else 0),
         "denoising": contender.network_evaluations,
         "vae_decoding": 1,
     }

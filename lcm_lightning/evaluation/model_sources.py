@@ -26,9 +26,17 @@ class LoadedModel:
     model: StableDiffusion
     adapters: tuple[AdapterKind, ...]
 
+    @property
+    def taught(self) -> bool:
+        """Whether the model without its adapters is a teacher; not where it is what a teacher became: a full LCM."""
+        from lcm_lightning.models.adapters import active_adapters  # late, as all that imports diffusers
+
+        with active_adapters(self.model, ()):
+            return self.model.guidance_dimension is None
+
     def identities(self) -> dict[str, str]:
         """Hex digest of the weights without adapters (under the empty name) and of each adapter by name."""
-        from lcm_lightning.models.identity import adapter_digest, model_digest  # late, as all that imports diffusers
+        from lcm_lightning.models.identity import adapter_digest, model_digest  # late too
 
         names = [kind.name for kind in self.adapters]
         return {"": model_digest(self.model)} | {name: adapter_digest(self.model, name) for name in names}

@@ -1,4 +1,4 @@
-"""What all methods share: one frozen model, trainable adapters."""
+"""What all methods share: a frozen model, and beside it, or in it as adapters, what trains."""
 
 from __future__ import annotations
 
@@ -39,8 +39,8 @@ def propagate_faults(loss: Tensor) -> Tensor:
     return loss * torch.where(torch.isfinite(loss.detach()), 1.0, torch.nan)
 
 
-class AdapterTraining(FusedClipping, ABC):
-    """Train the adapter `kind` says of a frozen model, and with it those called `helpers`.
+class Training(FusedClipping, ABC):
+    """Train what `kind` says on a frozen model, and with it what is called `helpers`.
 
     A batch holds `pixel_values` float32 [B, 3, H, W] in [-1, 1], `captions` (B strings), `seed` int64 [B] and `weight`
     float32 [B]; or, in place of `pixel_values`, what VAE and text encoder have made of images and captions: `moments`
@@ -49,13 +49,12 @@ class AdapterTraining(FusedClipping, ABC):
 
     A method that reads no images (`reads_images`) is given standard normal noise in the place of their latents.
 
-    Several adapters take turns, one an optimizer step, as `turn` says. Each has a parameter group of the one optimizer
+    Those that train take turns, one an optimizer step, as `turn` says. Each has a parameter group of the one optimizer
     with settings of its own: an optimizer leaves parameters without a gradient, and its state of them, as they are.
 
     Args:
-        model: frozen; its UNet gets the adapter.
-        lora: shape of the adapter.
-        optimizer: makes the optimizer of the adapter's parameters.
+        model: frozen.
+        optimizer: makes the optimizer of the parameters that train.
         lr_scheduler: a schedule of `diffusers.optimization.get_scheduler`, such as "constant_with_warmup" or "cosine".
         warmup_steps: optimizer steps over which the learning rate rises from 0.
     """
@@ -69,13 +68,17 @@ class AdapterTraining(FusedClipping, ABC):
         self,
         model: LatentDiffusionModel,
         *,
-        lora: LoraSettings,
         optimizer: OptimizerFactory,
         lr_scheduler: str = "constant_with_warmup",
         warmup_steps: int = 0,
     ) -> None:
         super().__init__()
-        AdapterTraining.check_settings(lr_scheduler=lr_scheduler, warmup_steps=warmup_steps)
+        Training.check_settings(lr_scheduler=lr_scheduler, warmup_steps=warmup_steps)
+        if model.guidance_dimension:
+            raise UserError(
+                f"model.path={model.name_or_path}: a full LCM, which is trained already; give the Stable Diffusion "
+                "model it was distilled from"
+            )
         self.strict_loading = False
         self.model = model
         self.make_optimizer = optimizer
@@ -83,20 +86,8 @@ class AdapterTraining(FusedClipping, ABC):
         self.warmup_steps = warmup_steps
         # Lightning's own mean over ranks rounds the mean count of samples down to a whole number.
         self.val_loss = MeanMetric()
-        fused = model.fused and fit_installed_versions()
-        if fused:
-            # Imported here: other versions may have no such blocks to import.
-            from lcm_lightning.models.activations import keep_fewer_activations
-
-            keep_fewer_activations(model.unet)
         self.last_losses: dict[str, Tensor] = {}  # logged together: steps that are logged may all be one's turns
-        self.dropout_seeds: list[int] = []
-        for name in self.adapters:
-            add_lora(model.unet, name, lora, fused=fused, seeds=self.dropout_seeds)
-        set_active_adapters(model.unet, [self.kind.name])
-        for name in self.adapters:
-            for parameter in lora_parameters(model.unet, name):
-                parameter.requires_grad_()  # of those that do not act too
+        self.dropout_seeds: list[int] = []  # those of the step's samples
         for module in model.unet.modules():
             if type(module) is nn.Dropout:
                 module.p = 0.0  # frozen layers are what they are when drawn from
@@ -112,6 +103,10 @@ class AdapterTraining(FusedClipping, ABC):
             raise UserError(f"method.lr_scheduler={lr_scheduler}: expected one of {', '.join(SCHEDULES)}")
         if warmup_steps < 0:
             raise UserError(f"method.warmup_steps={warmup_steps}: expected at least 0, such as 100")
+
+    @abstractmethod
+    def trained_by(self, adapter: str) -> list[nn.Parameter]:
+        """The parameters that move in the turns of `adapter`, in a fixed order."""
 
     @abstractmethod
     def losses(self, latents: Tensor, condition: Condition, randomness: SampleRandomness) -> Tensor:
@@ -221,10 +216,6 @@ class AdapterTraining(FusedClipping, ABC):
         """The trainable parameters."""
         return [parameter for name in self.adapters for parameter in self.trained_by(name)]
 
-    def trained_by(self, adapter: str) -> list[nn.Parameter]:
-        """The parameters that move in an adapter's turns: its own."""
-        return lora_parameters(self.model.unet, adapter)
-
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         """The optimizer and its schedule, stepped once an optimizer step."""
         optimizer = self.make_optimizer(
@@ -264,24 +255,55 @@ class AdapterTraining(FusedClipping, ABC):
         fully_shard(unet, mesh=mesh)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keep the adapter only: the frozen weights are read from where they came."""
+        """Keep what training changes only: the frozen weights are read from where they came."""
         checkpoint["last_losses"] = dict(self.last_losses)
-        trainable = self._trainable_names()
-        checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if k in trainable}
+        kept = self._kept_names()
+        checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if k in kept}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Refuse a checkpoint of another adapter. Raises `UserError`."""
+        """Refuse a checkpoint of something else. Raises `UserError`."""
         self.last_losses = dict(checkpoint.get("last_losses", {}))  # an older one has none
         if "state_dict" not in checkpoint:  # ModelParallelStrategy has loaded it, and complained, before
             return
-        expected = {name: tuple(p.shape) for name, p in self.named_parameters() if name in self._trainable_names()}
+        kept = self._kept_names()
+        expected = {name: tuple(p.shape) for name, p in self.named_parameters() if name in kept}
         found = {name: tuple(tensor.shape) for name, tensor in checkpoint["state_dict"].items()}
         if expected != found:
             odd = sorted(set(expected.items()) ^ set(found.items()))[0]
             raise UserError(
-                f"resume: the checkpoint's adapter differs from this run's, first at {odd[0]} {list(odd[1])}; resume "
-                "with the model, method and method.lora settings it was trained with (config.yaml in its run folder)"
+                f"resume: the checkpoint's weights differ from this run's, first at {odd[0]} {list(odd[1])}; resume "
+                "with the model and method settings it was trained with (config.yaml in its run folder)"
             )
 
-    def _trainable_names(self) -> set[str]:
+    def _kept_names(self) -> set[str]:
+        """Of the parameters that a checkpoint holds."""
         return {name for name, parameter in self.named_parameters() if parameter.requires_grad}
+
+
+class AdapterTraining(Training):
+    """Train LoRAs in a frozen model's UNet: the adapter that `kind` says, and those called `helpers`.
+
+    Args:
+        lora: shape of the adapters.
+        **training: see `Training`.
+    """
+
+    def __init__(self, model: LatentDiffusionModel, *, lora: LoraSettings, **training: Any) -> None:
+        super().__init__(model, **training)
+        fused = model.fused and fit_installed_versions()
+        if fused:
+            # Imported here: other versions may have no such blocks to import.
+            from lcm_lightning.models.activations import keep_fewer_activations
+
+            keep_fewer_activations(model.unet)
+        for name in self.adapters:
+            add_lora(model.unet, name, lora, fused=fused, seeds=self.dropout_seeds)
+        set_active_adapters(model.unet, [self.kind.name])
+        for name in self.adapters:
+            for parameter in lora_parameters(model.unet, name):
+                parameter.requires_grad_()  # of those that do not act too
+        model.unet.train()  # with what is new in it
+
+    def trained_by(self, adapter: str) -> list[nn.Parameter]:
+        """Its own."""
+        return lora_parameters(self.model.unet, adapter)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lcm_lightning.diffusion.consistency import Denoiser, GuidedDenoiser, OdeDistillation
 from lcm_lightning.errors import UserError
-from lcm_lightning.methods.adapter_training import AdapterTraining
+from lcm_lightning.methods.adapter_training import AdapterTraining, Training
 from lcm_lightning.methods.lora import LoraFinetuning
 from lcm_lightning.models.adapters import active_adapters, fuse_lora
 from lcm_lightning.models.condition import Condition
@@ -20,17 +20,14 @@ from lcm_lightning.models.lora_files import locate_lora
 from lcm_lightning.models.stable_diffusion import StableDiffusion
 
 
-class Distillation(AdapterTraining):
-    """One UNet plays both roles: with the adapter off it is the teacher, with it on the student.
-
-    The teacher's guidance scale is drawn for every sample, so the student learns to give guided images in one unguided
-    pass.
+class GuidedDistillation(Training):
+    """The frozen model, without adapters, teaches under guidance whose scale is drawn for every sample.
 
     Args:
         w_min, w_max: range of the guidance scale in LCM's form (`diffusion.solver.guide`).
         teacher_lora: run folder, .safetensors file or hub id of a LoRA that belongs to the teacher; it is fused into
             the frozen weights.
-        **training: see `AdapterTraining`.
+        **training: see `Training`.
     """
 
     def __init__(
@@ -42,7 +39,7 @@ class Distillation(AdapterTraining):
         teacher_lora: str | None = None,
         **training: Any,
     ) -> None:
-        Distillation.check_settings(w_min=w_min, w_max=w_max)
+        GuidedDistillation.check_settings(w_min=w_min, w_max=w_max)
         if teacher_lora is not None:
             fuse_lora(cast(StableDiffusion, model), teacher_lora, key="method.teacher_lora")
         super().__init__(model, **training)
@@ -57,7 +54,7 @@ class Distillation(AdapterTraining):
     def check_settings(
         cls, *, w_min: float = 5.0, w_max: float = 15.0, teacher_lora: str | None = None, **training: Any
     ) -> None:
-        """See `AdapterTraining.check_settings`; a teacher's LoRA must be there."""
+        """See `Training.check_settings`; a teacher's LoRA must be there."""
         if not 0 <= w_min <= w_max:
             raise UserError(
                 f"method.w_min={w_min}, method.w_max={w_max}: expected 0 <= w_min <= w_max, such as 5 and 15"
@@ -75,10 +72,6 @@ class Distillation(AdapterTraining):
     def unconditional(self) -> Condition:
         """The condition of one empty caption."""
         return Condition(**{name: getattr(self, f"unconditional_{name}") for name in self._unconditional})
-
-    def student(self, condition: Condition) -> Denoiser:
-        """The network with its adapter, given the condition."""
-        return lambda x_t, timesteps: self.model.denoise(x_t, timesteps, condition)
 
     def teacher(self, condition: Condition) -> GuidedDenoiser:
         """The network without adapters, with and without the caption, both in one pass."""
@@ -99,6 +92,27 @@ class Distillation(AdapterTraining):
                 return self.model.denoise(x_t, timesteps, condition)
 
         return denoise
+
+
+class Distillation(GuidedDistillation, AdapterTraining):
+    """One UNet plays both roles: with the adapter off it is the teacher, with it on the student.
+
+    As the teacher's guidance scale is drawn, the student learns to give guided images in one unguided pass.
+    """
+
+    def student(self, condition: Condition) -> Denoiser:
+        """The network with its adapter, given the condition."""
+        return lambda x_t, timesteps: self.model.denoise(x_t, timesteps, condition)
+
+
+def variant_network(model: LatentDiffusionModel, name: str, condition: Condition) -> Denoiser:
+    """The variant `name` of a model's UNet, given the condition."""
+
+    def denoise(x_t: Tensor, timesteps: Tensor) -> Tensor:
+        with active_adapters(model, (name,)):
+            return model.denoise(x_t, timesteps, condition)
+
+    return denoise
 
 
 def check_distillation(distillation: OdeDistillation) -> None:

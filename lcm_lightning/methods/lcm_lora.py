@@ -18,16 +18,22 @@ from lcm_lightning.models.sampling import Sampler
 DEFAULTS = ConsistencyDistillation()
 
 
-def lcm_sampler(num_ode_steps: int) -> Sampler:
+def lcm_sampler(name: str, num_ode_steps: int, **more: bool) -> Sampler:
     """Multistep consistency sampling (Luo et al. 2023a, Algorithm 3) at timesteps of an ODE of so many steps.
 
     A student has learnt these timesteps and no others.
     """
     walk = {"original_inference_steps": num_ode_steps, "timestep_spacing": "leading"}
-    return Sampler("lcm", "LCM", "LCMScheduler", walk, max_steps=num_ode_steps)
+    return Sampler(name, "LCM", "LCMScheduler", walk, max_steps=num_ode_steps, **more)
 
 
-LCM = lcm_sampler(DEFAULTS.num_ode_steps)
+def drawn_on_its_ode(kind: AdapterKind, num_ode_steps: int) -> AdapterKind:
+    """The kind of a student of an ODE of so many steps: drawn at its timesteps, and in no more of them."""
+    sampler = lcm_sampler(kind.sampler.name, num_ode_steps, tells_guidance=kind.sampler.tells_guidance)
+    return replace(kind, sampler=sampler, steps=min(kind.steps, num_ode_steps))
+
+
+LCM = lcm_sampler("lcm", DEFAULTS.num_ode_steps)
 
 
 class LcmLoraDistillation(Distillation):
@@ -44,8 +50,7 @@ class LcmLoraDistillation(Distillation):
         self.check_settings(distillation=distillation)
         check_skip(distillation, model)
         super().__init__(model, **teaching)
-        steps, usual = distillation.num_ode_steps, type(self).kind
-        self.kind = replace(usual, sampler=lcm_sampler(steps), steps=min(usual.steps, steps))
+        self.kind = drawn_on_its_ode(type(self).kind, distillation.num_ode_steps)
         self.distillation = replace(distillation, prediction_type=model.prediction_type)
 
     @classmethod

@@ -19,6 +19,7 @@ from torch.distributed.tensor import DTensor
 
 from lcm_lightning.errors import UserError, short
 from lcm_lightning.models.dropout import SampleDropout
+from lcm_lightning.models.latent_diffusion import LatentDiffusionModel
 from lcm_lightning.models.lora_files import LayerUpdate, adaptable_layers, fit, locate_lora, read_lora
 from lcm_lightning.models.lora_layers import FUSED_LAYERS
 from lcm_lightning.models.sampling import DDIM, make_scheduler
@@ -147,8 +148,11 @@ def lora_parameters(module: nn.Module, name: str) -> list[nn.Parameter]:
 def set_active_adapters(module: nn.Module, names: Sequence[str]) -> None:
     """Let exactly the adapters `names` act; with none the frozen weights alone do. Their updates add up.
 
-    `module` is a UNet or a whole `StableDiffusion`, whose text encoder may carry adapters of the same names.
+    `module` is a UNet or a whole `StableDiffusion`, whose text encoder may carry adapters of the same names, and which
+    may have variants of its UNet: the last of `names` that is one takes its place.
     """
+    if isinstance(module, LatentDiffusionModel):
+        module.let_act(names)
     for layer in lora_layers(module):
         present = [name for name in names if name in layer.lora_A]
         if present:
@@ -164,6 +168,9 @@ def active_adapters(module: nn.Module, names: Sequence[str]) -> Iterator[None]:
     step on the embedded pipeline, and twice as many layers on Stable Diffusion; this one sets two attributes a layer.
     """
     before = [(layer, layer._active_adapter, layer._disable_adapters) for layer in lora_layers(module)]
+    unet = module.unet if isinstance(module, LatentDiffusionModel) else None
+    if isinstance(module, LatentDiffusionModel):
+        module.let_act(names)
     for layer, active, _ in before:
         present = [name for name in names if name in layer.lora_A]
         layer._active_adapter = present or active
@@ -173,6 +180,8 @@ def active_adapters(module: nn.Module, names: Sequence[str]) -> Iterator[None]:
     finally:
         for layer, active, disabled in before:
             layer._active_adapter, layer._disable_adapters = active, disabled
+        if isinstance(module, LatentDiffusionModel):
+            module.unet = unet
 
 
 def load_lora(model: StableDiffusion, source: str | Path, name: str, key: str = "lora", scale: float = 1.0) -> None:
@@ -226,8 +235,8 @@ def _update(layer: LoraLayer, name: str) -> Tensor:
 def merged_adapters(module: nn.Module, names: Sequence[str]) -> Iterator[None]:
     """The adapters `names` added to the weights for the duration of a block, as fast to run as the base model.
 
-    Sums are taken in float32 and stored in the weights' type. Afterwards the very same weights are back in place and
-    the adapters act as before.
+    A variant among them takes the place of the UNet, as in `active_adapters`. Sums are taken in float32 and stored in
+    the weights' type. Afterwards the very same weights are back in place and the adapters act as before.
     """
     originals = []
     with active_adapters(module, ()):
@@ -239,6 +248,8 @@ def merged_adapters(module: nn.Module, names: Sequence[str]) -> Iterator[None]:
                 originals.append((weight, weight.data.cpu() if weight.is_cuda else weight.data))
                 merged = weight.data.float() + sum(updates)
                 weight.data = torch.empty_like(weight.data).copy_(merged)  # keeps type and memory format
+        if isinstance(module, LatentDiffusionModel):
+            module.let_act(names)
         try:
             yield
         finally:

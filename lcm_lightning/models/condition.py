@@ -12,18 +12,23 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Condition:
-    """Embeddings of captions and, where a base model takes them, sizes. Each tensor's first dimension is the batch.
+    """Embeddings of captions and, where a network takes them, sizes and guidance.
+
+    Each tensor's first dimension is the batch.
 
     Attributes:
         text: of each token [B, L, D].
         pooled: of a caption as a whole [B, P]; None where the model takes none.
         time_ids: original size, crop corner and target size in pixels [B, 6] (Podell et al. 2023, arXiv 2307.01952,
             section 2.2); None where the model takes none.
+        guidance_scale: w [B], float32, in LCM's form (`diffusion.solver.guide`), that a full LCM is told; None for
+            networks that are not.
     """
 
     text: Tensor
     pooled: Tensor | None = None
     time_ids: Tensor | None = None
+    guidance_scale: Tensor | None = None
 
     @classmethod
     def of_batch(cls, batch: Mapping[str, Any]) -> Condition:
@@ -55,6 +60,10 @@ class Condition:
     def with_caption(self, caption: Condition) -> Condition:
         """The same sizes under one caption, such as the empty one of guidance's unconditional branch."""
         return replace(caption.expand(len(self)), time_ids=self.time_ids)
+
+    def with_guidance(self, guidance_scale: Tensor) -> Condition:
+        """The same, told `guidance_scale` [B] in LCM's form."""
+        return replace(self, guidance_scale=guidance_scale)
 
     def __len__(self) -> int:
         return len(self.text)

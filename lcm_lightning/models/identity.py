@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers import CLIPTokenizer
 
 from lcm_lightning.errors import UserError, first_line, short
-from lcm_lightning.models.adapters import lora_layers
+from lcm_lightning.models.adapters import active_adapters, lora_layers
 from lcm_lightning.models.lora_files import locate_lora, read_lora
 from lcm_lightning.models.pipeline_files import weight_files
 from lcm_lightning.models.stable_diffusion import StableDiffusion
@@ -82,9 +82,11 @@ def model_digest(model: StableDiffusion) -> str:
     lie, nor which version of a library wrote them.
     """
     model.load_encoders()
-    configs = [model.unet.config, model.vae.config, model.text_encoder.config.to_dict(), model.scheduler_config]
+    with active_adapters(model, ()):
+        configs = [model.unet.config, model.vae.config, model.text_encoder.config.to_dict(), model.scheduler_config]
+        own = {k: v for k, v in model.state_dict().items() if ".lora_" not in k and not k.startswith("variants.")}
     content = [[_without_origin(config) for config in configs], tokenizer_digest(model.tokenizer)]
-    tensors = {k.replace(".base_layer.", "."): v for k, v in model.state_dict().items() if ".lora_" not in k}
+    tensors = {k.replace(".base_layer.", "."): v for k, v in own.items()}
     return tensors_digest(sorted(tensors.items()), json.dumps(content, sort_keys=True, default=str))
 
 
@@ -93,7 +95,9 @@ def _without_origin(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def adapter_digest(model: StableDiffusion, name: str) -> str:
-    """Hex digest of the weights and scales of an adapter; not of its name."""
+    """Hex digest of the weights and scales of an adapter, or of a variant's weights; not of its name."""
+    if name in model.variants:
+        return tensors_digest(sorted(model.variants[name].state_dict().items()))
     scales = [layer.scaling[name] for layer in lora_layers(model) if name in layer.lora_A]
     tensors = {
         k.replace(f".{name}.", "."): v for k, v in model.state_dict().items() if ".lora_" in k and f".{name}." in k

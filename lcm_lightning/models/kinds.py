@@ -25,6 +25,7 @@ class AdapterKind:
         title: of its rows and columns where people look.
         role: "student" for one that was distilled, and is held against its teacher.
         sampler, steps, guidance_scale: see `lcm_lightning.models.sampling.sample`; where nothing else is asked for.
+        whole: its weights are a UNet's, which acts in the place of the model's own, and no LoRA's.
     """
 
     name: str
@@ -34,6 +35,7 @@ class AdapterKind:
     sampler: Sampler = DDIM
     steps: int = 50
     guidance_scale: float = 7.5
+    whole: bool = False
 
     def to_json(self) -> dict[str, Any]:
         """What `from_json` reads."""
@@ -48,8 +50,9 @@ class AdapterKind:
         Raises:
             KeyError, TypeError, ValueError: it lacks something, or holds what no method would say.
         """
+        content = {"whole": False, **content}  # of former versions, which knew LoRAs only
         known = {field.name: content[field.name] for field in fields(cls)}
-        sampler = {"min_steps": 1, **content["sampler"]}  # version 0.1 had none
+        sampler = {"min_steps": 1, "tells_guidance": False, **content["sampler"]}
         said = {field.name: sampler[field.name] for field in fields(Sampler)}
         for name in (known["name"], known["result"], said["name"], said["scheduler"]):
             if not re.fullmatch(r"[A-Za-z0-9_-]{1,40}", name):
@@ -66,6 +69,8 @@ class AdapterKind:
         known["guidance_scale"] = float(known["guidance_scale"])
         if not 0 <= known["guidance_scale"] < math.inf or not isinstance(said["settings"], dict):
             raise ValueError("guidance_scale or settings make no sense")
+        if not isinstance(known["whole"], bool) or not isinstance(said["tells_guidance"], bool):
+            raise ValueError("what is true or false is neither")
         return cls(**{**known, "sampler": Sampler(**said)})
 
     def label(self, steps: int) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +15,9 @@ from lcm_lightning.models.condition import Condition
 
 if TYPE_CHECKING:
     from diffusers import UNet2DConditionModel
+
+
+OWN_UNET = "own"  # among variants
 
 
 class LatentDiffusionModel(nn.Module, ABC):
@@ -29,6 +32,8 @@ class LatentDiffusionModel(nn.Module, ABC):
         dtype: what the frozen weights are stored in and compute in.
         name_or_path: where the model came from, for messages.
         fused: whether training replaces layers of the UNet by faster ones that keep less.
+        variants: whole UNets that can act in the place of its own, by name, as adapters do; where there are any, its
+            own is among them.
     """
 
     unet: UNet2DConditionModel
@@ -37,6 +42,29 @@ class LatentDiffusionModel(nn.Module, ABC):
     dtype: torch.dtype
     name_or_path: str
     fused: bool = True
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.variants = nn.ModuleDict()
+
+    def add_variant(self, name: str, unet: UNet2DConditionModel) -> None:
+        """Let `unet` be one that `let_act` chooses from by `name`; compiled where the model's own is."""
+        if OWN_UNET not in self.variants:
+            self.variants[OWN_UNET] = self.unet
+        if self.unet._compiled_call_impl is not None:  # which no copy of a network keeps
+            unet.compile(dynamic=False)
+        self.variants[name] = unet
+
+    def let_act(self, names: Sequence[str]) -> None:
+        """Make `unet` the last of `names` that is a variant, or with none of them the model's own."""
+        if self.variants:
+            chosen = [name for name in names if name in self.variants]
+            self.unet = cast("UNet2DConditionModel", self.variants[chosen[-1] if chosen else OWN_UNET])
+
+    @property
+    def guidance_dimension(self) -> int | None:
+        """Width of the embedding by which `unet` is told the guidance scale, if it is a full LCM's; None for others."""
+        return self.unet.config.time_cond_proj_dim
 
     @abstractmethod
     def load_encoders(self, *names: str) -> None:
@@ -50,7 +78,8 @@ class LatentDiffusionModel(nn.Module, ABC):
     def denoise(self, x_t: Tensor, timesteps: Tensor, condition: Condition) -> Tensor:
         """The UNet's output, shape of `x_t` [B, C, h, w], with whatever adapters are active.
 
-        `timesteps` int64 [B] or scalar. Runs under the caller's autocast and gradients.
+        `timesteps` int64 [B] or scalar. Where the UNet has a `guidance_dimension`, the condition has a guidance scale.
+        Runs under the caller's autocast and gradients.
         """
 
     @abstractmethod

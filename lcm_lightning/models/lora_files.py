@@ -152,6 +152,10 @@ def locate_lora(source: str | Path, key: str = "lora") -> Path:
             if candidate.suffix != ".safetensors":
                 raise UserError(f"{key}={source}: only .safetensors is read, other formats can run code; convert it")
             return candidate
+    if (path / "pipeline" / "model_index.json").is_file():
+        raise UserError(
+            f"{key}={source}: a run that trained a whole UNet and left no LoRA; give a run of another method"
+        )
     if path.is_dir():
         raise UserError(
             f"{key}={source}: holds neither lora/{LORA_FILE} (a run) nor {LORA_FILE} or {PEFT_FILE}; did the run reach "

@@ -42,6 +42,8 @@ SAMPLE_SIZE = 64
 UNUSED_IDS = 0.1
 # Tokens of a vocabulary that may stand there for another reason than a merge.
 UNMERGED = 0.001
+# A full LCM's differs in what its UNet is told, and in the steps its scheduler takes.
+PIPELINES = ("StableDiffusionPipeline", "LatentConsistencyModelPipeline")
 AGAIN = "copy or download the folder again"
 
 
@@ -93,9 +95,9 @@ def _check_pipeline_class(folder: Path, path: str) -> None:
         raise UserError(
             f"{model_path(path)}: model_index.json is damaged ({error}); download the folder again"
         ) from error
-    if name != "StableDiffusionPipeline":
+    if name not in PIPELINES:
         raise UserError(
-            f"{model_path(path)}: is a {name}; only StableDiffusionPipeline (v1 and v2 architectures) is supported"
+            f"{model_path(path)}: is a {name}; only {' and '.join(PIPELINES)} (v1 and v2 architectures) are supported"
         )
 
 
@@ -110,11 +112,8 @@ def check_networks(folder: Path) -> None:
         weight_files(folder / name)
     weight_files(folder / "text_encoder")
     where = f"{model_path(folder)}: unet/config.json"
-    if unet.get("time_cond_proj_dim"):
-        raise UserError(
-            f"{where}: time_cond_proj_dim={unet['time_cond_proj_dim']}: a full LCM, whose UNet wants the guidance "
-            "scale as an embedding, which is not supported yet; give the Stable Diffusion model it was distilled from"
-        )
+    if (dimension := unet.get("time_cond_proj_dim")) and (dimension < 4 or dimension % 2):
+        raise UserError(f"{where}: time_cond_proj_dim={dimension}: expected an even number of at least 4; {AGAIN}")
     latents = vae.get("latent_channels", 4)
     channels = unet.get("in_channels", 4), unet.get("out_channels", 4)
     if channels != (latents, latents):

@@ -39,6 +39,8 @@ class Sampler:
         settings: of that class, beside the model's noise schedule, and of its steps: ``eta``, a share of noise.
         max_steps: it takes at most so many; None for as many as the model was trained on.
         min_steps: it takes at least so many.
+        tells_guidance: to a network that was trained for it (a full LCM), whose one pass a step is then guided; others
+            take two.
     """
 
     name: str
@@ -47,11 +49,16 @@ class Sampler:
     settings: Mapping[str, Any] = field(default_factory=dict, hash=False)
     max_steps: int | None = None
     min_steps: int = 1
+    tells_guidance: bool = False
 
     def possible(self, steps: Iterable[int]) -> list[int]:
         """Those of `steps` that it takes."""
         most = math.inf if self.max_steps is None else self.max_steps
         return [number for number in steps if self.min_steps <= number <= most]
+
+    def passes(self, guidance_scale: float) -> int:
+        """Of the network a step: two with guidance above 1 that it is not told."""
+        return 2 if guidance_scale > 1 and not self.tells_guidance else 1
 
 
 # Solvers of the teacher's own ODE; students' samplers are said by their methods. DDIM (Song et al. 2020, eta = 0) as
@@ -135,11 +142,6 @@ def make_scheduler(sampler: Sampler, scheduler_config: Mapping[str, Any]) -> Sch
     return scheduler.from_config({key: value for key, value in settings.items() if key in wanted})
 
 
-def network_evaluations(steps: int, guidance_scale: float) -> int:
-    """UNet passes per image: guidance above 1 takes two a step."""
-    return steps * (2 if guidance_scale > 1 else 1)
-
-
 @torch.no_grad()
 def sample(
     model: LatentDiffusionModel,
@@ -164,7 +166,8 @@ def sample(
     random number comes from a CPU generator of its own, and two models given the same seeds start from the same noise.
 
     Args:
-        guidance_scale: diffusers' form, ``uncond + g (cond - uncond)``; at most 1 means no guidance and one pass.
+        guidance_scale: diffusers' form, ``uncond + g (cond - uncond)``; at most 1 means no guidance and one pass. A
+            sampler that tells the network of it tells ``w = g - 1``.
         resolution: H = W in pixels; the model's own if None.
         init_image: to start from in place of noise, with H and W of its own; `resolution` must be None.
         on_latents: called with the final latents [B, C, h, w] of each batch, float32 on the model's device.
@@ -186,7 +189,8 @@ def sample(
     height, width = _sides(model, resolution, init_image)
     if init_image is not None:
         init_image.skipped(steps)  # refused before anything is encoded
-    guided = guidance_scale > 1
+    check_guidance(model, sampler, guidance_scale)
+    guided = sampler.passes(guidance_scale) > 1
     batch_size = batch_size or max(len(prompts), 1)
     ended = on_stage or (lambda stage: None)
     unconditional = model.encode_text([negative_prompt]) if guided else None
@@ -196,6 +200,9 @@ def sample(
         condition = model.encode_text(chunk)
         if unconditional is not None:
             condition = Condition.cat([condition.with_caption(unconditional), condition])
+        if sampler.tells_guidance:
+            told = torch.full((len(chunk),), guidance_scale - 1, dtype=torch.float32, device=model.device)
+            condition = condition.with_guidance(told)
         ended("text_encoding")
         generators = [torch.Generator().manual_seed(seed) for seed in seeds[start : start + batch_size]]
         with evaluating(model.unet):
@@ -227,6 +234,21 @@ def check_finite(drawn_by: str, *drawn: Tensor) -> None:
         raise UserError(
             f"{drawn_by}: draws pictures whose values are not finite; try dtype=float32, or another LoRA or model"
         )
+
+
+def check_guidance(model: LatentDiffusionModel, sampler: Sampler, guidance_scale: float) -> None:
+    """Raise a `UserError` unless the sampler tells the guidance to a network that wants to be told, and to no other."""
+    if model.guidance_dimension and not sampler.tells_guidance:
+        raise UserError(
+            f"sampler={sampler.name}: {model.name_or_path} is a full LCM, which is told its guidance scale; "
+            "leave sampler unset"
+        )
+    if sampler.tells_guidance and not model.guidance_dimension:
+        raise UserError(
+            f"sampler={sampler.name}: is for full LCMs, and {model.name_or_path} is none; leave sampler unset"
+        )
+    if sampler.tells_guidance and guidance_scale < 1:
+        raise UserError(f"guidance_scale={guidance_scale}: expected at least 1 of a full LCM, such as 8.5")
 
 
 def _denoise(

@@ -11,6 +11,7 @@ from diffusers import AutoencoderKL, AutoencoderTiny, UNet2DConditionModel
 from torch import Tensor
 from transformers import CLIPTextModel, CLIPTokenizer
 
+from lcm_lightning.diffusion.consistency import guidance_embedding
 from lcm_lightning.diffusion.schedule import unsupported_schedule
 from lcm_lightning.errors import UserError, first_line, short
 from lcm_lightning.hub import hub_answers
@@ -139,10 +140,14 @@ class StableDiffusion(LatentDiffusionModel):
 
     def denoise(self, x_t: Tensor, timesteps: Tensor, condition: Condition) -> Tensor:
         """See `LatentDiffusionModel`."""
+        guidance = None
+        if self.guidance_dimension and condition.guidance_scale is not None:
+            guidance = guidance_embedding(condition.guidance_scale, self.guidance_dimension).to(self.dtype)
         return self.unet(
             x_t.to(self.dtype),
             timesteps,
             encoder_hidden_states=condition.text.to(self.dtype),
+            timestep_cond=guidance,
             return_dict=False,
         )[0]
 

@@ -1,4 +1,4 @@
-"""What a run records of itself: its settings, and the adapters it exported."""
+"""What a run records of itself: its settings, and what it exported."""
 
 from __future__ import annotations
 
@@ -20,13 +20,14 @@ if TYPE_CHECKING:
     from lightning.pytorch.loggers import Logger
 
 MANIFEST = "adapters.json"
+EXPORTS = ("lora", "pipeline")  # where a run's lies, by what its method trains
 
 
 @dataclass(frozen=True)
 class Adapter:
-    """One exported LoRA: what it is for, its file, relative to the run's `lora/` folder, and its optimizer step.
+    """What was exported: what it is for, its file in the run's `lora/`, or a whole UNet's folder in `pipeline/`.
 
-    The step is None where it is not this run's, or version 0.1 wrote it.
+    `step` is the optimizer step; None where it is not this run's, or version 0.1 wrote it.
     """
 
     kind: AdapterKind
@@ -35,7 +36,7 @@ class Adapter:
 
 
 def write_manifest(folder: Path, adapters: list[Adapter]) -> None:
-    """Say which files in `folder` (a run's `lora/`) make up its model, in the order they were trained."""
+    """Say which files in `folder` (one of a run's `EXPORTS`) make up its model, in the order they were trained."""
     entries = [{"file": adapter.file, "step": adapter.step, **adapter.kind.to_json()} for adapter in adapters]
     write_atomic(folder / MANIFEST, (json.dumps({"adapters": entries}, indent=2) + "\n").encode())
 
@@ -54,21 +55,26 @@ def read_config(run: Path) -> DictConfig:
     return config
 
 
+def exported(run: Path) -> Path | None:
+    """The folder in which a run's exports lie; None where it has none."""
+    return next((run / name for name in EXPORTS if (run / name / MANIFEST).is_file()), None)
+
+
 def read_manifest(run: Path) -> list[Adapter]:
     """The adapters of a run, in training order: a teacher's before its student's.
 
     Raises:
         UserError: the run has exported none, or what says so is damaged.
     """
-    path = run / "lora" / MANIFEST
-    if not path.is_file():
+    folder = exported(run)
+    if folder is None:
         raise UserError(f"run={run}: no lora/{MANIFEST} there; the run ended before its first export, train it again")
     try:
-        return [_adapter(entry) for entry in json.loads(path.read_text())["adapters"]]
+        return [_adapter(entry) for entry in json.loads((folder / MANIFEST).read_text())["adapters"]]
     except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
         raise UserError(
-            f"run={run}: lora/{MANIFEST} is damaged, or of another version ({first_line(error)}); copy the run again, "
-            "or train it again with this version"
+            f"run={run}: {folder.name}/{MANIFEST} is damaged, or of another version ({first_line(error)}); copy the "
+            "run again, or train it again with this version"
         ) from error
 
 

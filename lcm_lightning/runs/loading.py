@@ -15,7 +15,8 @@ from lcm_lightning.errors import UserError, innermost
 from lcm_lightning.models.adapters import load_lora, set_active_adapters
 from lcm_lightning.models.kinds import AdapterKind
 from lcm_lightning.models.stable_diffusion import StableDiffusion
-from lcm_lightning.runs.contents import read_config, read_manifest
+from lcm_lightning.models.variants import load_variant
+from lcm_lightning.runs.contents import exported, read_config, read_manifest
 
 
 @dataclass(frozen=True)
@@ -41,8 +42,13 @@ def load_run(run: Path, *, dtype: torch.dtype = torch.float32, **model_overrides
         if isinstance(cause, UserError):
             raise UserError(f"run={run}: {cause}; model=sd15 model.path=... gives another copy of its model") from error
         raise
+    folder = exported(run)
+    assert folder is not None  # read_manifest has found it
     for adapter in adapters:
-        load_lora(model, run / "lora" / adapter.file, adapter.kind.name)
+        if adapter.kind.whole:
+            load_variant(model, folder, adapter.kind.name)
+        else:
+            load_lora(model, folder / adapter.file, adapter.kind.name)
     kinds = tuple(adapter.kind for adapter in adapters)
     set_active_adapters(model, [kind.name for kind in kinds])  # loading one switches those before it off
     return LoadedRun(model.requires_grad_(False), config, kinds)

@@ -9,17 +9,17 @@ from pathlib import Path
 from hydra.core.global_hydra import GlobalHydra
 
 ROOT = Path(__file__).parents[2]
-SMALL = (
+SMALLER = (
     "data.num_workers=0",
     "data.batch_size=2",
     "data.val_limit=2",
     "data.resolution=32",
-    "method.lora.rank=4",
     "callbacks.samples.teacher_steps=2",
     "callbacks.samples.num_prompts=2",
     "callbacks.samples.student_steps=[1]",
     "trainer.accumulate_grad_batches=1",
 )
+SMALL = (*SMALLER, "method.lora.rank=4")
 
 
 def in_process(program: str, *overrides: str) -> None:

@@ -2,8 +2,17 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import torch
-from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import (
+    AutoencoderKL,
+    DDIMScheduler,
+    LatentConsistencyModelPipeline,
+    LCMScheduler,
+    StableDiffusionPipeline,
+    UNet2DConditionModel,
+)
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from lcm_lightning.models.architectures import SD15_SCHEDULER, byte_tokenizer
@@ -52,3 +61,21 @@ def build_tiny_pipeline(seed: int = 0, **scheduler_config: object) -> StableDiff
         feature_extractor=None,
         requires_safety_checker=False,
     )
+
+
+def save_full_lcm(pipeline: StableDiffusionPipeline, folder: Path, seed: int = 5) -> UNet2DConditionModel:
+    """A full LCM of a pipeline's shapes in the layout of SimianLuo/LCM_Dreamshaper_v7, with a UNet of its own."""
+    torch.manual_seed(seed)
+    config = {key: value for key, value in pipeline.unet.config.items() if not key.startswith("_")}
+    unet = UNet2DConditionModel.from_config({**config, "time_cond_proj_dim": 16})
+    LatentConsistencyModelPipeline(
+        vae=pipeline.vae,
+        text_encoder=pipeline.text_encoder,
+        tokenizer=pipeline.tokenizer,
+        unet=unet,
+        scheduler=LCMScheduler.from_config(pipeline.scheduler.config),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    ).save_pretrained(folder)
+    return unet

@@ -18,10 +18,10 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from helpers.commands import SMALL, in_process
+from helpers.commands import SMALLER, in_process
 
 COMMON = (
-    *SMALL,
+    *SMALLER,
     "trainer=cpu",
     "trainer.precision=32-true",
     "trainer.log_every_n_steps=1",
@@ -32,9 +32,9 @@ COMMON = (
     "max_steps=20",
     "val_every=6",
     "method.warmup_steps=3",
-    "method.lora.dropout=0.1",
     "resume=auto",
 )
+LORA = ("method.lora.rank=4", "method.lora.dropout=0.1")
 TWO = ("trainer=ddp_sim", "trainer.precision=32-true", "trainer.log_every_n_steps=1", "data.batch_size=1")
 # 24 samples of which 2 or 4 make a step: several epochs.
 SETTINGS: dict[str, tuple[int, tuple[str, ...]]] = {
@@ -59,6 +59,11 @@ SETTINGS: dict[str, tuple[int, tuple[str, ...]]] = {
             *("experiment=lcm_flickr8k", "method=dmd2_lora", "method.critic_steps=2"),
             *("method.adversarial_weight=1", "data.num_workers=1"),
         ),
+    ),
+    "full lcm, two workers": (1, ("experiment=full_lcm_flickr8k", "data.num_workers=2")),
+    "kd, two workers": (
+        1,
+        ("experiment=lcm_flickr8k", "method=kd_lora", "method.teacher_lcm=full_lcm", "data.num_workers=2"),
     ),
     "lora, two processes": (2, ("experiment=lora_flickr8k", *TWO)),
     "lcm, two processes, a worker each, accumulated": (
@@ -143,12 +148,14 @@ def rows(run: Path) -> list[dict[str, str]]:
     return [row for row in found if row.keys() - {"step", "epoch"}]
 
 
+def weights_file(run: Path) -> Path:
+    whole = run / "pipeline" / "unet" / "diffusion_pytorch_model.safetensors"
+    return whole if whole.is_file() else run / "lora" / "pytorch_lora_weights.safetensors"
+
+
 def differing_bits(first: Path, second: Path) -> int:
-    """Of the two files of LoRA weights."""
-    one, two = (
-        np.frombuffer((run / "lora" / "pytorch_lora_weights.safetensors").read_bytes(), np.uint8)
-        for run in (first, second)
-    )
+    """Of the two files of weights, LoRAs' or whole UNets'."""
+    one, two = (np.frombuffer(weights_file(run).read_bytes(), np.uint8) for run in (first, second))
     assert len(one) == len(two) > 10_000
     return int(np.unpackbits(one ^ two).sum())
 
