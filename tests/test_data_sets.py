@@ -473,6 +473,20 @@ def test_kohyas_repeats_are_said_to_be_ignored_once(tmp_path):
     assert "repeats are ignored; 2 are captioned by their folder's name" in source.layout
 
 
+def test_kohyas_pictures_for_regularisation_are_left_out_and_counted(tmp_path):
+    files = images("img/10_sks dog/0.jpg", "img/10_sks dog/1.jpg", *(f"reg/1_dog/{number}.jpg" for number in range(3)))
+    source = read_source(str(folder_of(files, tmp_path)), "folder")
+    assert {record.image.name: list(record.captions) for record in source.records} == {
+        "0.jpg": ["sks dog"],
+        "1.jpg": ["sks dog"],
+    }
+    assert (
+        source.layout.endswith("folder's name; the 3 for regularisation in reg/ are left out)") and source.samples == 2
+    )
+    alone = read_source(str(tmp_path / "reg"), "folder")  # asked for by name
+    assert {record.captions for record in alone.records} == {("dog",)}
+
+
 def test_the_folder_that_was_given_is_no_caption_whatever_it_is_called(tmp_path):
     source = read_source(str(folder_of(images("0.jpg", "1.jpg") | {"0.txt": "a"}, tmp_path / "01_raw")), "folder")
     assert {record.image.name: list(record.captions) for record in source.records} == {"0.jpg": ["a"], "1.jpg": []}
