@@ -120,7 +120,7 @@ def read_hub(source: str) -> Source:
         splits = datasets.load_dataset(source)
     except Exception as error:  # network, authentication, not-found and format errors of several libraries
         cause = first_line(innermost(error))[:120]
-        if (damaged := damaged_parquet(Path(source).expanduser())) is not None:
+        if (damaged := damaged_parquet(Path(source).expanduser(), datasets)) is not None:
             raise UserError(
                 f"data.source: {short(damaged, 80)} is damaged ({cause}); copy or download it again"
             ) from error
@@ -142,15 +142,13 @@ def read_hub(source: str) -> Source:
     return Source("Hugging Face data set", records(), sum(len(part) for part in splits.values()), origin)
 
 
-def damaged_parquet(folder: Path) -> Path | None:
+def damaged_parquet(folder: Path, datasets: ModuleType) -> Path | None:
     """The first file of a folder that is no whole parquet file, where there is one."""
-    from pyarrow import ArrowException, parquet  # of the package datasets
-
     for path in sorted(folder.rglob("*.parquet")):
         try:
-            for _ in parquet.ParquetFile(path).iter_batches():
+            for _ in datasets.load_dataset("parquet", data_files=str(path), split="train", streaming=True):
                 pass
-        except (ArrowException, OSError):
+        except Exception:  # of several libraries
             return path
     return None
 
