@@ -2,6 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
+UNFINISHED := .venv/.unfinished# by an interrupted set-up, which pip cannot go on with: made anew
 NOW := $(shell date +%Y-%m-%d_%H-%M-%S)
 SLOW := slow or multiprocess
 PRETRAIN := outputs/pretrain
@@ -21,14 +22,25 @@ help:
 	@echo "make lint              style and types"
 	@echo "make pretrain          train the embedded pipeline from scratch, hours; goes on where it was stopped"
 
+# Asked first: setting up takes minutes.
+ifneq ($(filter eval,$(MAKECMDGOALS)),)
+ifeq ($(wildcard $(RUN)/config.yaml),)
+$(error RUN=$(RUN): no run folder; give RUN=outputs/<experiment>/<date_time>)
+endif
+endif
+
 setup: $(READY)
 
 $(READY): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "PYTHON=$(PYTHON): \
 	expected Python 3.11 or newer, which diffusers needs; name one, as in: make setup PYTHON=python3.12" >&2; exit 2; }
-	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt -e ".[dev]"
-	touch $@
+	$(if $(wildcard $(UNFINISHED)),rm -rf .venv)
+	@# One that was not made here is not marked, so that it is never removed.
+	@[ -e .venv ] && [ ! -e $@ ] || { mkdir -p .venv && touch $(UNFINISHED); }
+	@{ $(PYTHON) -m venv .venv && \
+	$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt -e ".[dev]"; } || { echo ".venv: \
+	could not be made, as said above; mend that, or remove the folder, and run make setup again" >&2; exit 2; }
+	@rm -f $(UNFINISHED) && touch $@
 
 # Two processes, each with half of a batch: threads of one would leave a core idle for a quarter of the time.
 TWO_CORES := trainer=ddp_sim data.batch_size=8
@@ -53,7 +65,6 @@ coverage: $(READY)
 	$(BIN)/python -m pytest $(PARALLEL) --cov --cov-report=term --cov-report=html --durations=20 $(ARGS)
 
 eval: $(READY)
-	$(if $(RUN),,$(error give RUN=outputs/<experiment>/<date_time>))
 	$(BIN)/python evaluate.py run=$(RUN) $(ARGS)
 
 bench: $(READY)

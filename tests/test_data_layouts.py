@@ -264,6 +264,18 @@ def test_hugging_face_data_set_from_local_parquet(tmp_path, monkeypatch, caption
     assert load_bytes(records[0].image) == (tmp_path / "images" / "train.png").read_bytes()
 
 
+@pytest.mark.parametrize("damage", ["cut", "in the middle", "no parquet"])
+def test_a_damaged_parquet_file_is_named_with_its_remedy(tmp_path, monkeypatch, damage):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    file = parquet_folder(tmp_path, {"text": ["a", "b"]}) / "train-00000-of-00001.parquet"
+    content = file.read_bytes()
+    middle = content[:4] + bytes(len(content) // 2) + content[4 + len(content) // 2 :]
+    file.write_bytes({"cut": content[:-20], "in the middle": middle, "no parquet": b"<html>404</html>"}[damage])
+    with pytest.raises(UserError, match=r"train-00000-of-00001\.parquet is damaged \(.*\); copy or download it again$"):
+        read_source(str(file.parent), "folder")
+
+
 def test_hugging_face_data_set_without_caption_column_names_its_columns(tmp_path):
     folder = parquet_folder(tmp_path, {"label": [0, 1]})
     with pytest.raises(UserError, match="found image, label"):

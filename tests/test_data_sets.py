@@ -202,6 +202,29 @@ READ: dict[str, tuple[Files, dict[str, list[str]]]] = {
         metadata("file_name,caption_10,caption,caption_2\n0.jpg,z,a,x\n1.jpg,,b,\n"),
         {"0.jpg": ["a", "x", "z"], "1.jpg": ["b", ""]},
     ),
+    "an empty caption beside a text": (
+        metadata("file_name,caption,text\n0.jpg,,a\n1.jpg,b,OCR\n"),
+        TWO,
+    ),
+    "an empty caption beside a text, in json": (
+        metadata(
+            '{"file_name": "0.jpg", "caption": " ", "text": "a"}\n{"file_name": "1.jpg", "text": "b"}\n',
+            "metadata.jsonl",
+        ),
+        TWO,
+    ),
+    "an empty caption beside a text, in a table": (
+        images("0.jpg", "1.jpg") | {"captions.txt": "image,caption,text\n0.jpg,,a\n1.jpg,b,OCR\n"},
+        TWO,
+    ),
+    "quotes within a text of a list": (
+        metadata("""file_name,text\n0.jpg,"['it says ""a"" ""b""']"\n1.jpg,"[""it says 'a' 'b'""]"\n"""),
+        {"0.jpg": ['it says "a" "b"'], "1.jpg": ["it says 'a' 'b'"]},
+    ),
+    "quotes within texts of a list as numpy writes it": (
+        metadata("""file_name,text\n0.jpg,"['says ""a"" ""x""'\n ""it's""]"\n1.jpg,b\n"""),
+        {"0.jpg": ['says "a" "x"', "it's"], "1.jpg": ["b"]},
+    ),
     "lists as numpy writes them": (
         metadata("file_name,captions\n0.jpg,\"['a'\n 'x']\"\n1.jpg,['b']\n"),
         {"0.jpg": ["a", "x"], "1.jpg": ["b"]},
@@ -278,6 +301,18 @@ READ: dict[str, tuple[Files, dict[str, list[str]]]] = {
 
 # A folder's files, and what the message must hold.
 REFUSED: dict[str, tuple[Files, str]] = {
+    "a column twice": (
+        metadata("file_name,text,text\n0.jpg,a,x\n"),
+        r"metadata\.csv cannot be read \(two columns are called text: rename one\)",
+    ),
+    "file names twice": (
+        metadata("file_name,text,file_name\n0.jpg,a,1.jpg\n"),
+        r"two columns are called file_name: rename one",
+    ),
+    "a key twice": (
+        metadata('{"file_name": "0.jpg", "text": "a", "text": "x"}\n', "metadata.jsonl"),
+        r"metadata\.jsonl cannot be read \(two columns are called text: rename one\)",
+    ),
     "an empty table": (table(""), r"captions\.txt .*one column.*tab, semicolon or \| for comma"),
     "bare commas in a column that is not the last": (
         table("filename,split,caption,source\n0.jpg,train,a, with comma,web\n"),
@@ -436,6 +471,20 @@ def test_kohyas_repeats_are_said_to_be_ignored_once(tmp_path):
     files = images(*(f"{number}_dog/{number}.jpg" for number in range(1, 4))) | {"1_dog/1.txt": "a"}
     source = read_source(str(folder_of(files, tmp_path)), "folder")
     assert "repeats are ignored; 2 are captioned by their folder's name" in source.layout
+
+
+def test_kohyas_pictures_for_regularisation_are_left_out_and_counted(tmp_path):
+    files = images("img/10_sks dog/0.jpg", "img/10_sks dog/1.jpg", *(f"reg/1_dog/{number}.jpg" for number in range(3)))
+    source = read_source(str(folder_of(files, tmp_path)), "folder")
+    assert {record.image.name: list(record.captions) for record in source.records} == {
+        "0.jpg": ["sks dog"],
+        "1.jpg": ["sks dog"],
+    }
+    assert (
+        source.layout.endswith("folder's name; the 3 for regularisation in reg/ are left out)") and source.samples == 2
+    )
+    alone = read_source(str(tmp_path / "reg"), "folder")  # asked for by name
+    assert {record.captions for record in alone.records} == {("dog",)}
 
 
 def test_the_folder_that_was_given_is_no_caption_whatever_it_is_called(tmp_path):

@@ -116,6 +116,55 @@ def test_setup_looks_at_the_interpreter_first_and_names_the_remedy(tmp_path: Pat
     assert "make setup PYTHON=python3.12" in done.stderr and not (tmp_path / ".venv").exists()
 
 
+FAKE_PYTHON = """#!/bin/sh
+case "$*" in
+*venv*) mkdir -p .venv/bin && cp "$0" .venv/bin/python && echo new > .venv/new ;;
+*pip*) [ ! -e fail ] || { echo "pip: no network" >&2; exit 1; } ;;
+esac
+"""
+
+
+@pytest.fixture
+def clone(tmp_path: Path) -> Path:
+    """A folder with what `make setup` reads, and an interpreter whose pip fails where a file `fail` lies."""
+    for name in ("Makefile", "pyproject.toml", "constraints.txt"):
+        shutil.copy(ROOT / name, tmp_path)
+    (tmp_path / "python").write_text(FAKE_PYTHON)
+    (tmp_path / "python").chmod(0o755)
+    return tmp_path
+
+
+def make(clone: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    command = ["make", "PYTHON=./python", *arguments]
+    return subprocess.run(command, cwd=clone, capture_output=True, text=True, check=False)
+
+
+def test_a_set_up_that_did_not_end_says_so_and_is_made_anew(clone: Path):
+    (clone / "fail").touch()
+    failed = make(clone, "setup")
+    assert failed.returncode == 2 and "no network\n.venv: could not be made, as said above" in failed.stderr
+    (clone / ".venv" / "half").touch()
+    (clone / "fail").unlink()
+    assert make(clone, "setup").returncode == 0
+    assert sorted(path.name for path in (clone / ".venv").iterdir()) == [".ready", "bin", "new"]
+
+
+def test_an_environment_of_ones_own_is_not_removed(clone: Path):
+    (clone / ".venv").mkdir()
+    (clone / ".venv" / "mine").touch()
+    (clone / "fail").touch()
+    assert make(clone, "setup").returncode == make(clone, "setup").returncode == 2
+    (clone / "fail").unlink()
+    assert make(clone, "setup").returncode == 0 and (clone / ".venv" / "mine").exists()
+
+
+@pytest.mark.parametrize("arguments", [[], ["RUN=outputs/nowhere"]])
+def test_make_eval_asks_for_a_run_before_it_sets_up(clone: Path, arguments: list[str]):
+    done = make(clone, "eval", *arguments)
+    assert done.returncode == 2 and "no run folder; give RUN=outputs/<experiment>/<date_time>" in done.stderr
+    assert not (clone / ".venv").exists()
+
+
 def test_the_oldest_python_is_the_same_wherever_it_is_said():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())
     (oldest,) = re.fullmatch(r">=([\d.]+)", project["project"]["requires-python"]).groups()

@@ -824,3 +824,34 @@ def test_an_id_that_the_hub_does_not_know_is_one_message(monkeypatch: pytest.Mon
         monkeypatch.setattr(f"lcm_lightning.{module}.hub_answers", lambda: True)
     with pytest.raises(UserError, match=r"no such folder here, and the hub refuses it: 401 Client Error; give a local"):
         locate_lora("loras/mistyped")
+
+
+def cached_repository(cache: Path, *names: str) -> Path:
+    """The snapshot of a repository `owner/name` as the hub's library keeps it."""
+    repository = cache / "models--owner--name"
+    snapshot = repository / "snapshots" / ("0" * 40)
+    (repository / "refs").mkdir(parents=True)
+    (repository / "refs" / "main").write_text(snapshot.name)
+    for name in names:
+        (snapshot / name).parent.mkdir(parents=True, exist_ok=True)
+        (snapshot / name).touch()
+    return snapshot
+
+
+@pytest.mark.parametrize("name", [LORA_FILE, "my style.safetensors", "weights/lora.safetensors"])
+def test_without_the_hub_the_only_lora_of_a_cached_repository_is_taken(tmp_path, monkeypatch, name: str):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    snapshot = cached_repository(tmp_path, name, "README.md")
+    assert locate_lora("owner/name") == snapshot / name
+    if name != LORA_FILE:
+        (snapshot / "second.safetensors").touch()
+        with pytest.raises(UserError, match=r"lora=owner/name: expected .* one \.safetensors file there, found \["):
+            locate_lora("owner/name")
+
+
+def test_without_the_hub_and_a_cached_copy_that_is_said(tmp_path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    with pytest.raises(UserError, match="no such folder here, and the hub cannot be reached"):
+        locate_lora("owner/name")

@@ -142,6 +142,18 @@ def test_the_kind_of_a_run_is_what_its_settings_make_of_the_method_s(pipeline_fo
     assert (PcmLoraDistillation.kind.steps, PcmLoraDistillation.kind.guidance_scale) == (4, 1.0)
 
 
+@pytest.mark.parametrize("make", [partial(tcd, num_ode_steps=10), partial(pcm, num_ode_steps=40)], ids=["tcd", "pcm"])
+def test_guidance_that_has_no_effect_is_said(pipeline_folder: Path, make: partial, caplog: pytest.LogCaptureFixture):
+    make(pipeline_folder, w_min=1.0)
+    make(pipeline_folder, student_guidance=4.0)
+    assert not caplog.records
+    make(pipeline_folder, w_min=1.0, student_guidance=4.0)
+    (record,) = caplog.records
+    assert record.getMessage().startswith(
+        "method.w_min=1, method.w_max=15: have no effect with method.student_guidance"
+    )
+
+
 def export(module: TrajectoryLoraDistillation, folder: Path) -> None:
     """As after one step from a random adapter."""
     randomise(module, seed=7)

@@ -21,6 +21,9 @@ ENCODING = "utf-8-sig"
 # What columns of captions are called, alone, in plural or numbered; those of the first name that a table has are taken.
 CAPTION_NAMES = ("caption", "text", "prompt", "comment", "sentence", "description")
 CAPTION_COLUMN = re.compile(rf"({'|'.join(CAPTION_NAMES)})s?[ _]?(\d*)", re.IGNORECASE)
+# A text in quotes, and several as numpy writes them: blanks between them in the place of commas.
+QUOTED = r"""(?:'(?:[^'\\\n]|\\.)*'|"(?:[^"\\\n]|\\.)*")"""
+NUMPY_LIST = re.compile(rf"\[{QUOTED}(?:\s+{QUOTED})+\]")
 
 Captions = dict[str, list[str]]
 
@@ -67,29 +70,31 @@ def read_caption_table(path: Path) -> Captions:
         if not is_image_name(table_name(rows[0][0])):
             width, chosen = len(rows[0]), table_columns(rows.pop(0))
         else:
-            width, chosen = (3, [2]) if are_numbered([row[1] for row in rows if len(row) > 2], rows) else (2, [1])
+            width = 3 if are_numbered([row[1] for row in rows if len(row) > 2], rows) else 2
+            chosen = [[width - 1]]
         captions: Captions = {}
         for number, row in enumerate(rows, start=1):
-            if any(map(str.strip, row[width:])) and width - 1 not in chosen:
+            if any(map(str.strip, row[width:])) and not any(width - 1 in kind for kind in chosen):
                 raise ValueError(f"row {number} has {len(row)} columns, not {width}: quote captions with commas")
             cells = [*row[: width - 1], separator.join(row[width - 1 :])]  # the last may hold the separator
-            texts = [text for place in chosen if place < len(cells) for text in texts_of(cells[place])]
-            captions.setdefault(table_name(row[0]), []).extend(filter(None, texts))
+            cells += [""] * (width - len(cells))
+            kinds = ([text for place in kind for text in texts_of(cells[place])] for kind in chosen)
+            captions.setdefault(table_name(row[0]), []).extend(filter(None, first_with_text(kinds)))
         if captions and not any(map(is_image_name, captions)):
             raise ValueError(f"{next(iter(captions))[:50]!r} in the first column is no file name of an image")
     return captions
 
 
-def table_columns(header: Sequence[str]) -> list[int]:
-    """Places of the columns that hold captions: by their names, else the last of at most three.
+def table_columns(header: Sequence[str]) -> list[list[int]]:
+    """Places of the columns that hold captions, kind by kind: by their names, else the last of at most three.
 
     Raises:
         ValueError: there are more and none is called so.
     """
-    chosen = caption_columns(header)
-    if not chosen and len(header) > 3:
+    kinds = [[place for place, name in enumerate(header) if name in names] for names in caption_kinds(header)]
+    if not kinds and len(header) > 3:
         raise ValueError(f"none of its columns {', '.join(header)[:60]} is called caption")
-    return [place for place, name in enumerate(header) if name in chosen] or [len(header) - 1]
+    return kinds or [[len(header) - 1]]
 
 
 def caption_columns(columns: Iterable[str]) -> list[str]:
@@ -101,6 +106,14 @@ def caption_columns(columns: Iterable[str]) -> list[str]:
     kind = min((CAPTION_NAMES.index(match[1].lower()) for _, match in found), default=None)
     chosen = [(int(match[2] or 0), name) for name, match in found if match[1].lower() == CAPTION_NAMES[kind or 0]]
     return [name for _, name in sorted(chosen, key=lambda pair: pair[0])]
+
+
+def caption_kinds(columns: Iterable[str]) -> Iterator[list[str]]:
+    """`caption_columns`, then those of the next name that a table has, and so on."""
+    left = list(columns)
+    while chosen := caption_columns(left):
+        yield chosen
+        left = [name for name in left if name not in chosen]
 
 
 def texts_of(value: object) -> list[str]:
@@ -124,19 +137,26 @@ def parsed(cell: str) -> object:
     """The list of texts or the dictionary that a cell spells, None where it spells nothing; else the cell."""
     if cell.strip() in ("nan", "NaN", "None", "null"):
         return None
-    with_commas = re.sub(r"""(['"])\s+(?=['"])""", r"\1, ", cell.strip())  # which numpy leaves out
-    for parse, text in ((json.loads, cell), (ast.literal_eval, with_commas)):
+    if NUMPY_LIST.fullmatch(cell.strip()):
+        return [ast.literal_eval(text) for text in re.findall(QUOTED, cell)]
+    for parse in (json.loads, ast.literal_eval):
         if cell.lstrip().startswith(("[", "{")):
             with suppress(ValueError, SyntaxError, RecursionError, MemoryError):
-                found = parse(text)
+                found = parse(cell.strip())
                 if isinstance(found, dict) or (isinstance(found, list) and all(isinstance(t, str) for t in found)):
                     return found
     return cell
 
 
 def row_captions(row: Mapping[str, Any]) -> tuple[str, ...]:
-    """All captions of a table's row. Raises `ValueError`, see `texts_of`."""
-    return tuple(clean_caption(text) for name in caption_columns(row) for text in texts_of(row[name]))
+    """All captions of a table's row, of the first kind of column that has text in it; raises as `texts_of`."""
+    kinds = ([text for name in names for text in texts_of(row[name])] for names in caption_kinds(row))
+    return tuple(map(clean_caption, first_with_text(kinds)))
+
+
+def first_with_text(kinds: Iterable[Sequence[str]]) -> Sequence[str]:
+    """The first of several lists of captions that are not all blank; () if there is none."""
+    return next((texts for texts in kinds if any(map(str.strip, texts))), ())
 
 
 def table_name(cell: str) -> str:
@@ -228,7 +248,7 @@ def metadata_rows(path: Path) -> Iterator[tuple[str, tuple[str, ...]]]:
     columns: dict[str, None] = {}
     with reading(path, "a file_name and a text, caption or captions in each row"):
         lines = path.read_text(encoding=ENCODING).split("\n")
-        rows = metadata_table(lines) if path.suffix == ".csv" else (json.loads(line) for line in lines if line.strip())
+        rows = metadata_table(lines) if path.suffix == ".csv" else map(json_row, filter(str.strip, lines))
         for number, row in enumerate(rows, start=1):
             name = row.get("file_name")
             if not isinstance(name, str) or not name:
@@ -247,6 +267,22 @@ def metadata_rows(path: Path) -> Iterator[tuple[str, tuple[str, ...]]]:
         )
 
 
+def json_row(line: str) -> Any:
+    """A row of a `metadata.jsonl`. Raises `ValueError` for what is no JSON, and as `refuse_twice`."""
+
+    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        refuse_twice([name for name, _ in pairs])
+        return dict(pairs)
+
+    return json.loads(line, object_pairs_hook=once)
+
+
+def refuse_twice(names: Sequence[str]) -> None:
+    """Raise `ValueError` where a column that is read comes twice: nobody knows which is meant."""
+    if twice := [name for name in ("file_name", *caption_columns(names)) if names.count(name) > 1]:
+        raise ValueError(f"two columns are called {twice[0]}: rename one")
+
+
 def metadata_table(lines: Sequence[str]) -> Iterator[dict[str, str]]:
     """Rows of a CSV table by the names in its header; commas that nobody quoted stay in a caption of the last column.
 
@@ -256,6 +292,7 @@ def metadata_table(lines: Sequence[str]) -> Iterator[dict[str, str]]:
     separator = column_separator(lines)
     rows = table_rows(lines, separator)
     header = [name.strip() for name in next(rows)]
+    refuse_twice(header)
     last = len(header) - 1
     for number, row in enumerate(rows, start=1):
         if len(row) > len(header) and header[last] not in caption_columns(header):

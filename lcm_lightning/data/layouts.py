@@ -333,12 +333,25 @@ def repeats_folder(image: Path, folder: Path) -> re.Match[str] | None:
     return None if image.parent == folder else REPEATS_FOLDER.fullmatch(image.parent.name)
 
 
+def is_regularisation(image: Path, contents: Contents) -> bool:
+    """Whether an image is of kohya's pictures of a class: in `reg/1_dog` beside what is taught, `img/10_sks dog`."""
+    place = image.parent.parent
+    return (
+        place.name.lower() == "reg"
+        and repeats_folder(image, contents.folder) is not None
+        and place.with_name("img") in contents.image_folders
+    )
+
+
 def read_folder(contents: Contents) -> Source:
     """A plain folder of images with a metadata file or a file of captions beside each image."""
-    folder, captions = contents.folder, folder_captions(contents)
+    folder, found = contents.folder, folder_captions(contents)
+    captions = {path: texts for path, texts in found.items() if not is_regularisation(path, contents)}
     kohya = {path: match[1] for path in captions if (match := repeats_folder(path, folder))}
     alone = sum(tuple(captions[path]) == (name,) for path, name in kohya.items())
     note = f" (kohya's, whose repeats are ignored; {alone} are captioned by their folder's name)" if kohya else ""
+    if len(captions) < len(found):
+        note = f"{note[:-1]}; the {len(found) - len(captions)} for regularisation in reg/ are left out)"
     names = {path: path.relative_to(folder).as_posix() for path in captions}
     return source_of(f"folder of images{note}", captions, names, folder)
 

@@ -20,7 +20,7 @@ from lcm_lightning.data.shards import (
     read_samples,
     sample_captions,
 )
-from lcm_lightning.errors import UserError, first_line, short
+from lcm_lightning.errors import UserError, first_line, innermost, short
 
 
 def read_source(source: str | None, name: str) -> Source:
@@ -119,7 +119,15 @@ def read_hub(source: str) -> Source:
     try:
         splits = datasets.load_dataset(source)
     except Exception as error:  # network, authentication, not-found and format errors of several libraries
-        raise UserError(f"data.source={source}: the data set cannot be loaded ({first_line(error)})") from error
+        cause = first_line(innermost(error))[:120]
+        if (damaged := damaged_parquet(Path(source).expanduser(), datasets)) is not None:
+            raise UserError(
+                f"data.source: {short(damaged, 80)} is damaged ({cause}); copy or download it again"
+            ) from error
+        raise UserError(
+            f"data.source={short(source, 80)}: the data set cannot be loaded ({cause}); check the id, `hf auth login`, "
+            "or download it and give the folder"
+        ) from error
     columns = {split: image_column(part.features, source, datasets) for split, part in splits.items()}
     published = len(splits) > 1 and set(splits) <= set(SPLIT_NAMES)
 
@@ -132,6 +140,17 @@ def read_hub(source: str) -> Source:
 
     origin = "the data set's own" if published else HASH_SPLIT_ORIGIN
     return Source("Hugging Face data set", records(), sum(len(part) for part in splits.values()), origin)
+
+
+def damaged_parquet(folder: Path, datasets: ModuleType) -> Path | None:
+    """The first file of a folder that is no whole parquet file, where there is one."""
+    for path in sorted(folder.rglob("*.parquet")):
+        try:
+            for _ in datasets.load_dataset("parquet", data_files=str(path), split="train", streaming=True):
+                pass
+        except Exception:  # of several libraries
+            return path
+    return None
 
 
 def hub_record(row: Mapping[str, Any], column: str, key: str, split: str) -> Record:

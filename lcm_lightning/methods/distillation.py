@@ -19,6 +19,8 @@ from lcm_lightning.models.latent_diffusion import LatentDiffusionModel
 from lcm_lightning.models.lora_files import locate_lora
 from lcm_lightning.models.stable_diffusion import StableDiffusion
 
+W_MIN, W_MAX = 5.0, 15.0  # of the paper's experiments
+
 
 class GuidedDistillation(Training):
     """The frozen model, without adapters, teaches under guidance whose scale is drawn for every sample.
@@ -34,8 +36,8 @@ class GuidedDistillation(Training):
         self,
         model: LatentDiffusionModel,
         *,
-        w_min: float = 5.0,
-        w_max: float = 15.0,
+        w_min: float = W_MIN,
+        w_max: float = W_MAX,
         teacher_lora: str | None = None,
         **training: Any,
     ) -> None:
@@ -52,7 +54,7 @@ class GuidedDistillation(Training):
 
     @classmethod
     def check_settings(
-        cls, *, w_min: float = 5.0, w_max: float = 15.0, teacher_lora: str | None = None, **training: Any
+        cls, *, w_min: float = W_MIN, w_max: float = W_MAX, teacher_lora: str | None = None, **training: Any
     ) -> None:
         """See `Training.check_settings`; a teacher's LoRA must be there."""
         if not 0 <= w_min <= w_max:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from abc import abstractmethod
 from collections.abc import Callable
 from dataclasses import replace
@@ -13,13 +14,14 @@ from lcm_lightning.diffusion.consistency import Denoiser, guided
 from lcm_lightning.diffusion.trajectory import TrajectoryDistillation
 from lcm_lightning.errors import UserError
 from lcm_lightning.methods.adversarial_distillation import AdversarialDistillation, discriminator_step
-from lcm_lightning.methods.distillation import check_distillation, check_skip
+from lcm_lightning.methods.distillation import W_MAX, W_MIN, check_distillation, check_skip
 from lcm_lightning.methods.randomness import SampleRandomness
 from lcm_lightning.models.condition import Condition
 from lcm_lightning.models.kinds import AdapterKind
 from lcm_lightning.models.latent_diffusion import LatentDiffusionModel
 from lcm_lightning.models.sampling import Sampler
 
+log = logging.getLogger(__name__)
 DEFAULTS = TrajectoryDistillation()
 
 
@@ -58,6 +60,14 @@ class TrajectoryLoraDistillation(AdversarialDistillation):
         super().__init__(model, **teaching)
         self.distillation = replace(distillation, prediction_type=model.prediction_type)
         self.student_guidance = student_guidance
+        if student_guidance > 1 and (self.w_min, self.w_max) != (W_MIN, W_MAX):
+            log.warning(
+                "method.w_min=%g, method.w_max=%g: have no effect with method.student_guidance=%g, whose teacher steps "
+                "without guidance",
+                self.w_min,
+                self.w_max,
+                student_guidance,
+            )
 
     @classmethod
     def check_settings(

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 import torch
-from huggingface_hub import HfApi, hf_hub_download
+from huggingface_hub import HfApi, hf_hub_download, snapshot_download
 from huggingface_hub.errors import EntryNotFoundError
 from peft.utils.other import get_pattern_key
 from safetensors import SafetensorError, safe_open
@@ -171,14 +171,12 @@ def _download_lora(hub_id: str, key: str) -> Path:
     try:
         with suppress(EntryNotFoundError):
             return Path(hf_hub_download(hub_id, LORA_FILE, local_files_only=cached))
-        if cached:
-            raise ConnectionError
-        names = HfApi().list_repo_files(hub_id)
+        names = _cached_files(hub_id) if cached else HfApi().list_repo_files(hub_id)
         files = [name for name in names if name.endswith(".safetensors")]
         if len(files) == 1:
             if PEFT_CONFIG in names:
-                hf_hub_download(hub_id, PEFT_CONFIG)
-            return Path(hf_hub_download(hub_id, files[0]))
+                hf_hub_download(hub_id, PEFT_CONFIG, local_files_only=cached)
+            return Path(hf_hub_download(hub_id, files[0], local_files_only=cached))
     except Exception as error:  # network, authentication and not-found errors of several libraries
         raise UserError(
             f"{key}={short(hub_id, 80)}: no such folder here, and {hub_refusal(error)}; give a local run folder or "
@@ -188,6 +186,12 @@ def _download_lora(hub_id: str, key: str) -> Path:
         f"{key}={hub_id}: expected {LORA_FILE} or one .safetensors file there, found {files or 'none'}; download one "
         f"with `hf download {hub_id} FILE` and give its path"
     )
+
+
+def _cached_files(hub_id: str) -> list[str]:
+    """Names of the files that the cache holds of a repository. Raises `LocalEntryNotFoundError` if it holds none."""
+    snapshot = Path(snapshot_download(hub_id, local_files_only=True))
+    return [path.relative_to(snapshot).as_posix() for path in snapshot.rglob("*") if path.is_file()]
 
 
 # ---- reading -------------------------------------------------------------------------------------------------------
