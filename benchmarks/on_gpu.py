@@ -72,7 +72,8 @@ class Session:
 
     Attributes:
         deadline: on the clock of `time.monotonic`, before which all must have ended.
-        seconds: the current part may take.
+        patience: see `allotted`.
+        part_ends: when, on that clock, what the current part may take is over.
     """
 
     setup: Setup
@@ -80,6 +81,7 @@ class Session:
     out: Path
     work: Path
     deadline: float
+    patience: float = 1.0
     results: dict[str, Any] = field(default_factory=dict)
     part_ends: float = 0.0
 
@@ -97,9 +99,11 @@ class Session:
         """Measure one part if there is time for it, and write how that ended."""
         entry = self.results["parts"][part.name] = {"title": part.title, "status": "running", "found": {}}
         before = time.monotonic()
-        seconds = allotted(part, self.deadline - before)
+        seconds = allotted(part, self.deadline - before, self.patience)
         if seconds is None:
-            entry["status"] = f"skipped: {max(self.deadline - before, 0):.0f} s left, it needs {part.least:.0f}"
+            entry["status"] = (
+                f"skipped: {max(self.deadline - before, 0):.0f} s left, it needs {self.patience * part.least:.0f}"
+            )
         elif missing := [name for name in part.needs if not self.has(name)]:
             entry["status"] = f"skipped: it needs {', '.join(missing)}"
         else:
@@ -166,10 +170,13 @@ class Part:
     needs: tuple[str, ...] = ("machine", "inputs")
 
 
-def allotted(part: Part, left: float) -> float | None:
-    """Seconds that a part may take with so many `left` before the deadline; None if it is not to be begun."""
+def allotted(part: Part, left: float, patience: float = 1.0) -> float | None:
+    """Seconds that a part may take with so many `left` before the deadline; None if it is not to be begun.
+
+    `patience` multiplies what parts are given, on a machine that is slower than they were meant for.
+    """
     usable = left - RESERVE
-    return None if usable < part.least else min(part.most, usable)
+    return None if usable < patience * part.least else min(patience * part.most, usable)
 
 
 def measure_machine(session: Session, found: dict[str, Any]) -> None:
@@ -350,8 +357,9 @@ def parts_of(setup: Setup) -> tuple[Part, ...]:
         return Part(name, title, 40, 120, partial(measure_resume, settings))
 
     return (
-        Part("machine", "Machine and matrix peak", 10, 60, measure_machine, ()),
-        Part("one_step", "One optimisation step against the CPU's", 30, 120, measure_one_step, ("machine",)),
+        # The first to import torch, from a disk that may be slow.
+        Part("machine", "Machine and matrix peak", 10, 180, measure_machine, ()),
+        Part("one_step", "One optimisation step against the CPU's", 30, 150, measure_one_step, ("machine",)),
         *(training(batch_size, 1) for batch_size in setup.batch_sizes),
         drawing("drawing", setup.drawn, False, 70),
         # A part of its own for each `cache=` that there is: cache=teacher belongs here.
@@ -384,7 +392,9 @@ def started(arguments: argparse.Namespace) -> Session:
     if arguments.device == "cpu":
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
     os.environ |= {"HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1"}
-    session = Session(setup, arguments.peer, arguments.out, arguments.work, time.monotonic() + arguments.seconds)
+    session = Session(
+        setup, arguments.peer, arguments.out, arguments.work, time.monotonic() + arguments.seconds, arguments.patience
+    )
     for folder in (session.out, session.work):
         folder.mkdir(parents=True, exist_ok=True)
     session.log.unlink(missing_ok=True)
@@ -409,6 +419,7 @@ def command_line() -> argparse.ArgumentParser:
     run.add_argument("--seconds", type=float, default=520, help="after which it has ended")
     run.add_argument("--device", choices=("gpu", "cpu"), default="gpu")
     run.add_argument("--tiny", action="store_true", help="a small architecture, to try everything")
+    run.add_argument("--patience", type=float, default=1, help="multiplies what each part is given")
     run.add_argument("--parts", help="only these, with commas in between, and what they need")
     run.add_argument("--work", type=Path, default=Path("/tmp/lcm_on_gpu"), help="folder for what is made on the way")
     run.add_argument("--commit", default=None, help="of the code, to be written down")
