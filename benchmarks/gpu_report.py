@@ -24,7 +24,7 @@ def markdown(results: Results) -> str:
 def heading(results: Results) -> Iterator[str]:
     """What ran where, and how each part ended."""
     commit = results["commit"] or "not known"
-    yield f"Written by `python -m benchmarks.on_gpu report`. {results['date']}, commit {commit}."
+    yield from (f"Written by `python -m benchmarks.on_gpu report`. {results['date']}, commit {commit}.", "")
     if "machine" in results:
         machine, peak = results["machine"], results["matrix_peak"]
         yield (
@@ -32,6 +32,7 @@ def heading(results: Results) -> Iterator[str]:
             f"{peak['float32'] / 1e12:.3g} in float32; "
             + ", ".join(f"{name} {number}" for name, number in results["versions"].items())
         )
+        yield ""
     setup = results["setup"]
     weights = "SD v1-5's architecture with random weights" if setup["size"] == "sd15" else "a small architecture"
     yield f"Training, drawing and resume: {weights}, {setup['resolution']} px. Ended: {results['ended']}."
@@ -58,15 +59,16 @@ def steps_section(results: Results) -> Iterator[str]:
     rows = found_in(results, "one_step").get("rows", [])
     if not rows:
         return
-    yield "A step through Lightning's Trainer, small architecture, same weights, batch and random numbers, against the"
-    yield "CPU's in float32. It agrees if everything is finite and, in " + "; ".join(
-        f"{precision}, the loss is within {bound.loss:.0%}, the gradients' cosine at least {bound.cosine:g} and their "
-        f"norms within {bound.norm:.0%}"
-        for precision, bound in BOUNDS.items()
-    )
-    several = ", ".join(f"{method.name} takes {method.steps} steps" for method in METHODS if method.steps > 1)
-    yield f"({several}, of which the worse is shown). AdamW's first update is nearly the sign of the gradient, so that"
-    yield "small gradients turn it: its cosine is for information. float16's gradients are scaled by the loss scale."
+    several = ", ".join(f"{method.name} takes {method.steps}" for method in METHODS if method.steps > 1)
+    yield "A step through Lightning's Trainer, small architecture, same weights, batch and random numbers, beside the"
+    yield f"CPU's in float32. {several}, of which the worse is shown. AdamW's first update is nearly the gradient's sign, so"
+    yield "that small gradients turn it: its cosine is for information. It agrees if everything is finite and"
+    yield ""
+    for precision, bound in BOUNDS.items():
+        yield (
+            f"- in {precision} the loss is within {bound.loss:.0%}, the gradients' cosine at least {bound.cosine:g}, "
+            f"the ratio of their norms within {bound.norm:.0%} of 1."
+        )
     yield ""
     yield "| method | precision | loss differs by | gradients' cosine | norms' ratio | updates' cosine | loss scale | |"
     yield "| --- | --- | --- | --- | --- | --- | --- | --- |"
@@ -91,6 +93,7 @@ def number(value: float | None, form: str) -> str:
 
 def training_section(results: Results) -> Iterator[str]:
     """Tables of each batch size."""
+    before: list[str] = []
     for batch_size in results["setup"]["batch_sizes"]:
         rows = merged(
             row
@@ -99,7 +102,8 @@ def training_section(results: Results) -> Iterator[str]:
             if row["batch_size"] == batch_size
         )
         if any(row["seconds"] for row in rows):
-            yield from ("", f"### Batch {batch_size}, rank {rows[0]['rank']}", "")
+            yield from (*before, f"### Batch {batch_size}, rank {rows[0]['rank']}", "")
+            before = [""]
             yield from training_table(rows, results)
             yield from ratio_table(rows)
     if prepare := found_in(results, "cached_latents").get("prepare"):

@@ -56,7 +56,7 @@ class Setup:
     rank: int = 64
     batch_sizes: tuple[int, int, int] = (1, 8, 16)
     drawn: tuple[int, int] = (1, 8)
-    steps: int = 12
+    steps: int = 20
     teacher_steps: int = 50
     workers: int = 4
 

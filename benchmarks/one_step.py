@@ -81,6 +81,8 @@ def compare_methods(folder: Path) -> Iterator[dict[str, Any]]:
     for method in METHODS:
         reference = take_steps(method, REFERENCE, "cpu", places)
         for precision in PRECISIONS:
+            if precision == "16-mixed" and device == "cpu":  # for which Lightning takes bfloat16
+                continue
             row: dict[str, Any] = {"method": method.name, "precision": precision}
             try:
                 row |= compare(reference, first_finite(method, precision, device, places))
