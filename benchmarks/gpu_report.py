@@ -61,8 +61,8 @@ def steps_section(results: Results) -> Iterator[str]:
         return
     several = ", ".join(f"{method.name} takes {method.steps}" for method in METHODS if method.steps > 1)
     yield "A step through Lightning's Trainer, small architecture, same weights, batch and random numbers, beside the"
-    yield f"CPU's in float32. {several}, of which the worse is shown. AdamW's first update is nearly the gradient's sign, so"
-    yield "that small gradients turn it: its cosine is for information. It agrees if everything is finite and"
+    yield f"CPU's in float32. {several}, of which the worse is shown. AdamW's first update is nearly the gradient's"
+    yield "sign, so that small gradients turn it: its cosine is for information. It agrees if everything is finite and"
     yield ""
     for precision, bound in BOUNDS.items():
         yield (

@@ -24,7 +24,10 @@ commit=$(cat "$wheels/commit.txt" 2>/dev/null || echo)
 # --seconds is counted from here, not from when Python has started.
 previous=
 for argument; do
-    [ "$previous" = --seconds ] && seconds=$argument
+    case $previous$argument in
+    --seconds[0-9]*) seconds=$argument ;;
+    *--seconds=*) seconds=${argument#*=} ;;
+    esac
     previous=$argument
 done
 
