@@ -3,13 +3,9 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
-import tempfile
 import time
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +13,8 @@ import hydra
 import torch
 from omegaconf import DictConfig, OmegaConf
 
-from benchmarks import report
+from benchmarks import cases, report
+from benchmarks.cases import Case, add_turn, run_child
 from benchmarks.inputs import random_pipeline, random_shards
 from benchmarks.limits import step_flops
 from lcm_lightning.config.checks import resolve
@@ -30,8 +27,6 @@ register_resolvers()
 PARTS = ("tiny", "sd15", "drawing", "growth")
 BENCH_KEYS = ("peer", "pipeline", "parts", "rounds", "steps", "resolution", "batch_size", "rank", "cached")
 BENCH_KEYS += ("student_steps", "teacher_steps", "drawings", "growth_model", "minutes", "work", "output")
-# The experiment both trainers stand for; ours at one optimizer step a batch, as the peer.
-OURS = ("experiment=lcm_flickr8k", "trainer.accumulate_grad_batches=1", "data.caption_dropout=0")
 GROWTH = {
     "batch_size": (1, 2, 4, 8),
     "resolution": {"tiny": (32, 64, 128), "sd15": (256, 512, 768)},
@@ -39,26 +34,6 @@ GROWTH = {
     "workers": (0, 1, 2),
     "samples": (1000, 8000, 30000),
 }
-
-
-@dataclass(frozen=True)
-class Case:
-    """One training run to measure.
-
-    Attributes:
-        name: of its row.
-        program: "train" (ours) or "peer".
-        arguments: of `benchmarks.child`.
-        pipeline, resolution, batch_size, rank: what its FLOPs are counted for.
-    """
-
-    name: str
-    program: str
-    arguments: tuple[str, ...]
-    pipeline: Path
-    resolution: int
-    batch_size: int
-    rank: int
 
 
 @dataclass
@@ -86,42 +61,20 @@ class Bench:
         rows = self.results.setdefault(part, [])
         for case in cases:
             flops = step_flops(case.pipeline, resolution=case.resolution, batch_size=case.batch_size, rank=case.rank)
-            shape = {"resolution": case.resolution, "batch_size": case.batch_size, "rank": case.rank}
-            empty = {"seconds": [], "cpu_seconds": [], "data_wait": [], "peak_memory_mb": 0.0}
-            rows.append({"name": case.name, **shape, "flops": flops, **empty})
+            rows.append(case.row(flops))
         for _ in range(rounds):
             for case, row in zip(cases, rows, strict=True):
                 if self.late():
                     return
                 print(f"{part}: {case.name}, {self.steps} steps", flush=True)
                 found = run_child(case.program, *case.arguments)
-                row["seconds"] += intervals(found["finished"])[-self.steps :]
-                row["cpu_seconds"] += intervals(found["cpu_seconds"])[-self.steps :]
-                row["data_wait"] += found["data_wait"][-self.steps :]
-                row["peak_memory_mb"] = max(row["peak_memory_mb"], *found["peak_memory_mb"])
+                add_turn(row, found, self.steps)
                 self.save()
 
 
-def intervals(times: list[float]) -> list[float]:
-    """Differences of neighbours."""
-    return [after - before for before, after in pairwise(times)]
-
-
-def run_child(program: str, *arguments: str) -> dict[str, Any]:
-    """What `benchmarks.child` found. Raises a `UserError` with the end of its output where it fails."""
-    with tempfile.TemporaryDirectory() as folder:
-        result = Path(folder, "result.json")
-        command = [sys.executable, "-m", "benchmarks.child", str(result), program, *arguments]
-        done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False)
-        if not result.is_file():
-            end = "\n".join(done.stdout.splitlines()[-15:])
-            raise UserError(f"benchmark {program}: ended with status {done.returncode} before its figures:\n{end}")
-        return json.loads(result.read_text())
-
-
-def trainer_override() -> str:
-    """The trainer for this machine."""
-    return "trainer=gpu" if torch.cuda.is_available() else "trainer=cpu"
+def trainer() -> str:
+    """The name of the trainer for this machine."""
+    return "gpu" if torch.cuda.is_available() else "cpu"
 
 
 def pipeline(cfg: DictConfig, model: str) -> Path:
@@ -135,48 +88,17 @@ def ours(
     cfg: DictConfig, name: str, model: str, shards: Path | str, *, resolution: int, batch_size: int, **more: Any
 ) -> Case:
     """Our training of `model`; `more` are rank and workers."""
-    rank, workers = more.get("rank", cfg.rank), more.get("workers", 1)
-    folder = pipeline(cfg, model)
-    arguments = (
-        *OURS,
-        trainer_override(),
-        f"model={model}",
-        f"model.path={folder}",
-        f"data.source={shards}",
-        f"data.resolution={resolution}",
-        f"data.batch_size={batch_size}",
-        f"data.num_workers={workers}",
-        f"method.lora.rank={rank}",
-        f"max_steps={cfg.steps + 1}",
-    )
-    return Case(name, "train", arguments, folder, resolution, batch_size, rank)
+    shape = {"resolution": resolution, "batch_size": batch_size, "rank": cfg.rank, **more}
+    return cases.ours(name, model, pipeline(cfg, model), shards, trainer=trainer(), steps=cfg.steps + 1, **shape)
 
 
 def peer(cfg: DictConfig, shards: Path) -> Case:
-    """diffusers' script at the same work: same pipeline, shards, loss, adapter and step."""
+    """diffusers' script at the same work."""
     script = Path(cfg.peer).expanduser()
     if not script.is_file():
         raise UserError(f"peer={cfg.peer}: no such file; give diffusers' train_lcm_distill_lora_sd_wds.py")
-    settings = {
-        "pretrained_teacher_model": pipeline(cfg, "sd15"),
-        "output_dir": Path(cfg.work) / "peer",
-        "train_shards_path_or_url": shards / "train-000000.tar",
-        "max_train_samples": 2000,
-        "resolution": cfg.resolution,
-        "train_batch_size": cfg.batch_size,
-        "max_train_steps": cfg.steps + 1,
-        "lora_rank": cfg.rank,
-        "lora_alpha": cfg.rank,
-        "loss_type": "huber",
-        "w_min": 5,
-        "w_max": 15,
-        "mixed_precision": "bf16",
-        "dataloader_num_workers": 1,
-        "seed": 0,
-    }
-    options = [f"--{key}={value}" for key, value in settings.items()]
-    arguments = (str(script), "--cast_teacher_unet", *options)
-    return Case("peer", "peer", arguments, pipeline(cfg, "sd15"), cfg.resolution, cfg.batch_size, cfg.rank)
+    shape = {"resolution": cfg.resolution, "batch_size": cfg.batch_size, "rank": cfg.rank}
+    return cases.peer(script, pipeline(cfg, "sd15"), shards, Path(cfg.work), steps=cfg.steps + 1, **shape)
 
 
 def measure_sd15(cfg: DictConfig, bench: Bench) -> None:
@@ -208,7 +130,7 @@ def measure_drawing(cfg: DictConfig, bench: Bench) -> None:
     print("drawing: student and teacher", flush=True)
     bench.results["drawing"] = {"resolution": cfg.resolution} | run_child(
         "draw",
-        trainer_override(),
+        f"trainer={trainer()}",
         f"model.path={pipeline(cfg, 'sd15')}",
         f"data.resolution={cfg.resolution}",
         f"method.lora.rank={cfg.rank}",

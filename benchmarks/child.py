@@ -3,6 +3,11 @@
     python -m benchmarks.child RESULT.json train OVERRIDE...        trains as `train.py` does
     python -m benchmarks.child RESULT.json peer SCRIPT ARGUMENT...  runs another program's training script, untouched
     python -m benchmarks.child RESULT.json draw OVERRIDE...         draws images as `generate` does
+    python -m benchmarks.child RESULT.json machine                  says what machine this is, and its matrix peak
+    python -m benchmarks.child RESULT.json inputs FOLDER SIZE       makes what the others read
+    python -m benchmarks.child RESULT.json one_step FOLDER          compares a step on this device with the CPU's
+
+RESULT.json is written whole whenever there is something new, and holds all at the end.
 
 Training is watched from outside: torch calls a hook after every optimizer step of whatever program.
 """
@@ -14,6 +19,7 @@ import os
 import runpy
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,14 +29,17 @@ from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
+from benchmarks.inputs import SIZES, make_inputs
+from benchmarks.limits import step_flops
 from lcm_lightning.config.checks import resolve
 from lcm_lightning.config.instantiate import build_module, frozen_dtype, instantiate_group
 from lcm_lightning.config.quiet import quiet_known_warnings
 from lcm_lightning.config.resolvers import register_resolvers
-from lcm_lightning.evaluation.latency import peak_memory_mb
+from lcm_lightning.evaluation.latency import machine_info, matrix_peak, package_versions, peak_memory_mb
 from lcm_lightning.methods.lcm_lora import LcmLoraDistillation
 from lcm_lightning.models.adapters import LoraSettings, add_lora, merged_adapters
 from lcm_lightning.models.sampling import DDIM, sample
+from lcm_lightning.output.files import write_atomic
 
 CONF = Path(__file__).parent.parent / "conf"
 
@@ -85,7 +94,7 @@ def composed(overrides: list[str]) -> DictConfig:
     return cfg
 
 
-def train(overrides: list[str]) -> dict[str, Any]:
+def train(overrides: list[str]) -> Iterator[dict[str, Any]]:
     """Train, without validation, pictures and files."""
     log = StepLog()
     cfg = composed(overrides)
@@ -102,48 +111,88 @@ def train(overrides: list[str]) -> dict[str, Any]:
     )
     register_optimizer_step_post_hook(log.step)
     trainer.fit(build_module(cfg, trainer.precision, data.cache), datamodule=data)
-    return log.figures
+    yield log.figures
 
 
-def run_peer(command: list[str]) -> dict[str, Any]:
+def run_peer(command: list[str]) -> Iterator[dict[str, Any]]:
     """Run the script ``command[0]`` with the rest as its arguments."""
     log = StepLog()
     register_optimizer_step_post_hook(log.step)
     sys.argv = command
     runpy.run_path(command[0], run_name="__main__")
-    return log.figures
+    yield log.figures
 
 
-def draw(overrides: list[str]) -> dict[str, Any]:
-    """Seconds per image, end to end, of the guided teacher and of a student of the same model, taking turns."""
+def draw(overrides: list[str]) -> Iterator[dict[str, Any]]:
+    """Seconds per batch, end to end, of the guided teacher and of a student of the same model, taking turns."""
     draws = {key: int(value) for key, value in (item.split("=") for item in overrides if item.startswith("draw."))}
     cfg = composed([item for item in overrides if not item.startswith("draw.")])
     model = instantiate_group(cfg, "model", dtype=frozen_dtype(cfg.trainer.precision))
     model.to("cuda" if torch.cuda.is_available() else "cpu")
-    student = LcmLoraDistillation.kind
+    student, batch_size = LcmLoraDistillation.kind, draws.setdefault("draw.batch_size", 1)
     add_lora(model.unet, student.name, LoraSettings(rank=cfg.method.lora.rank, alpha=cfg.method.lora.rank))
-    resolution = cfg.data.resolution
-    common = {"seeds": [0], "resolution": resolution}
-    sample(model, [""], steps=1, guidance_scale=1.0, sampler=student.sampler, **common)  # warms up
-    seconds: dict[str, list[float]] = {"student": [], "teacher": []}
+    roles = {
+        "student": {"steps": draws["draw.student_steps"], "guidance_scale": 1.0, "sampler": student.sampler},
+        "teacher": {"steps": draws["draw.teacher_steps"], "guidance_scale": 7.5, "sampler": DDIM},
+    }
+
+    def seconds_of(role: str, **changed: Any) -> float:
+        with merged_adapters(model, (student.name,) if role == "student" else ()):
+            started = time.perf_counter()
+            batch = {"prompts": ["a dog on a beach"] * batch_size, "seeds": range(batch_size)}
+            sample(model, **batch, **{**roles[role], **changed}, resolution=cfg.data.resolution)
+            return time.perf_counter() - started
+
+    warming_up = {role: seconds_of(role, steps=1) for role in roles}  # compiling, where that was asked for
+    seconds: dict[str, list[float]] = {role: [] for role in roles}
     for _ in range(draws["draw.repeats"]):
-        for role, setting in {
-            "student": {"steps": draws["draw.student_steps"], "guidance_scale": 1.0, "sampler": student.sampler},
-            "teacher": {"steps": draws["draw.teacher_steps"], "guidance_scale": 7.5, "sampler": DDIM},
-        }.items():
-            with merged_adapters(model, (student.name,) if role == "student" else ()):
-                started = time.perf_counter()
-                sample(model, ["a dog on a beach"], **setting, **common)
-                seconds[role].append(time.perf_counter() - started)
-    return {"seconds": seconds, "peak_memory_mb": peak_memory_mb(model.device), **draws}
+        for role in roles:
+            seconds[role].append(seconds_of(role))
+            memory = peak_memory_mb(model.device)
+            yield {"seconds": seconds, "warming_up": warming_up, "peak_memory_mb": memory, **draws}
+
+
+def machine(_: list[str]) -> Iterator[dict[str, Any]]:
+    """What every other figure depends on."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    peaks = {str(kind).removeprefix("torch."): matrix_peak(device, kind) for kind in (torch.bfloat16, torch.float32)}
+    yield {
+        "machine": machine_info(device),
+        "versions": package_versions() | {"cuda": str(torch.version.cuda)},
+        "matrix_peak": peaks,
+    }
+
+
+def inputs(arguments: list[str]) -> Iterator[dict[str, Any]]:
+    """See `benchmarks.inputs.make_inputs`; and the FLOPs of a step at batch 1."""
+    folder, size = Path(arguments[0]), SIZES[arguments[1]]
+    made = make_inputs(folder, size)
+    yield {"flops": step_flops(made.pipeline, resolution=size.resolution, batch_size=1, rank=size.rank)}
+
+
+def one_step(arguments: list[str]) -> Iterator[dict[str, Any]]:
+    """See `benchmarks.one_step.compare_methods`."""
+    from benchmarks.one_step import compare_methods
+
+    yield from compare_methods(Path(arguments[0]))
+
+
+PROGRAMS = {
+    "train": train,
+    "peer": run_peer,
+    "draw": draw,
+    "machine": machine,
+    "inputs": inputs,
+    "one_step": one_step,
+}
 
 
 def main(result: str, program: str, *arguments: str) -> None:
-    """Run `program` ("train", "peer" or "draw") and write what was noted to `result`."""
+    """Run one of `PROGRAMS` and write what it notes to `result`."""
     quiet_known_warnings()
     register_resolvers()
-    figures = {"train": train, "peer": run_peer, "draw": draw}[program](list(arguments))
-    Path(result).write_text(json.dumps(figures))
+    for figures in PROGRAMS[program](list(arguments)):
+        write_atomic(Path(result), json.dumps(figures).encode())
 
 
 if __name__ == "__main__":

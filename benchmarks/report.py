@@ -9,11 +9,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
-
 BEGIN, END = "<!-- figures -->", "<!-- end of figures -->"
 TITLES = {
     "batch_size": "batch size",
@@ -119,6 +114,11 @@ def plot_growth(results: dict[str, Any], path: Path) -> None:
     parts = growth_parts(results)
     if not parts:
         return
+    import matplotlib  # late: tables are written where there is none
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
     figure, axes = plt.subplots(1, len(parts), figsize=(3 * len(parts), 3), layout="constrained", squeeze=False)
     for axis, part in zip(axes[0], parts, strict=True):
         rows = [row for row in results[part] if row["seconds"]]

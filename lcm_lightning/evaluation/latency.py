@@ -8,8 +8,9 @@ import resource
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, get_args
 
@@ -246,5 +247,9 @@ def machine_info(device: torch.device) -> dict[str, object]:
 
 
 def package_versions() -> dict[str, str]:
-    """Versions of Python and of the packages that decide the figures."""
-    return {"python": platform.python_version()} | {name: version(name) for name in PACKAGES}
+    """Versions of Python and of the packages that decide the figures; a clone that is not installed has none."""
+    found = {"python": platform.python_version()}
+    for name in PACKAGES:
+        with suppress(PackageNotFoundError):
+            found[name] = version(name)
+    return found
