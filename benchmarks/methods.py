@@ -11,7 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -48,13 +48,15 @@ class Recipe:
         name: a key of `methods` in conf/methods_table.yaml.
         title: in the page.
         passes: network evaluations that an optimizer step takes for each place of its batch.
-        overrides: of train.py.
+        overrides: of train.py; `{teacher}` in one is the run folder of `after`.
+        after: the recipe whose student of the same seed is this one's teacher.
     """
 
     name: str
     title: str
     passes: float
     overrides: tuple[str, ...]
+    after: str | None = None
 
     def steps(self, passes: int) -> int:
         """Optimizer steps that so many network evaluations buy."""
@@ -75,24 +77,31 @@ class Training:
         """Of its model in an evaluation."""
         return f"{self.recipe.name}_{self.seed}"
 
+    def beside(self, name: str) -> Path:
+        """The folder of another recipe's run of this seed."""
+        return self.folder.with_name(f"{name}_{self.seed}")
+
     def overrides(self, common: Sequence[str]) -> list[str]:
         """All of train.py's; an experiment of the recipe's takes the place of the common one."""
         own = {override.partition("=")[0] for override in self.recipe.overrides}
         return [
             *(override for override in common if override.partition("=")[0] not in own),
-            *self.recipe.overrides,
+            *(override.format(teacher=self.beside(str(self.recipe.after))) for override in self.recipe.overrides),
             *(f"name={self.name}", f"seed={self.seed}", f"max_steps={self.steps}", f"val_every={self.steps}"),
             f"hydra.run.dir={self.folder}",
         ]
 
 
 def recipes(methods: Mapping[str, Any], only: Sequence[str] | None) -> list[Recipe]:
-    """Those of a configuration. Raises a `UserError` for an unknown name."""
+    """Those of a configuration. Raises a `UserError` for an unknown name, or one whose teacher is left out."""
     unknown = sorted(set(only or ()) - set(methods))
     if unknown:
         raise UserError(f"only={unknown[0]}: expected some of {', '.join(methods)}")
+    for name in only or ():
+        if (teacher := methods[name].get("after")) and teacher not in only:
+            raise UserError(f"only={name}: needs {teacher} as its teacher; name it too, before {name}")
     chosen = {name: method for name, method in methods.items() if only is None or name in only}
-    return [Recipe(name, m["title"], m["passes"], tuple(m["overrides"])) for name, m in chosen.items()]
+    return [Recipe(name, m["title"], m["passes"], tuple(m["overrides"]), m.get("after")) for name, m in chosen.items()]
 
 
 def train(training: Training, common: Sequence[str]) -> None:
@@ -126,6 +135,22 @@ def train(training: Training, common: Sequence[str]) -> None:
     }
     done.write_text(json.dumps(cost, indent=1))
     print(f"{training.name}: {cost['processor_seconds']:.0f} processor s", flush=True)
+
+
+def train_all(trainings: Sequence[Training], common: Sequence[str], jobs: int) -> None:
+    """`train` each, so many at a time, a teacher before its student."""
+    started: dict[Path, Future[None]] = {}
+
+    def train_after(training: Training) -> None:
+        if training.recipe.after is not None:
+            started[training.beside(training.recipe.after)].result()
+        train(training, common)
+
+    with ThreadPoolExecutor(jobs) as pool:
+        for training in trainings:
+            started[training.folder] = pool.submit(train_after, training)
+        for future in started.values():
+            future.result()
 
 
 def evaluate(trainings: Sequence[Training], cfg: DictConfig) -> dict[str, Any]:
@@ -188,8 +213,7 @@ def main(cfg: DictConfig) -> None:
         for seed in cfg.seeds
         for recipe in chosen
     ]
-    with ThreadPoolExecutor(cfg.jobs) as pool:
-        list(pool.map(lambda training: train(training, cfg.common), trainings))
+    train_all(trainings, cfg.common, cfg.jobs)
     metrics = evaluate(trainings, cfg)
     results = {
         "date": datetime.now(UTC).date().isoformat(),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from fractions import Fraction
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,6 +19,7 @@ from benchmarks import methods, methods_page
 from benchmarks.methods import Recipe, Training, recipes
 from helpers.adapters import random_batch
 from helpers.commands import ROOT
+from helpers.pipelines import build_tiny_pipeline, save_full_lcm
 from lcm_lightning.config.checks import resolve
 from lcm_lightning.config.instantiate import build_module
 from lcm_lightning.errors import UserError
@@ -42,11 +44,14 @@ def composed(training: Training, *more: str) -> DictConfig:
 def test_a_step_takes_as_many_passes_as_the_table_says(
     recipe: Recipe, pipeline_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    cfg = composed(Training(recipe, 1, 1, tmp_path), f"model.path={pipeline_folder}", "data.resolution=32")
-    module = build_module(cfg, "32-true")
+    training = Training(recipe, 1, 1, tmp_path / recipe.name)
+    if recipe.after is not None:
+        save_full_lcm(build_tiny_pipeline(), training.beside(recipe.after))
+    module = build_module(composed(training, f"model.path={pipeline_folder}", "data.resolution=32"), "32-true")
     begun, ended = [], []
-    module.model.unet.conv_in.register_forward_hook(lambda *call: begun.append(len(call[2])))
-    module.model.unet.conv_out.register_forward_hook(lambda *call: ended.append(len(call[2])))
+    for unet in {module.model.unet, *module.model.variants.values()}:
+        unet.conv_in.register_forward_hook(lambda *call: begun.append(len(call[2])))
+        unet.conv_out.register_forward_hook(lambda *call: ended.append(len(call[2])))
     monkeypatch.setattr(module, "log", lambda *_, **__: None)
     for step in range(ROUNDS):
         monkeypatch.setattr(type(module), "trainer", SimpleNamespace(global_step=step, strategy=None))
@@ -68,6 +73,27 @@ def test_the_same_passes_buy_more_of_the_cheaper_steps():
 def test_an_unknown_method_is_answered_with_those_there_are():
     with pytest.raises(UserError, match=r"^only=nonesuch: expected some of .*lcm_lora"):
         recipes(OmegaConf.to_container(TABLE.methods), ["nonesuch"])
+
+
+def test_a_student_is_not_trained_without_its_teacher():
+    with pytest.raises(UserError, match=r"^only=kd_lora: needs lcm as its teacher"):
+        recipes(OmegaConf.to_container(TABLE.methods), ["kd_lora"])
+
+
+def test_a_teacher_is_trained_before_its_student(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    done: list[str] = []
+
+    def train(training: Training, common: object) -> None:
+        time.sleep(0.2 if training.recipe.after is None else 0.0)
+        done.append(training.name)
+
+    monkeypatch.setattr(methods, "train", train)
+    pair = (Recipe("first", "", 4, ()), Recipe("second", "", 2, ("a={teacher}",), "first"))
+    trainings = [Training(recipe, seed, 1, tmp_path / f"{recipe.name}_{seed}") for seed in (1, 2) for recipe in pair]
+    methods.train_all(trainings, [], jobs=2)
+    assert sorted(done) == ["first_1", "first_2", "second_1", "second_2"]
+    assert all(done.index(f"first_{seed}") < done.index(f"second_{seed}") for seed in (1, 2))
+    assert f"a={tmp_path / 'first_2'}" in trainings[3].overrides([])
 
 
 def test_every_key_of_the_configuration_is_listed_once():
