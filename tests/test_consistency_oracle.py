@@ -132,7 +132,7 @@ def test_a_student_of_the_unguided_ode_is_caught() -> None:
 def test_the_student_of_an_lcm_that_is_the_odes_map_is_that_map(loss: str) -> None:
     """Nearer than by consistency with itself, as no solver comes between; another map it takes over too."""
     method = ConsistencyDistillation(loss=loss)
-    student, _ = distil(method, lcm=exact_lcm(GUIDED_MEAN))
+    student, _ = distil(method, steps=600, lcm=exact_lcm(GUIDED_MEAN))
     assert error(method, student) < BOUND / 2
-    unguided, _ = distil(method, lcm=exact_lcm(MEAN))
+    unguided, _ = distil(method, steps=600, lcm=exact_lcm(MEAN))
     assert error(method, unguided) > 2 * BOUND
