@@ -18,7 +18,7 @@ from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from lcm_lightning.errors import UserError, first_line, program, report_user_errors, short
-from lcm_lightning.models.architectures import SD15_TEXT, SD15_UNET
+from lcm_lightning.models.architectures import SD1, SD2
 from lcm_lightning.models.lora_files import (
     BASE_MODELS,
     LORA_FILE,
@@ -29,24 +29,18 @@ from lcm_lightning.models.lora_files import (
     match_layers,
     read_lora,
 )
-from lcm_lightning.models.pipeline_files import (
-    check_networks,
-    locate_pipeline,
-    read_scheduler_config,
-    read_tokenizer,
+from lcm_lightning.models.pipeline_files import locate_pipeline, model_path, open_folder
+from lcm_lightning.models.single_file import (
+    PREFIXES,
+    architecture_of,
+    is_checkpoint,
+    open_single_file,
+    predicted,
+    read_header,
 )
 from lcm_lightning.runs.contents import MANIFEST, exported, read_manifest
 
 SHOWN = 10  # exceptions and unused keys
-SD2_UNET = {**SD15_UNET, "cross_attention_dim": 1024, "use_linear_projection": True}
-SD2_TEXT = {
-    **SD15_TEXT,
-    "hidden_size": 1024,
-    "intermediate_size": 4096,
-    "num_hidden_layers": 23,
-    "num_attention_heads": 16,
-}
-ARCHITECTURES = {"Stable Diffusion 1": (SD15_UNET, SD15_TEXT), "Stable Diffusion 2": (SD2_UNET, SD2_TEXT)}
 
 
 @report_user_errors
@@ -54,7 +48,9 @@ def main() -> None:
     """Entry point."""
     parser = argparse.ArgumentParser(prog=program(), description="Says what a LoRA, a run or a model is.")
     parser.add_argument("place", type=Path, metavar="FILE_OR_FOLDER", help="a .safetensors file, a run or a model")
-    parser.add_argument("--model", type=Path, metavar="FOLDER", help="a model's folder, which the LoRA is to fit")
+    parser.add_argument(
+        "--model", type=Path, metavar="PLACE", help="a model's folder or file, which the LoRA is to fit"
+    )
     arguments = parser.parse_args()
     networks = None if arguments.model is None else networks_of(arguments.model)
     for title, rows in describe(arguments.place, networks):
@@ -88,6 +84,8 @@ def describe(
             yield str(file), [name, ("drawn by", use), *step, *content]
     elif (place / "model_index.json").is_file():
         yield str(place), model_rows(place)
+    elif place.suffix == ".safetensors" and place.is_file() and is_checkpoint(place):
+        yield str(place), checkpoint_rows(place)
     else:
         if place.is_dir() and not any((place / name).is_file() for name in (LORA_FILE, PEFT_FILE)):
             raise UserError(
@@ -149,12 +147,16 @@ def listed(texts: list[str]) -> str:
 
 def networks_like(base_model: str | None) -> dict[str, nn.Module] | None:
     """UNet and text encoder of a base model, without memory behind their weights."""
-    return None if base_model not in ARCHITECTURES else build(*ARCHITECTURES[base_model])
+    known = next((one for one in (SD1, SD2) if one.title == base_model), None)
+    return None if known is None else build(known.unet, known.text_encoder)
 
 
-def networks_of(folder: Path) -> dict[str, nn.Module]:
-    """UNet and text encoder of the model in `folder`, without memory behind their weights."""
-    unet, text = (read_json(folder / name / "config.json") for name in ("unet", "text_encoder"))
+def networks_of(place: Path) -> dict[str, nn.Module]:
+    """UNet and text encoder of a model's folder or single file, without memory behind their weights."""
+    if place.is_file():
+        architecture = architecture_of(read_header(place, f"--model {short(place, 80)}"))
+        return build(architecture.unet, architecture.text_encoder)
+    unet, text = (read_json(place / name / "config.json") for name in ("unet", "text_encoder"))
     return build(unet, text)
 
 
@@ -184,9 +186,27 @@ def model_rows(folder: Path) -> list[tuple[str, str]]:
         ("guidance", "told to the UNet (a full LCM)" if unet.get("time_cond_proj_dim") else "by a second pass"),
     ]
     try:
-        check_networks(locate_pipeline(str(folder), None))
-        read_scheduler_config(folder)
-        read_tokenizer(folder)
+        open_folder(locate_pipeline(str(folder), None))
+    except UserError as error:
+        rows.append(("refused", str(error)))
+    return rows
+
+
+def checkpoint_rows(path: Path) -> list[tuple[str, str]]:
+    """What a checkpoint in one file holds."""
+    header = read_header(path, model_path(path))
+    width = header.cross_attention_dim
+    rows = [
+        ("layout", "a checkpoint in one file"),
+        ("base model", f"{BASE_MODELS.get(width or 0, 'unknown')}, by cross-attention {said(width)} wide"),
+    ]
+    for network, prefixes in PREFIXES.items():
+        types = Counter(header.types[name] for name in header.of(*prefixes))
+        held = ", ".join(f"{number} tensors of {kind}" for kind, number in types.most_common())
+        rows.append((network.replace("_", " "), held or "none"))
+    rows.append(("predicts", said(predicted(header) or "not told")))
+    try:
+        open_single_file(path, None, other_vae=False)
     except UserError as error:
         rows.append(("refused", str(error)))
     return rows

@@ -141,11 +141,10 @@ def plot(runs: Sequence[Run], metric: str, keys: Sequence[str]) -> Figure:
     figure = Figure(figsize=(3.2 * wide, 3 * rows), layout="constrained")
     for axes, key in zip(figure.subplots(rows, wide, squeeze=False).flat, panels, strict=False):
         values = [run.settings.get(key, "") if keys else run.name for run in runs]
-        numbers = [number(value) for value in values]
-        if None not in numbers:
+        numbers = [place for value in values if (place := number(value)) is not None]
+        if len(numbers) == len(values):
             axes.plot(numbers, [run.best for run in runs], "o")
-            low, high = min(numbers), max(numbers)
-            if low > 0 and high / low > 20:
+            if min(numbers) > 0 and max(numbers) / min(numbers) > 20:
                 axes.set_xscale("log")
         else:
             axes.plot(values, [run.best for run in runs], "o")

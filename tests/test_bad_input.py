@@ -221,6 +221,11 @@ trainer.strategy=hope -> trainer:
 trainer.devices=0 -> trainer:
 # files
 model.path=./nowhere
+model.path=W/good.safetensors -> model\.path=.*good\.safetensors: is a LoRA; give it as lora=
+model.path=W/pickled.pt -> model\.path=.*pickled\.pt: a \.pt can run code when it is read.*from_single_file
+model.vae=./nowhere
+model.vae=W/pickled.pt -> model\.vae=.*pickled\.pt: a \.pt can run code
+model.prediction_type=flow
 model.path=W/empty
 model.path=W/sdxl
 model.path=W/flow

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,7 +12,7 @@ from diffusers import AutoencoderKL
 from torch import nn
 
 from lcm_lightning.models.architectures import SD15_VAE, build_text_encoder, build_vae
-from lcm_lightning.models.pipeline_files import read_config, read_network
+from lcm_lightning.models.pipeline_files import NetworkFiles
 
 
 @dataclass(frozen=True)
@@ -24,16 +23,16 @@ class Deferred:
     read: Callable[[], nn.Module]
 
 
-def deferred_encoders(folder: Path | None, dtype: torch.dtype) -> dict[str, Deferred]:
-    """VAE and text encoder of the pipeline in `folder`, or None: of SD v1-5's architecture with random weights."""
-    if folder is None:
+def deferred_encoders(files: Mapping[str, NetworkFiles] | None, dtype: torch.dtype) -> dict[str, Deferred]:
+    """VAE and text encoder of a pipeline's `files`, or None: of SD v1-5's architecture with random weights."""
+    if files is None:
         return {
             "text_encoder": Deferred(None, partial(build_text_encoder, dtype)),
             "vae": Deferred(vae_config(SD15_VAE), partial(build_vae, dtype)),
         }
     return {
-        "text_encoder": Deferred(None, partial(read_network, folder, "text_encoder", dtype)),
-        "vae": Deferred(vae_config(read_config(folder, "vae")), partial(read_network, folder, "vae", dtype)),
+        "text_encoder": Deferred(None, partial(files["text_encoder"].read, dtype)),
+        "vae": Deferred(vae_config(files["vae"].config()), partial(files["vae"].read, dtype)),
     }
 
 

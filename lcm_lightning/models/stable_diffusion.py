@@ -12,22 +12,22 @@ from torch import Tensor
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from lcm_lightning.diffusion.consistency import guidance_embedding
-from lcm_lightning.diffusion.schedule import unsupported_schedule
+from lcm_lightning.diffusion.schedule import PredictionType, unsupported_schedule
 from lcm_lightning.errors import UserError, first_line, short
 from lcm_lightning.hub import hub_answers
 from lcm_lightning.models.architectures import build_sd15
 from lcm_lightning.models.condition import Condition
 from lcm_lightning.models.deferred import Deferred, deferred_encoders
 from lcm_lightning.models.latent_diffusion import LatentDiffusionModel
+from lcm_lightning.models.other_vae import check_vae, open_vae
 from lcm_lightning.models.pipeline_files import (
     SAMPLE_SIZE,
-    check_networks,
+    NetworkFiles,
     locate_pipeline,
     model_path,
-    read_network,
-    read_scheduler_config,
-    read_tokenizer,
+    open_folder,
 )
+from lcm_lightning.models.single_file import open_single_file
 
 
 class StableDiffusion(LatentDiffusionModel):
@@ -38,7 +38,7 @@ class StableDiffusion(LatentDiffusionModel):
 
     Attributes:
         text_encoder, vae: None before `load_encoders` where they are deferred.
-        folder: the pipeline's folder on this machine; None for networks that come from no file.
+        files: where the networks were read from, by their names; None for networks that come from no file.
         known_texts: conditions of single captions for which the text encoder need not run.
     """
 
@@ -55,7 +55,7 @@ class StableDiffusion(LatentDiffusionModel):
         scheduler_config: Mapping[str, Any],
         name_or_path: str,
         dtype: torch.dtype,
-        folder: Path | None = None,
+        files: Mapping[str, NetworkFiles] | None = None,
         preview_vae: AutoencoderTiny | None = None,
     ) -> None:
         super().__init__()
@@ -71,7 +71,7 @@ class StableDiffusion(LatentDiffusionModel):
             else:
                 self.add_module(name, network)
         self.unet = unet
-        self.folder = folder
+        self.files = files
         self.known_texts: dict[str, Condition] = {}
         self.scheduler_config = dict(scheduler_config)
         self.name_or_path = name_or_path
@@ -203,12 +203,15 @@ def load_stable_diffusion(
     defer_encoders: bool = False,
     compile: bool = False,
     fused: bool = True,
+    vae: str | None = None,
+    prediction_type: PredictionType | None = None,
     preview_vae: str | None = None,
 ) -> StableDiffusion:
-    """Read a `StableDiffusionPipeline` from a local diffusers folder or the Hugging Face hub.
+    """Read a `StableDiffusionPipeline` from a local diffusers folder, a single file or the Hugging Face hub.
 
     Args:
-        path: folder with `model_index.json`, or a hub id such as `stable-diffusion-v1-5/stable-diffusion-v1-5`.
+        path: folder with `model_index.json`, a `.safetensors` checkpoint in the original layout, or a hub id such as
+            `stable-diffusion-v1-5/stable-diffusion-v1-5`.
         dtype: storage and compute type of the frozen weights.
         unet_init: "random" reads nothing and builds SD v1-5's exact architecture with random weights.
         revision: branch, tag or commit on the hub.
@@ -219,6 +222,8 @@ def load_stable_diffusion(
             on first use: minutes at the size of Stable Diffusion, which only long runs win back.
         fused: train through layers of our own, faster and keeping less, where diffusers and peft are of versions these
             were made for; else through theirs.
+        vae: folder, hub id or `.safetensors` file of an `AutoencoderKL` that takes the place of the model's own.
+        prediction_type: what the UNet predicts, in place of what its files say, if they do.
         preview_vae: folder or hub id of an `AutoencoderTiny` for the same latents, such as `madebyollin/taesd`, to
             decode previews with.
 
@@ -228,7 +233,7 @@ def load_stable_diffusion(
     if unet_init == "random":
         model = build_sd15(dtype, deferred_encoders(None, dtype) if defer_encoders else {})
     elif unet_init == "pretrained":
-        model = _read_pipeline(path, dtype, revision, defer_encoders)
+        model = _read_pipeline(path, dtype, revision, defer_encoders, vae, prediction_type)
     else:
         raise UserError(f"model.unet_init={unet_init}: expected pretrained or random")
     wrapped = StableDiffusion(**model, dtype=dtype, preview_vae=_read_preview_vae(preview_vae, dtype))
@@ -257,15 +262,30 @@ def _read_preview_vae(path: str | None, dtype: torch.dtype) -> AutoencoderTiny |
         ) from error
 
 
-def _read_pipeline(path: str, dtype: torch.dtype, revision: str | None, defer_encoders: bool) -> dict[str, Any]:
-    folder = locate_pipeline(path, revision)
-    check_networks(folder)
-    encoders = deferred_encoders(folder, dtype)
+def _read_pipeline(
+    path: str,
+    dtype: torch.dtype,
+    revision: str | None,
+    defer_encoders: bool,
+    vae: str | None,
+    prediction_type: PredictionType | None,
+) -> dict[str, Any]:
+    place = locate_pipeline(path, revision)
+    if place.is_file():
+        pipeline = open_single_file(place, prediction_type, other_vae=vae is not None)
+    else:
+        pipeline = open_folder(place)
+    files = dict(pipeline.networks)
+    if vae is not None:
+        files["vae"] = open_vae(vae, files["vae"].config())
+        check_vae(vae, files["vae"].config(), files["unet"].config())
+    predicts = {} if prediction_type is None else {"prediction_type": prediction_type}
+    encoders = deferred_encoders(files, dtype)
     return {
-        "tokenizer": read_tokenizer(folder),
-        "scheduler_config": read_scheduler_config(folder),
+        "tokenizer": pipeline.tokenizer,
+        "scheduler_config": {**pipeline.scheduler_config, **predicts},
         **(encoders if defer_encoders else {name: encoder.read() for name, encoder in encoders.items()}),
-        "unet": read_network(folder, "unet", dtype),
+        "unet": files["unet"].read(dtype),
         "name_or_path": path,
-        "folder": folder,
+        "files": files,
     }
