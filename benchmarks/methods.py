@@ -165,6 +165,7 @@ def evaluate(trainings: Sequence[Training], cfg: DictConfig) -> dict[str, Any]:
         f"evaluation.lineup.student_steps={list(cfg.student_steps)}".replace(" ", ""),
         "logger=csv",
         "accelerator=cpu",
+        f"devices={cfg.jobs}",
         f"run_dir={folder}",
     ]
     subprocess.run([sys.executable, str(ROOT / "evaluate.py"), *options], check=True)
