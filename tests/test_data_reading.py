@@ -100,7 +100,7 @@ def test_starting_at_sample_100_000_takes_no_longer_than_starting(tmp_path: Path
         data = CaptionedImages("red", str(tmp_path), resolution=32, num_workers=0, val_limit=0, cache_dir=str(tmp_path))
         assert data.train_samples == 120_000
         loader = data.train_dataloader()
-        loader.start = start
+        loader.start = [start]
         before = time.perf_counter()
         next(iter(loader))
         return time.perf_counter() - before

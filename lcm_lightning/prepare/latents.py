@@ -41,6 +41,7 @@ def prepare_latents(config: DictConfig, console: Console) -> Path:
     model: StableDiffusion = instantiate_group(config, "model", dtype=parse_dtype(options.dtype))
     resolution = model.default_resolution if data.resolution is None else data.resolution
     model.check_resolution(resolution)
+    bucket_step = bucket_step_of(data.buckets, data.bucket_step, model)
     if options.teacher_lora is not None:
         fuse_lora(model, options.teacher_lora, key="cache.teacher_lora")
     key = cache_key(model, resolution, options.teacher_lora)
@@ -59,6 +60,7 @@ def prepare_latents(config: DictConfig, console: Console) -> Path:
             model=model,
             key=key,
             settings=settings,
+            bucket_step=bucket_step,
             batch_size=options.batch_size,
             workers=config.prepare.workers,
             cache_dir=data.cache_dir,
@@ -69,6 +71,19 @@ def prepare_latents(config: DictConfig, console: Console) -> Path:
     shown: dict[str, Any] = {"key": "cache.output", "doing": "caching latents", "total": samples, "by_sample": True}
     write_with_progress(write, output, console, **shown)
     return output
+
+
+def bucket_step_of(buckets: bool, step: int | None, model: StableDiffusion) -> int | None:
+    """Pixels that the sides of buckets are multiples of, the model's own unless `step` says; None without buckets.
+
+    Raises:
+        UserError: the model does not take such sides.
+    """
+    if not buckets:
+        return None
+    step = model.resolution_multiple if step is None else step
+    model.check_resolution(step, "data.bucket_step")
+    return step
 
 
 def image_shards(config: DictConfig, console: Console) -> str:
