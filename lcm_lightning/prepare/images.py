@@ -6,6 +6,7 @@ from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 from omegaconf import DictConfig
 from rich.console import Console
 
@@ -15,6 +16,8 @@ from lcm_lightning.prepare.summary import write_with_progress
 
 if TYPE_CHECKING:
     from lcm_lightning.data.records import Source
+
+SD_RESOLUTION, SD_BUCKET_STEP = 512, 64  # px, of Stable Diffusion v1: shards know no model
 
 
 def prepare_images(config: DictConfig, console: Console) -> Path:
@@ -51,7 +54,29 @@ def prepare_images(config: DictConfig, console: Console) -> Path:
             ) from error
 
     write_with_progress(write, output, console, key="prepare.output", doing="writing shards", total=source.samples)
+    if config.data.buckets:
+        console.print(kept_line(output, config.data.resolution, config.data.bucket_step), soft_wrap=True)
     return output
+
+
+def kept_line(shards: Path, resolution: int | None, bucket_step: int | None) -> str:
+    """What share of the photos' pixels training sees, in buckets and in squares: the mean over all photos.
+
+    Raises:
+        UserError: see `bucket_sizes`.
+    """
+    from lcm_lightning.data.buckets import bucket_sizes, kept_shares, nearest_buckets
+    from lcm_lightning.data.sizes import image_sizes
+
+    resolution, bucket_step = resolution or SD_RESOLUTION, bucket_step or SD_BUCKET_STEP
+    sizes = np.array([size for shard in sorted(shards.glob("*.tar")) for size in image_sizes(shard)])
+    buckets = bucket_sizes(resolution, bucket_step)
+    kept, square = kept_shares(sizes, buckets).max(axis=1).mean(), kept_shares(sizes, [(1, 1)]).mean()
+    used = len(np.unique(nearest_buckets(sizes, buckets)))
+    return (
+        f"of a photo {kept:.1%} is kept in {used} buckets of data.resolution={resolution} data.bucket_step="
+        f"{bucket_step}, {square:.1%} in squares (data.buckets=false)"
+    )
 
 
 def check_output(source: Source, location: str, output: Path) -> None:
