@@ -118,14 +118,15 @@ def read_planned(
     for place, (shard, number, bucket) in enumerate(planned):
         path = shards[shard].path
         try:
-            reader = readers.pop(shard, None) or open_shard(path)
-            sample: dict[str, Any] | Fault = reader.read(number) | {"__shard__": str(path), "__bucket__": bucket}
-            if last_use[shard] > place:
-                readers[shard] = reader
+            readers[shard] = readers.pop(shard, None) or open_shard(path)
             if len(readers) > MAX_READERS:
                 del readers[next(iter(readers))]
+            sample: dict[str, Any] | Fault = readers[shard].read(number)
+            sample |= {"__shard__": str(path), "__bucket__": bucket}
         except OSError as error:
             sample = Fault(str(path), "", f"unreadable shard: {error}")
+        if last_use[shard] == place:
+            readers.pop(shard, None)
         yield sample
 
 

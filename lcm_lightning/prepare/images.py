@@ -54,21 +54,17 @@ def prepare_images(config: DictConfig, console: Console) -> Path:
             ) from error
 
     write_with_progress(write, output, console, key="prepare.output", doing="writing shards", total=source.samples)
-    if config.data.buckets:
-        console.print(kept_line(output, config.data.resolution, config.data.bucket_step), soft_wrap=True)
+    resolution, bucket_step = config.data.resolution or SD_RESOLUTION, config.data.bucket_step or SD_BUCKET_STEP
+    if config.data.buckets and resolution % bucket_step == 0:  # otherwise another model's: it is known in training
+        console.print(kept_line(output, resolution, bucket_step), soft_wrap=True)
     return output
 
 
-def kept_line(shards: Path, resolution: int | None, bucket_step: int | None) -> str:
-    """What share of the photos' pixels training sees, in buckets and in squares: the mean over all photos.
-
-    Raises:
-        UserError: see `bucket_sizes`.
-    """
+def kept_line(shards: Path, resolution: int, bucket_step: int) -> str:
+    """What share of the photos' pixels training sees, in buckets and in squares: the mean over all photos."""
     from lcm_lightning.data.buckets import bucket_sizes, kept_shares, nearest_buckets
     from lcm_lightning.data.sizes import image_sizes
 
-    resolution, bucket_step = resolution or SD_RESOLUTION, bucket_step or SD_BUCKET_STEP
     sizes = np.array([size for shard in sorted(shards.glob("*.tar")) for size in image_sizes(shard)])
     buckets = bucket_sizes(resolution, bucket_step)
     kept, square = kept_shares(sizes, buckets).max(axis=1).mean(), kept_shares(sizes, [(1, 1)]).mean()

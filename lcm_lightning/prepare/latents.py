@@ -11,6 +11,7 @@ from rich.console import Console
 
 from lcm_lightning.config.instantiate import find_device, instantiate_group, parse_dtype
 from lcm_lightning.config.quiet import quiet_known_warnings
+from lcm_lightning.data.buckets import bucket_sizes
 from lcm_lightning.data.datamodule import locate_images
 from lcm_lightning.data.downloads import is_url
 from lcm_lightning.data.layouts import recognise
@@ -41,7 +42,8 @@ def prepare_latents(config: DictConfig, console: Console) -> Path:
     model: StableDiffusion = instantiate_group(config, "model", dtype=parse_dtype(options.dtype))
     resolution = model.default_resolution if data.resolution is None else data.resolution
     model.check_resolution(resolution)
-    bucket_step = bucket_step_of(data.buckets, data.bucket_step, model)
+    bucket_step = bucket_step_of(data.buckets, data.bucket_step, model, resolution)
+    data.resolution, data.bucket_step = resolution, bucket_step
     if options.teacher_lora is not None:
         fuse_lora(model, options.teacher_lora, key="cache.teacher_lora")
     key = cache_key(model, resolution, options.teacher_lora)
@@ -73,16 +75,17 @@ def prepare_latents(config: DictConfig, console: Console) -> Path:
     return output
 
 
-def bucket_step_of(buckets: bool, step: int | None, model: StableDiffusion) -> int | None:
+def bucket_step_of(buckets: bool, step: int | None, model: StableDiffusion, resolution: int) -> int | None:
     """Pixels that the sides of buckets are multiples of, the model's own unless `step` says; None without buckets.
 
     Raises:
-        UserError: the model does not take such sides.
+        UserError: the model does not take such sides, or they don't divide `resolution`.
     """
     if not buckets:
         return None
     step = model.resolution_multiple if step is None else step
     model.check_resolution(step, "data.bucket_step")
+    bucket_sizes(resolution, step)
     return step
 
 
