@@ -7,6 +7,7 @@ area is at most that of the square, so that a batch of any shape costs no more t
 from __future__ import annotations
 
 from collections.abc import Sequence
+from fractions import Fraction
 
 import numpy as np
 
@@ -22,7 +23,7 @@ def bucket_sizes(resolution: int, step: int) -> tuple[Size, ...]:
     """Sizes of the buckets for squares of `resolution` px, the square itself among them; narrow ones first.
 
     For each width the greatest height with ``width * height <= resolution^2`` and an aspect between 1:2 and 2:1, and
-    these turned by 90 degrees; all of them multiples of `step`.
+    these turned by 90 degrees; of the same aspect the largest. All of them are multiples of `step`.
 
     Raises:
         UserError: `step` does not divide `resolution`.
@@ -31,12 +32,12 @@ def bucket_sizes(resolution: int, step: int) -> tuple[Size, ...]:
         raise UserError(
             f"data.bucket_step={step}: expected a divisor of data.resolution={resolution}; null takes the model's own"
         )
-    portraits = {
-        (width, min(resolution**2 // width, WIDEST * width) // step * step)
-        for width in range(step, resolution + 1, step)
-    }
-    landscapes = {(height, width) for width, height in portraits}
-    return tuple(sorted(portraits | landscapes))
+    portraits = {}
+    for width in range(step, resolution + 1, step):
+        height = min(resolution**2 // width, WIDEST * width) // step * step
+        portraits[Fraction(width, height)] = (width, height)
+    landscapes = {(height, width) for width, height in portraits.values()}
+    return tuple(sorted({*portraits.values(), *landscapes}))
 
 
 def kept_shares(sizes: np.ndarray, buckets: Sequence[Size]) -> np.ndarray:
@@ -58,6 +59,6 @@ def kept_shares(sizes: np.ndarray, buckets: Sequence[Size]) -> np.ndarray:
 
 
 def nearest_buckets(sizes: np.ndarray, buckets: Sequence[Size]) -> np.ndarray:
-    """Number of the bucket that keeps most of each image, of equal ones the largest. Int64 [N]; see `kept_shares`."""
+    """Number of the bucket that keeps most of each image, of two the larger. Int64 [N]; see `kept_shares`."""
     by_area = sorted(range(len(buckets)), key=lambda bucket: -buckets[bucket][0] * buckets[bucket][1])
     return np.array(by_area)[kept_shares(sizes, [buckets[bucket] for bucket in by_area]).argmax(axis=1)]
