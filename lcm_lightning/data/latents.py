@@ -72,7 +72,7 @@ class LatentCache:
         """(w, h) of the latents of each bucket; of the squares alone where there are no buckets."""
         return self.latent_sizes or (self.latent_shape[:0:-1],)
 
-    def check(self, key: Mapping[str, str], bucket_step: int | None) -> None:
+    def check(self, key: Mapping[str, str], bucket_step: int | None = None) -> None:
         """Raise a `UserError` unless the cache was made with `key`, and of images as they are made now.
 
         Args:
@@ -119,7 +119,7 @@ class LatentCache:
             ) from error
 
 
-def with_transform(key: Mapping[str, str], bucket_step: int | None) -> dict[str, str]:
+def with_transform(key: Mapping[str, str], bucket_step: int | None = None) -> dict[str, str]:
     """What the contents of a cache depend on: `key`, from the model, and what happens to an image before it."""
     return {**key, "transform": TRANSFORM if bucket_step is None else BUCKET_TRANSFORM.format(step=bucket_step)}
 
