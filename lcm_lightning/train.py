@@ -50,7 +50,8 @@ def main(cfg: DictConfig) -> float | None:
     trainer = instantiate_group(cfg, "trainer", logger=loggers, callbacks=callbacks)
     data.prepare_data()
     module = build_module(cfg, trainer.precision, data.cache)
-    data.resolution = cfg.data.resolution  # where it was null, known with the model
+    # Where they were null, known with the model.
+    data.resolution, data.bucket_step = cfg.data.resolution, cfg.data.bucket_step
     trainer.ckpt_path = checkpoint  # not an argument of fit, which tells callbacks when it is being loaded
     try:
         trainer.fit(module, datamodule=data, weights_only=True)

@@ -212,6 +212,10 @@ method.lr_scheduler=piecewise_constant
 method.lora.target_modules=everything
 method.lora.target_modules=[to_x] -> method\.lora\.target_modules:
 data.resolution=33 -> data\.resolution=33: expected a positive multiple of 8 .*try 32
+data.bucket_step=12 -> data\.bucket_step=12: expected a positive multiple of 8
+data.bucket_step=24 -> data\.bucket_step=24: expected a divisor of data\.resolution=32; null takes the model's own
+data.buckets=some
+data.crop=smart
 callbacks.samples.resolution=33
 trainer.precision=fp8
 trainer.precision=64-true
@@ -277,6 +281,10 @@ run=W/run accelerator=abacus
 run=W/run accelerator=cuda
 run=nowhere accelerator=cuda -> run=nowhere: 
 run=W/run resolution=33
+run=W/run width=33
+run=W/run height=33
+run=W/run height=32 resolution=32 -> height=32: beside resolution=32; give width and height alone
+run=W/run width=32 init_image=W/photo.png -> width=32: a picture from init_image has the photo's aspect
 run=W/run negative_prompt=b
 run=W/run output=W/a_file
 run=W/run output=/proc/images

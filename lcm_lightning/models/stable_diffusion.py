@@ -186,10 +186,10 @@ class StableDiffusion(LatentDiffusionModel):
     def _no_autocast(self) -> torch.autocast:
         return torch.autocast(self.device.type, enabled=False)
 
-    def latent_shape(self, resolution: int) -> tuple[int, int, int]:
+    def latent_shape(self, height: int, width: int | None = None) -> tuple[int, int, int]:
         """See `LatentDiffusionModel`."""
-        side = resolution // self.vae_scale_factor
-        return (self.unet.config.in_channels, side, side)
+        width = height if width is None else width
+        return (self.unet.config.in_channels, height // self.vae_scale_factor, width // self.vae_scale_factor)
 
 
 def load_stable_diffusion(
