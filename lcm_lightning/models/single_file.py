@@ -144,7 +144,8 @@ def ema_layer(flat: str) -> str:
 def is_checkpoint(path: Path) -> bool:
     """Whether a safetensors file holds networks of a checkpoint, rather than a LoRA. Raises `UserError`: damaged."""
     header = read_header(path, short(path, 80))
-    return not _is_lora(header) and bool(header.of(*sum(PREFIXES.values(), ()), "conditioner.", EMA))
+    of_networks = [prefix for prefixes in PREFIXES.values() for prefix in prefixes]
+    return not _is_lora(header) and bool(header.of(*of_networks, "conditioner."))
 
 
 def _is_lora(header: Header) -> bool:

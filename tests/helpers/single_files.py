@@ -47,7 +47,7 @@ TINY_TEXT = {
     "eos_token_id": 513,
 }
 # By 1024 channels of the text diffusers knows version 2.
-TINY_UNET_2 = {**TINY_UNET, "cross_attention_dim": 1024, "attention_head_dim": (4, 8), "use_linear_projection": True}
+TINY_UNET_2 = {**TINY_UNET, "cross_attention_dim": 1024, "attention_head_dim": [4, 8], "use_linear_projection": True}
 TINY_TEXT_2 = {**TINY_TEXT, "hidden_size": 1024, "num_attention_heads": 16, "hidden_act": "gelu"}
 TOKENIZER = partial(byte_tokenizer, 514, 16)
 TINY = {
