@@ -166,6 +166,7 @@ def evaluate(trainings: Sequence[Training], cfg: DictConfig) -> dict[str, Any]:
         "logger=csv",
         "accelerator=cpu",
         f"devices={cfg.jobs}",
+        "evaluation.latency_repeats=1",  # how fast each draws is not asked here
         f"run_dir={folder}",
     ]
     subprocess.run([sys.executable, str(ROOT / "evaluate.py"), *options], check=True)
