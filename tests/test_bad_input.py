@@ -188,7 +188,7 @@ method=lcm method.w_min=20 -> method\.w_min=20
 method=lcm method.distillation.huber_c=0
 method=lcm +method.lora.dropout=0 -> method\.lora
 method=kd_lora -> method\.teacher_lcm
-method=kd_lora method.teacher_lcm=null -> method\.teacher_lcm=null: expected a run of method=lcm
+method=kd_lora method.teacher_lcm=null -> method\.teacher_lcm=None: expected text
 method=kd_lora method.teacher_lcm=W/pipeline -> method\.teacher_lcm=.*: no full LCM
 method=kd_lora method.teacher_lcm=W/pipeline method.w_min=8
 method=lora method.min_snr_gamma=0
