@@ -15,6 +15,7 @@ from PIL import Image
 from benchmarks.report import BEGIN, END, replace_figures
 
 SHOWN = 6  # pictures of each in the grid
+SHOWN_STEPS = (1, 4)
 METRICS = {  # of a row: heading, digits
     "fid": ("FID", 1),
     "cmmd": ("CMMD", 3),
@@ -134,9 +135,9 @@ def _draw(axes: Axes, rows: Rows, metric: str) -> None:
 
 
 def grid(rows: Rows, evaluation: Path) -> Figure:
-    """The same prompts and noise by the first seed of everyone, a row for each."""
+    """The same prompts and noise by the teacher and the first seed of everyone in `SHOWN_STEPS`, a row for each."""
     first = min(row["seed"] for row in rows if row["seed"] is not None)
-    shown = [row for row in rows if row["seed"] in (None, first)]
+    shown = [row for row in rows if row["seed"] is None or (row["seed"] == first and row["steps"] in SHOWN_STEPS)]
     figure = Figure(figsize=(2.6 + SHOWN, 1.02 * len(shown)), layout="constrained")
     for line, row in zip(figure.subplots(len(shown), SHOWN, squeeze=False), shown, strict=True):
         for number, axes in enumerate(line):
