@@ -50,7 +50,8 @@ class LcmLoraDistillation(Distillation):
         self.check_settings(distillation=distillation)
         check_skip(distillation, model)
         super().__init__(model, **teaching)
-        self.kind = drawn_on_its_ode(type(self).kind, distillation.num_ode_steps)
+        if type(self).kind.sampler == LCM:  # a subclass may have a sampler of its own
+            self.kind = drawn_on_its_ode(type(self).kind, distillation.num_ode_steps)
         self.distillation = replace(distillation, prediction_type=model.prediction_type)
 
     @classmethod
