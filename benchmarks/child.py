@@ -32,7 +32,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from benchmarks.inputs import SIZES, make_inputs
 from benchmarks.limits import step_flops
 from lcm_lightning.config.checks import resolve
-from lcm_lightning.config.instantiate import build_module, frozen_dtype, instantiate_group
+from lcm_lightning.config.instantiate import build_module, frozen_dtype, instantiate_group, take_teacher_steps
 from lcm_lightning.config.quiet import quiet_known_warnings
 from lcm_lightning.config.resolvers import register_resolvers
 from lcm_lightning.evaluation.latency import machine_info, matrix_peak, package_versions, peak_memory_mb
@@ -110,7 +110,9 @@ def train(overrides: list[str]) -> Iterator[dict[str, Any]]:
         callbacks=[DataWait(log.figures["data_wait"])],
     )
     register_optimizer_step_post_hook(log.step)
-    trainer.fit(build_module(cfg, trainer.precision, data.cache), datamodule=data)
+    module = build_module(cfg, trainer.precision, data.cache)
+    take_teacher_steps(module, data)
+    trainer.fit(module, datamodule=data)
     yield log.figures
 
 

@@ -31,7 +31,13 @@ def main(cfg: DictConfig) -> float | None:
     from lcm_lightning.callbacks.loggers import MetricsFile
     from lcm_lightning.callbacks.settings_record import SettingsRecord
     from lcm_lightning.config.hints import next_commands
-    from lcm_lightning.config.instantiate import build_module, check_settings, instantiate_each, instantiate_group
+    from lcm_lightning.config.instantiate import (
+        build_module,
+        check_settings,
+        instantiate_each,
+        instantiate_group,
+        take_teacher_steps,
+    )
     from lcm_lightning.config.quiet import quiet_known_warnings
     from lcm_lightning.runs.checkpoint_files import find_checkpoint, global_step
     from lcm_lightning.runs.preemption import Preempted, requeue_slurm_job
@@ -50,6 +56,7 @@ def main(cfg: DictConfig) -> float | None:
     trainer = instantiate_group(cfg, "trainer", logger=loggers, callbacks=callbacks)
     data.prepare_data()
     module = build_module(cfg, trainer.precision, data.cache)
+    take_teacher_steps(module, data)
     # Where they were null, known with the model.
     data.resolution, data.bucket_step = cfg.data.resolution, cfg.data.bucket_step
     trainer.ckpt_path = checkpoint  # not an argument of fit, which tells callbacks when it is being loaded

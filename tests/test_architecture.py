@@ -23,7 +23,7 @@ USES = {
     "callbacks": {"data", "evaluation", "methods", "models", "output", "runs"},
     "toy": {"data", "diffusion", "methods", "models"},
     "config": {"data", "evaluation", "methods", "models", "runs"},
-    "prepare": {"config", "data", "models", "output"},
+    "prepare": {"config", "data", "methods", "models", "output"},
     "train": {"callbacks", "config", "runs"},
     "evaluate": {"config", "evaluation"},
     "generate": {"config", "data", "methods", "models", "output"},

@@ -74,6 +74,7 @@ RANGES: Mapping[str, tuple[float, float, object]] = {
     "data.shuffle_buffer": (1, math.inf, 1000),
     "data.flip_probability": (0, 1, 0.5),
     "data.caption_dropout": (0, 1, 0.1),
+    "data.fresh_fraction": (0, 1, 0.25),
     "data.val_limit": (0, math.inf, 64),
     "data.max_bad_fraction": (0, 1, 0.01),
     "method.lora.rank": (1, math.inf, 64),

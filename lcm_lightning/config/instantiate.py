@@ -19,7 +19,9 @@ if TYPE_CHECKING:
     from lightning.fabric import Fabric
     from torch.optim import Optimizer
 
+    from lcm_lightning.data.datamodule import CaptionedImages
     from lcm_lightning.data.latents import LatentCache
+    from lcm_lightning.models.stable_diffusion import StableDiffusion
 
 log = logging.getLogger(__name__)
 
@@ -88,8 +90,25 @@ def build_module(cfg: DictConfig, precision: str, cache: LatentCache | None = No
             )
         return instantiate_group(cfg, "method", optimizer=optimizer)
     reads_images = getattr(instantiate_group(cfg, "method", _partial_=True).func, "reads_images", True)
+    model = build_model(cfg, frozen_dtype(precision), cache, reads_images)
+    return instantiate_group(cfg, "method", model=model, optimizer=optimizer)
+
+
+def build_model(
+    cfg: DictConfig, dtype: torch.dtype, cache: LatentCache | None = None, reads_images: bool = True
+) -> StableDiffusion:
+    """The frozen model of a composed run.
+
+    Args:
+        cfg, cache: see `build_module`.
+        dtype: of its weights.
+        reads_images: whether the method does.
+
+    Raises:
+        UserError: it cannot be loaded, a setting does not fit it, or the cache was made with another one.
+    """
     deferred = {} if cache is None and reads_images else {"defer_encoders": True}
-    model = instantiate_group(cfg, "model", dtype=frozen_dtype(precision), **deferred)
+    model: StableDiffusion = instantiate_group(cfg, "model", dtype=dtype, **deferred)
     if cfg.data.resolution is None:
         cfg.data.resolution = model.default_resolution
     model.check_resolution(cfg.data.resolution)
@@ -116,7 +135,21 @@ def build_module(cfg: DictConfig, precision: str, cache: LatentCache | None = No
         cache.check(key, cfg.data.bucket_step if cfg.data.get("buckets") else None)
         empty = cache.empty_condition(cfg.data.get("cache_dir"))
         model.known_texts[""] = Condition(**{name: torch.from_numpy(tensor)[None] for name, tensor in empty.items()})
-    return instantiate_group(cfg, "method", model=model, optimizer=optimizer)
+    return model
+
+
+def take_teacher_steps(module: L.LightningModule, data: CaptionedImages) -> None:
+    """Let a method that follows a teacher's ODE train from the teacher's steps that its cached latents come with.
+
+    Other methods take the latents alone, as does every one under ``data.fresh_fraction=1``.
+
+    Raises:
+        UserError: the steps are another teacher's, or of other draws.
+    """
+    from lcm_lightning.methods.teacher_ode import TeacherOde
+
+    if isinstance(module, TeacherOde) and data.teacher_draws is not None and data.fresh_fraction < 1:
+        data.take_teacher_steps(module.teacher_key())
 
 
 def build_optimizer(cfg: DictConfig) -> partial[Optimizer]:

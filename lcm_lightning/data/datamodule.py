@@ -6,8 +6,8 @@ import hashlib
 import logging
 import os
 import random
-from collections.abc import Iterator
-from functools import cached_property
+from collections.abc import Callable, Iterator, Mapping
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -28,6 +28,7 @@ from lcm_lightning.data.shards import (
 )
 from lcm_lightning.data.sizes import image_sizes, sizes_of
 from lcm_lightning.data.stream import Augmentation, ShardLoader, ShardStream, check_ranks_agree
+from lcm_lightning.data.teacher_steps import TeacherDraws, TeacherStream, teacher_draws
 from lcm_lightning.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -111,6 +112,11 @@ class CaptionedImages(LightningDataModule):
 
         moments       float16 [B, 2, C, h, w], mean and standard deviation of the VAE's posterior, unscaled
         text          float16 [B, L, D], embeddings of the captions
+
+    and, of a cache of the teacher's steps (`lcm_lightning.data.teacher_steps`) once `take_teacher_steps` was called:
+
+        teacher       float16 [B, C, h, w], x_s of the draw that `seed` stands for
+        fresh         list of B bool, whether that is none of the cache's, and `teacher` zeros
     """
 
     name: str
@@ -131,6 +137,7 @@ class CaptionedImages(LightningDataModule):
         crop: Literal["center", "random"] = "random",
         flip_probability: float = 0.5,
         caption_dropout: float = 0.1,
+        fresh_fraction: float = 0.0,
         val_limit: int | None = 64,
         max_bad_fraction: float = 0.01,
         cache_dir: str | None = None,
@@ -152,6 +159,8 @@ class CaptionedImages(LightningDataModule):
             shuffle_buffer: samples in a window of the epoch inside which their order is random; at least 1.
             flip_probability: probability of a mirror image in training.
             caption_dropout: probability of an empty caption in training.
+            fresh_fraction: share of samples that take a new draw instead of one whose teacher's step is cached; 1 for a
+                training that takes the cached latents alone.
             val_limit: validate on the first so many samples; None for all, 0 for no validation.
             max_bad_fraction: share of samples that are lost with missing or cut off shards, or that are unreadable in
                 a training epoch, above which training stops.
@@ -171,6 +180,8 @@ class CaptionedImages(LightningDataModule):
         self.crop = crop
         self.flip_probability = flip_probability
         self.caption_dropout = caption_dropout
+        self.fresh_fraction = fresh_fraction
+        self.takes_teacher_steps = False
         self.val_limit = val_limit
         self.max_bad_fraction = max_bad_fraction
         self.cache_dir = cache_dir
@@ -184,6 +195,11 @@ class CaptionedImages(LightningDataModule):
     def cache(self) -> LatentCache | None:
         """The cached latents that stand in for the images; None where there are images."""
         return latent_cache(self.index, self.source or self.name)
+
+    @cached_property
+    def teacher_draws(self) -> TeacherDraws | None:
+        """The teacher's steps that the cached latents come with; None where there are none."""
+        return teacher_draws(self.index, self.source or self.name)
 
     @cached_property
     def train_shards(self) -> tuple[Shard, ...]:
@@ -246,9 +262,34 @@ class CaptionedImages(LightningDataModule):
             raise UserError(f"data.source={self.source}: the training shards hold no samples")
         if self.cache is not None:
             self.cache.check_flips(self.flip_probability)
+        if self.fresh_fraction and self.teacher_draws is None:
+            raise UserError(
+                f"data.fresh_fraction={self.fresh_fraction}: {self.source or self.name} holds no teacher's steps, so "
+                "all are fresh; leave it out, or cache some with cache=teacher"
+            )
         _ = self.val_samples
         for shards in (self.train_shards, self.val_shards if self.val_limit != 0 else ()):
             self.sample_sizes(shards)  # read once, and remembered for the other processes
+
+    def take_teacher_steps(self, teacher_key: Mapping[str, str]) -> None:
+        """From now on train from the teacher's steps of the cache.
+
+        Args:
+            teacher_key: what those depend on beside the samples' draws; of the method that is trained.
+
+        Raises:
+            UserError: there are none, or they were made otherwise.
+        """
+        if self.teacher_draws is None:
+            raise UserError(f"data.source={self.source}: holds no teacher's steps; cache them with cache=teacher")
+        self.teacher_draws.check({**teacher_key, **self.draw_settings()})
+        self.takes_teacher_steps = True
+
+    def draw_settings(self) -> dict[str, str]:
+        """The settings that decide, with its seed, what becomes of a sample of cached latents, by part."""
+        settings = {"caption_dropout": self.caption_dropout, "flip_probability": self.flip_probability}
+        crops = self.cache.crops if self.cache is not None and self.crop == "random" else 1
+        return {name: str(float(value)) for name, value in settings.items()} | {"crops": str(crops)}
 
     def train_dataloader(self) -> ShardLoader:
         """Shuffled and augmented batches. Raises `UserError` where the ranks have other shards, also for validation."""
@@ -323,6 +364,14 @@ class CaptionedImages(LightningDataModule):
             self.cache.empty_condition(self.cache_dir),
         )
 
+    def stream_class(self, augment: Augmentation | LatentChoice) -> Callable[..., ShardStream]:
+        """Makes the stream that `augment` is for."""
+        if not isinstance(augment, LatentChoice):
+            return ShardStream
+        if self.teacher_draws is None or not (augment.random and self.takes_teacher_steps):
+            return LatentStream
+        return partial(TeacherStream, draws=self.teacher_draws, fresh_fraction=self.fresh_fraction)
+
     def loader(
         self,
         shards: tuple[Shard, ...],
@@ -332,7 +381,7 @@ class CaptionedImages(LightningDataModule):
         limit: int | None = None,
     ) -> ShardLoader:
         """A loader over shards; without `shuffle_buffer` in their order."""
-        stream = (LatentStream if isinstance(augment, LatentChoice) else ShardStream)(
+        stream = self.stream_class(augment)(
             shards,
             augment,
             batch_size=self.batch_size,

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import json
 import struct
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -38,6 +38,7 @@ from lcm_lightning.data.tar import MAX_MEMBER_BYTES, Member, read_at
 from lcm_lightning.errors import UserError, first_line
 
 MOMENTS, TEXT = "moments", "text"
+TEACHER = "teacher"  # further tensor of each sample of a cache; `lcm_lightning.data.teacher_steps` reads it
 # What happens to an image before the VAE sees it. Change it with `lcm_lightning.data.images`: old caches are refused.
 TRANSFORM = "shorter side bicubic, square crop, [-1, 1]"
 BUCKET_TRANSFORM = "bicubic, crop to buckets in steps of {step} px, [-1, 1]"
@@ -131,7 +132,8 @@ def latent_cache(index: ShardIndex, source: str) -> LatentCache | None:
     try:
         sizes = tuple((width, height) for width, height in index.latents.get("latent_sizes", ()))
         shape = tuple(index.latents["latent_shape"])
-        cache = LatentCache(source, **{**index.latents, "latent_shape": shape, "latent_sizes": sizes})
+        own = {name: value for name, value in index.latents.items() if name != TEACHER}
+        cache = LatentCache(source, **{**own, "latent_shape": shape, "latent_sizes": sizes})
         for field, hint in get_type_hints(LatentCache).items():
             if not isinstance(getattr(cache, field), get_origin(hint) or hint):
                 raise TypeError(f"{field} is {getattr(cache, field)}")
@@ -329,7 +331,7 @@ def parse_description(sample: Mapping[str, Any]) -> tuple[list[str], str]:
 
 
 def decode_latents(
-    samples: Iterable[dict[str, Any] | Fault], choice: LatentChoice, seed: int, epoch: int
+    samples: Iterable[dict[str, Any] | Fault], example: Callable[[dict[str, Any]], LatentExample]
 ) -> Iterator[LatentExample | Fault]:
     """Stage 2: places to examples; a sample that cannot be read becomes a fault."""
     for sample in samples:
@@ -337,9 +339,7 @@ def decode_latents(
             yield sample
             continue
         try:
-            captions, image_shard = parse_description(sample)
-            # As from images: by the name of the shard the image lies in.
-            yield choice(sample, captions, stable_hash(seed, epoch, image_shard, sample["__key__"]))
+            yield example(sample)
         except ImageFault as fault:
             yield Fault(sample["__shard__"], sample["__key__"], str(fault))
 
@@ -372,7 +372,13 @@ class LatentStream(ShardStream):
 
     def decoder(self, epoch: int) -> Any:
         """Stage 2."""
-        return partial(decode_latents, choice=self.augment, seed=self.seed, epoch=epoch)
+        return partial(decode_latents, example=partial(self.example, epoch))
+
+    def example(self, epoch: int, sample: Mapping[str, Any]) -> LatentExample:
+        """What becomes of a sample in an epoch. Raises `ImageFault` when it is damaged."""
+        captions, image_shard = parse_description(sample)
+        # As from images: by the name of the shard the image lies in.
+        return self.augment(sample, captions, stable_hash(self.seed, epoch, image_shard, sample["__key__"]))
 
     def collate(self) -> Any:
         """What stage 3 makes batches with."""

@@ -175,6 +175,7 @@ class ConsistencyDistillation(OdeDistillation):
         guidance_scale: Tensor,
         alphas_cumprod: Tensor,
         target: Denoiser | None = None,
+        x_s: Tensor | None = None,
     ) -> Tensor:
         """Distance per sample, float32 [B], between the student at t and the target one teacher step further.
 
@@ -190,10 +191,12 @@ class ConsistencyDistillation(OdeDistillation):
             alphas_cumprod: [T], float32.
             target: called without gradient; None for the student itself, without exponential average (Song and
                 Dhariwal 2023, arXiv 2310.14189).
+            x_s: `teacher_step` of these draws where it is known, float32, shape of `x_0`; None to ask the teacher.
         """
         x_t, timesteps = self.noised(x_0, noise, step_index, alphas_cumprod)
         with torch.no_grad():
-            x_s = self.teacher_step(teacher, x_t, timesteps, guidance_scale, alphas_cumprod)
+            if x_s is None:
+                x_s = self.teacher_step(teacher, x_t, timesteps, guidance_scale, alphas_cumprod)
             earlier = previous_timesteps(timesteps, self.skip(alphas_cumprod))
             reached = self.consistency_function(target or student, x_s, earlier, alphas_cumprod)
         prediction = self.consistency_function(student, x_t, timesteps, alphas_cumprod)

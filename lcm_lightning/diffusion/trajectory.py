@@ -74,6 +74,7 @@ class TrajectoryDistillation(OdeDistillation):
         destinations: Tensor,
         alphas_cumprod: Tensor,
         judge: Callable[[Tensor], tuple[Tensor, Tensor]] | None = None,
+        x_s: Tensor | None = None,
     ) -> Tensor:
         """Distance per sample, float32 [B], of ``J(x_t, t -> s)`` from ``J(x', t - k -> s)`` without gradient.
 
@@ -93,12 +94,14 @@ class TrajectoryDistillation(OdeDistillation):
             destinations: s, int64 [B], at most ``max(t - k, 0)``.
             alphas_cumprod: [T], float32.
             judge: gives ``g`` of a predicted ``x_0``, and losses [B] of its own.
+            x_s: ``x'``, `skip_step` of these draws, where it is known, float32; None to ask the teacher.
         """
         x_t, timesteps = self.noised(x_0, noise, step_index, alphas_cumprod)
         with torch.no_grad():
-            reached = self.skip_step(teacher, x_t, timesteps, alphas_cumprod)
+            if x_s is None:
+                x_s = self.skip_step(teacher, x_t, timesteps, alphas_cumprod)
             earlier = previous_timesteps(timesteps, self.skip(alphas_cumprod))
-            target = self.jump(student, reached, earlier, destinations, alphas_cumprod)
+            target = self.jump(student, x_s, earlier, destinations, alphas_cumprod)
         if judge is None:
             return self.distances(self.jump(student, x_t, timesteps, destinations, alphas_cumprod), target)
         with torch.no_grad():

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -185,8 +184,17 @@ class Training(FusedClipping, ABC):
         self.val_loss.update(self._batch_losses(batch, self.kind.name), (batch["weight"] > 0).float())
         self.log("val/loss", self.val_loss, prog_bar=True, on_epoch=True)
 
+    def known(self, batch: Mapping[str, Any]) -> dict[str, Any]:
+        """Further keywords of `losses`: what a batch knows already of what they would compute."""
+        return {}
+
     def _batch_losses(self, batch: dict[str, Any], adapter: str) -> Tensor:
-        losses = self.losses if adapter == self.kind.name else partial(self.helper_losses, adapter)
+        if adapter == self.kind.name:
+            return self.losses(*self._inputs(batch), **self.known(batch))
+        return self.helper_losses(adapter, *self._inputs(batch))
+
+    def _inputs(self, batch: Mapping[str, Any]) -> tuple[Tensor, Condition, SampleRandomness]:
+        """Latents, conditions and random numbers of the samples of a batch."""
         randomness = SampleRandomness(batch["seed"], self.device)
         cached = "moments" in batch
         shape = batch["moments"].shape[2:] if cached else self.model.latent_shape(*batch["pixel_values"].shape[2:])
@@ -197,8 +205,8 @@ class Training(FusedClipping, ABC):
         elif self.reads_images:
             latents = self.model.encode_images(batch["pixel_values"], latents)
         if cached:
-            return losses(latents, Condition.of_batch(batch).to(self.model.dtype), randomness)
-        return losses(latents, self.model.encode_text(batch["captions"]), randomness)
+            return latents, Condition.of_batch(batch).to(self.model.dtype), randomness
+        return latents, self.model.encode_text(batch["captions"]), randomness
 
     def optimizer_step(self, epoch: int, batch_index: int, optimizer: Any, optimizer_closure: Any = None) -> None:
         """Step, and free the gradients at once: Lightning would keep them while the next step's activations pile up."""

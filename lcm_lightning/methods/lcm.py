@@ -11,9 +11,10 @@ from torch import Tensor, nn
 
 from lcm_lightning.diffusion.consistency import ConsistencyDistillation
 from lcm_lightning.errors import UserError
-from lcm_lightning.methods.distillation import GuidedDistillation, check_distillation, check_skip, variant_network
+from lcm_lightning.methods.distillation import check_distillation, check_skip, variant_network
 from lcm_lightning.methods.lcm_lora import DEFAULTS, drawn_on_its_ode, lcm_sampler
 from lcm_lightning.methods.randomness import SampleRandomness
+from lcm_lightning.methods.teacher_ode import CachedSteps, TeacherOde
 from lcm_lightning.models.condition import Condition
 from lcm_lightning.models.kinds import AdapterKind
 from lcm_lightning.models.latent_diffusion import LatentDiffusionModel
@@ -24,7 +25,7 @@ FULL_LCM = lcm_sampler("full_lcm", DEFAULTS.num_ode_steps, tells_guidance=True)
 STUDENT = "student"  # the variant that trains; the one called as the kind is follows it
 
 
-class LcmDistillation(GuidedDistillation):
+class LcmDistillation(TeacherOde):
     """Latent consistency distillation of all parameters (Luo et al. 2023a, arXiv 2310.04378, Algorithm 1).
 
     The student is told the guidance scale that its teacher's step is made with. It begins as its teacher, whatever it
@@ -39,6 +40,7 @@ class LcmDistillation(GuidedDistillation):
     """
 
     kind = AdapterKind("full_lcm", "full_lcm", "full LCM", "student", FULL_LCM, steps=4, guidance_scale=8.5, whole=True)
+    distillation: ConsistencyDistillation
 
     def __init__(
         self,
@@ -92,21 +94,26 @@ class LcmDistillation(GuidedDistillation):
         """The student's."""
         return list(self.model.variants[STUDENT].parameters())
 
-    def losses(self, latents: Tensor, condition: Condition, randomness: SampleRandomness) -> Tensor:
+    def losses(
+        self,
+        latents: Tensor,
+        condition: Condition,
+        randomness: SampleRandomness,
+        cached: CachedSteps | None = None,
+    ) -> Tensor:
         """`ConsistencyDistillation.losses` at a uniform step of the ODE and a uniform guidance scale, which is told."""
-        step_index = randomness.integer(self.distillation.num_ode_steps)
-        guidance_scale = randomness.uniform(self.w_min, self.w_max)
-        noise = randomness.normal(latents.shape[1:])
-        told = condition.with_guidance(guidance_scale)
+        draws = self.draws(latents, randomness)
+        told = condition.with_guidance(draws.guidance_scale)
         return self.distillation.losses(
             variant_network(self.model, STUDENT, told),
             self.teacher(condition),
             latents,
-            noise,
-            step_index,
-            guidance_scale,
+            draws.noise,
+            draws.step_index,
+            draws.guidance_scale,
             self.alphas_cumprod,
             target=variant_network(self.model, self.kind.name, told),
+            x_s=self.known_steps(cached, latents, condition, draws),
         )
 
     def optimizer_step(self, *step: Any, **options: Any) -> None:

@@ -10,6 +10,7 @@ from torch import Tensor
 from lcm_lightning.diffusion.consistency import ConsistencyDistillation
 from lcm_lightning.methods.distillation import Distillation, check_distillation, check_skip
 from lcm_lightning.methods.randomness import SampleRandomness
+from lcm_lightning.methods.teacher_ode import CachedSteps, TeacherOde
 from lcm_lightning.models.condition import Condition
 from lcm_lightning.models.kinds import AdapterKind
 from lcm_lightning.models.latent_diffusion import LatentDiffusionModel
@@ -36,7 +37,7 @@ def drawn_on_its_ode(kind: AdapterKind, num_ode_steps: int) -> AdapterKind:
 LCM = lcm_sampler("lcm", DEFAULTS.num_ode_steps)
 
 
-class LcmLoraDistillation(Distillation):
+class LcmLoraDistillation(TeacherOde, Distillation):
     """Latent consistency distillation into a LoRA (Luo et al. 2023b, arXiv 2311.05556).
 
     Args:
@@ -45,6 +46,7 @@ class LcmLoraDistillation(Distillation):
     """
 
     kind = AdapterKind("lcm", "lcm_lora", "LCM-LoRA", "student", LCM, steps=4, guidance_scale=1.0)
+    distillation: ConsistencyDistillation
 
     def __init__(self, model: LatentDiffusionModel, *, distillation: ConsistencyDistillation, **teaching: Any) -> None:
         self.check_settings(distillation=distillation)
@@ -60,12 +62,22 @@ class LcmLoraDistillation(Distillation):
         check_distillation(distillation)
         super().check_settings(**teaching)
 
-    def losses(self, latents: Tensor, condition: Condition, randomness: SampleRandomness) -> Tensor:
+    def losses(
+        self,
+        latents: Tensor,
+        condition: Condition,
+        randomness: SampleRandomness,
+        cached: CachedSteps | None = None,
+    ) -> Tensor:
         """`ConsistencyDistillation.losses` at a uniform step of the ODE and a uniform guidance scale."""
-        step_index = randomness.integer(self.distillation.num_ode_steps)
-        guidance_scale = randomness.uniform(self.w_min, self.w_max)
-        noise = randomness.normal(latents.shape[1:])
-        student, teacher = self.student(condition), self.teacher(condition)
+        draws = self.draws(latents, randomness)
         return self.distillation.losses(
-            student, teacher, latents, noise, step_index, guidance_scale, self.alphas_cumprod
+            self.student(condition),
+            self.teacher(condition),
+            latents,
+            draws.noise,
+            draws.step_index,
+            draws.guidance_scale,
+            self.alphas_cumprod,
+            x_s=self.known_steps(cached, latents, condition, draws),
         )

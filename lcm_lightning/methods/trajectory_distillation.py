@@ -10,12 +10,12 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from lcm_lightning.diffusion.consistency import Denoiser, guided
 from lcm_lightning.diffusion.trajectory import TrajectoryDistillation
 from lcm_lightning.errors import UserError
 from lcm_lightning.methods.adversarial_distillation import AdversarialDistillation, discriminator_step
 from lcm_lightning.methods.distillation import W_MAX, W_MIN, check_distillation, check_skip
 from lcm_lightning.methods.randomness import SampleRandomness
+from lcm_lightning.methods.teacher_ode import CachedSteps, TeacherOde
 from lcm_lightning.models.condition import Condition
 from lcm_lightning.models.kinds import AdapterKind
 from lcm_lightning.models.latent_diffusion import LatentDiffusionModel
@@ -36,7 +36,7 @@ def trajectory_kind(name: str, title: str, num_ode_steps: int) -> AdapterKind:
     return AdapterKind(name, f"{name}_lora", f"{title}-LoRA", "student", sampler, steps=4, guidance_scale=1.0)
 
 
-class TrajectoryLoraDistillation(AdversarialDistillation):
+class TrajectoryLoraDistillation(TeacherOde, AdversarialDistillation):
     """Trajectory consistency distillation into a LoRA; its subclasses say where the jumps go.
 
     Args:
@@ -46,6 +46,8 @@ class TrajectoryLoraDistillation(AdversarialDistillation):
             dropout is what teaches it the empty caption.
         **teaching: see `AdversarialDistillation`; the discriminator trains in the student's own steps.
     """
+
+    distillation: TrajectoryDistillation
 
     def __init__(
         self,
@@ -86,15 +88,31 @@ class TrajectoryLoraDistillation(AdversarialDistillation):
     def destinations(self, step_index: Tensor, randomness: SampleRandomness) -> Tensor:
         """Timesteps to jump to, int64 [B], a skip or more below those `step_index` [B] in [0, N) stands for."""
 
-    def losses(self, latents: Tensor, condition: Condition, randomness: SampleRandomness) -> Tensor:
+    @property
+    def guides_teacher(self) -> bool:
+        """Whether the student is to have the teacher's guidance in it."""
+        return self.student_guidance == 1
+
+    def losses(
+        self,
+        latents: Tensor,
+        condition: Condition,
+        randomness: SampleRandomness,
+        cached: CachedSteps | None = None,
+    ) -> Tensor:
         """`TrajectoryDistillation.losses` at a uniform step of the ODE, and of a guided teacher a uniform guidance."""
-        step_index = randomness.integer(self.distillation.num_ode_steps)
-        teacher = self._teacher(condition, randomness)
-        noise = randomness.normal(latents.shape[1:])
-        destinations = self.destinations(step_index, randomness)
-        student, judge = self.student(condition), self._judge(latents, condition, randomness)
+        draws = self.draws(latents, randomness)
+        destinations = self.destinations(draws.step_index, randomness)
         return self.distillation.losses(
-            student, teacher, latents, noise, step_index, destinations, self.alphas_cumprod, judge
+            self.student(condition),
+            self.ode_teacher(condition, draws),
+            latents,
+            draws.noise,
+            draws.step_index,
+            destinations,
+            self.alphas_cumprod,
+            self._judge(latents, condition, randomness),
+            x_s=self.known_steps(cached, latents, condition, draws),
         )
 
     def trained_by(self, adapter: str) -> list[nn.Parameter]:
@@ -115,11 +133,6 @@ class TrajectoryLoraDistillation(AdversarialDistillation):
             return self.deceiving(discriminator, features, x), own
 
         return judge
-
-    def _teacher(self, condition: Condition, randomness: SampleRandomness) -> Denoiser:
-        if self.student_guidance > 1:
-            return self.network((), condition)
-        return guided(self.teacher(condition), randomness.uniform(self.w_min, self.w_max))
 
     def _draw_in(self, steps: int, *, min_steps: int, max_steps: int, eta: float = 0.0) -> None:
         """Make of the method's kind that of this run: usual, fewest and most steps, and the noise between them."""

@@ -1,12 +1,14 @@
 """The command line of `prepare`: ``python -m lcm_lightning.prepare data=flickr8k data.source=DIR``.
 
-With ``cache=latents model=sd15`` also to shards of what the model's VAE and text encoder make of them.
+With ``cache=latents model=sd15`` also to shards of what the model's VAE and text encoder make of them, and of such
+shards with ``cache=teacher model=sd15 method=lcm_lora`` to those that have the teacher's steps too.
 """
 
 from __future__ import annotations
 
 import shlex
 import sys
+from typing import Any
 
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
@@ -17,22 +19,34 @@ from lcm_lightning.config.entry import command, configurations
 from lcm_lightning.errors import UserError, command_line
 from lcm_lightning.prepare.images import prepare_images
 
+# Settings that training has to share with a cache of latents, and with one of the teacher's steps.
+OF_LATENTS = ("model", "data.resolution", "data.bucket", "data.flip_probability")
+OF_DRAWS = ("data.caption_dropout", "data.crop")
+
 
 @command("prepare")
 def main(config: DictConfig) -> None:
     """Entry point."""
     console = Console(file=sys.stdout, markup=False, highlight=False)  # a path may hold [brackets]
     check_command(config)
+    stage = "lora"
     if config.get("cache") is None:
         output = prepare_images(config, console)
         place = [f"data.source={output}"] if config.prepare.output else []
+    elif choice("cache") == "teacher":
+        from lcm_lightning.prepare.teacher import prepare_teacher
+
+        written = prepare_teacher(config, console)
+        if written is None:
+            return  # the first of several processes says the rest
+        place = [f"data.source={written}", *overrides_of("method", *OF_LATENTS, *OF_DRAWS)]
+        stage = "lcm"
     else:
         from lcm_lightning.prepare.latents import prepare_latents
 
         output = prepare_latents(config, console)
-        own = ("model", "data.resolution", "data.bucket", "data.flip_probability")
-        place = [f"data.source={output}", *overrides_of(*own)]
-    for line in next_lines(config.data.name, place):
+        place = [f"data.source={output}", *overrides_of(*OF_LATENTS)]
+    for line in next_lines(config.data.name, place, stage):
         console.print(line, soft_wrap=True)
 
 
@@ -41,25 +55,32 @@ def check_command(config: DictConfig) -> None:
     for override in HydraConfig.get().overrides.task:
         if override.startswith("+"):
             raise UserError(f"{override}: nothing reads a key that conf/prepare.yaml and conf/data/ do not have")
-    interpolate(config, ("data", "prepare", "seed", "model", "cache"))
+    interpolate(config, ("data", "prepare", "seed", "model", "method", "cache"))
     texts = {"data.source": str | None, "data.name": str, "prepare.output": str | None}
-    groups = {"data": DictConfig, "prepare": DictConfig, "model": DictConfig | None, "cache": DictConfig | None}
+    groups: dict[str, Any] = {"data": DictConfig, "prepare": DictConfig}
+    groups |= dict.fromkeys(("model", "method", "cache"), DictConfig | None)
     cache = {"cache.crops": int, "cache.flips": bool | None, "cache.batch_size": int}
+    cache |= {"cache.draws": int, "cache.seed": int, "cache.devices": int}
     check_types(config, {**texts, **groups, **cache})
+    if config.get("method") is not None and choice("cache") != "teacher":
+        raise UserError(f"method={choice('method')}: only cache=teacher reads it; leave it out")
     if config.get("cache") is not None:
         check_values(config)  # cutting shards needs none of what is checked there
 
 
-def next_lines(name: str, place: list[str]) -> list[str]:
-    """The command that trains on data set `name`, found with the options `place`, and what it takes without a GPU."""
+def next_lines(name: str, place: list[str], stage: str) -> list[str]:
+    """The command that trains on data set `name`, found with the options `place`, and what it takes without a GPU.
+
+    Its experiment is that of a `stage`, "lora" or "lcm".
+    """
     import torch  # late, as what imports it
 
     data = choice("data")
-    has_its_own = (configurations() / "experiment" / f"lora_{data}.yaml").is_file()
+    has_its_own = (configurations() / "experiment" / f"{stage}_{data}.yaml").is_file()
     experiment = data if has_its_own else "flickr8k"
-    options = [f"experiment=lora_{experiment}", *([] if data == experiment else [f"data={data}"])]
+    options = [f"experiment={stage}_{experiment}", *([] if data == experiment else [f"data={data}"])]
     if name != experiment:
-        options += [f"name=lora_{name}", *overrides_of("data.name")]
+        options += [f"name={stage}_{name}", *overrides_of("data.name")]
     options += place
     if torch.cuda.is_available() or torch.backends.mps.is_available():
         return [f"Ready: {command_line('train')} {shlex.join(options)}"]

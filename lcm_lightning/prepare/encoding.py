@@ -39,6 +39,7 @@ from lcm_lightning.data.shards import (
     read_samples,
     sample_captions,
 )
+from lcm_lightning.data.teacher_steps import whole_key
 from lcm_lightning.data.writing import (
     Members,
     OnShard,
@@ -193,16 +194,17 @@ def check_output(index: ShardIndex, output: Path, key: Mapping[str, str]) -> set
     here, other = output.resolve(), "set cache.output to another folder"
     local = [Path(place) for places in index.locations.values() for place in places if not is_url(place)]
     if inside := [path for path in local if here in (*path.resolve().parents[:2], *path.absolute().parents[:2])]:
-        raise UserError(f"cache.output={output}: holds the shards of images themselves, such as {inside[0]}; {other}")
+        kind = "images" if index.latents is None else "latents"
+        raise UserError(f"cache.output={output}: holds the shards of {kind} themselves, such as {inside[0]}; {other}")
     found = {path.name for path in output.glob("*.tar")}
     made_with, known = earlier_cache(output)
     known |= {name for name in found if (output / PARTS_NAME / f"{name}.json").is_file()}
     if strange := sorted(found - known if made_with is not None else found):
         raise UserError(f"cache.output={output}: {strange[0]} there is no shard of cached latents; {other}")
     if made_with not in (None, dict(key)):
-        different = ", ".join(sorted(part for part, value in key.items() if made_with.get(part) != value))
+        different = sorted(part for part in key.keys() | made_with.keys() if made_with.get(part) != key.get(part))
         raise UserError(
-            f"cache.output={output}: holds latents made with another {different or 'kind of encoder'}; {other}, "
+            f"cache.output={output}: holds latents made with another {', '.join(different)}; {other}, "
             "or delete this one"
         )
     return found
@@ -225,7 +227,7 @@ def earlier_cache(output: Path) -> tuple[dict[str, str] | None, set[str]]:
         if content.get("latents") is None:
             raise UserError(f"cache.output={output}: holds shards of images; set it to another folder")
         listed = {shard["file"] for part in content["splits"].values() for shard in part["shards"]}
-        return dict(content["latents"]["key"]), listed
+        return whole_key(content["latents"]), listed
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(
             f"cache.output={output}: {place.name} there is damaged ({first_line(error)}), so nobody knows what the "
