@@ -48,7 +48,7 @@ def without_memory(pipeline: Path) -> StableDiffusion:
 
 @cache
 def step_flops(pipeline: Path, *, resolution: int, batch_size: int, rank: int) -> dict[str, float]:
-    """FLOPs of one distillation step, in all and of its VAE and text encoding.
+    """FLOPs of one distillation step, in all, of its VAE and text encoding, and of its guided teacher.
 
     Every matrix product, convolution and attention counts 2 per multiplication and addition, counted by torch while the
     step runs without data: nothing elementwise, no normalisation, nothing done twice for want of memory. The backward
@@ -64,7 +64,10 @@ def step_flops(pipeline: Path, *, resolution: int, batch_size: int, rank: int) -
     pixels = torch.zeros(batch_size, 3, resolution, resolution, device="meta")
     with FlopCounterMode(display=False, custom_mapping=IN_PLACE) as encoding:
         module.model.encode_images(pixels, torch.zeros((), device="meta"))
-        module.model.encode_text([""] * batch_size)
+        condition = module.model.encode_text([""] * batch_size)
+    x_t = torch.zeros(batch_size, *module.model.latent_shape(resolution), device="meta")
+    with FlopCounterMode(display=False, custom_mapping=IN_PLACE) as teacher, torch.no_grad():
+        module.teacher(condition)(x_t, torch.zeros(batch_size, dtype=torch.int64, device="meta"))
     batch = {
         "pixel_values": pixels,
         "captions": [""] * batch_size,
@@ -73,4 +76,5 @@ def step_flops(pipeline: Path, *, resolution: int, batch_size: int, rank: int) -
     }
     with FlopCounterMode(display=False, custom_mapping=IN_PLACE) as step:
         module.training_step(batch, 0).backward()
-    return {"step": float(step.get_total_flops()), "encoding": float(encoding.get_total_flops())}
+    counted = {"step": step, "encoding": encoding, "teacher": teacher}
+    return {name: float(counter.get_total_flops()) for name, counter in counted.items()}

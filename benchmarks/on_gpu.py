@@ -75,6 +75,7 @@ class Session:
         deadline: on the clock of `time.monotonic`, before which all must have ended.
         patience: see `allotted`.
         part_ends: when, on that clock, what the current part may take is over.
+        caches: folders that were written, by the name of their `cache=`.
     """
 
     setup: Setup
@@ -85,6 +86,7 @@ class Session:
     patience: float = 1.0
     results: dict[str, Any] = field(default_factory=dict)
     part_ends: float = 0.0
+    caches: dict[str, Path] = field(default_factory=dict)
 
     @property
     def left(self) -> float:
@@ -282,14 +284,17 @@ def measure_drawing(batch_sizes: tuple[int, ...], compiled: bool, session: Sessi
 
 
 def measure_cache(cache: str, session: Session, found: dict[str, Any]) -> None:
-    """Write a cache of `cache=` and train from it."""
+    """Write a cache of `cache=`, of latents that were written before where it is of a teacher, and train from it."""
     setup = session.setup
-    images = session.work / setup.size / "few_shards"
-    output = session.work / setup.size / f"{cache}_{time.time_ns()}"
+    source, more = session.work / setup.size / "few_shards", []
+    if cache == "teacher":  # of one epoch, which is more than is trained
+        source = session.caches["latents"]
+        more = ["method=lcm_lora", f"method.lora.rank={setup.rank}", "data.caption_dropout=0", "cache.draws=1"]
+    output = session.caches[cache] = session.work / setup.size / f"{cache}_{time.time_ns()}"
     command = [
-        *(sys.executable, "-m", "lcm_lightning.prepare", "data=shards", f"data.source={images}", f"cache={cache}"),
+        *(sys.executable, "-m", "lcm_lightning.prepare", "data=shards", f"data.source={source}", f"cache={cache}"),
         *(f"model={setup.model}", f"model.path={session.pipeline}", f"data.resolution={setup.resolution}"),
-        *(f"cache.output={output}", "data.flip_probability=0"),
+        *(f"cache.output={output}", "data.flip_probability=0", *more),
     ]
     before = time.monotonic()
     failures = run_together({"prepare": command}, session.left, log=session.log)
@@ -365,8 +370,11 @@ def parts_of(setup: Setup) -> tuple[Part, ...]:
         Part("one_step", "One optimisation step against the CPU's", 30, 150, measure_one_step, ("machine",)),
         *(training(batch_size, 1) for batch_size in setup.batch_sizes),
         drawing("drawing", setup.drawn, False, 70),
-        # A part of its own for each `cache=` that there is: cache=teacher belongs here.
         Part("cached_latents", "Training from cached latents", 40, 100, partial(measure_cache, "latents")),
+        Part(
+            *("cached_teacher", "Training from the teacher's cached steps", 40, 100, partial(measure_cache, "teacher")),
+            needs=(*NEEDED, "cached_latents"),
+        ),
         resume("resume", "Resume, settings as they are"),
         drawing(f"drawing_compiled_{one}", (one,), True, 150),
         drawing(f"drawing_compiled_{many}", (many,), True, 150, f"drawing_compiled_{one}"),  # else it would fail alike

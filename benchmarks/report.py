@@ -39,9 +39,10 @@ def training_table(rows: list[dict[str, Any]], results: dict[str, Any]) -> list[
         processor = statistics.median(row["cpu_seconds"])
         busy = seconds if machine["gpu"] else processor / machine["threads"]
         flops = row["flops"]["step"]
-        cached = "cached" in row["name"]
-        if cached:
+        if "cached" in row["name"]:
             flops -= row["flops"]["encoding"]
+        if "cached teacher" in row["name"]:
+            flops -= row["flops"]["teacher"]
         lines.append(
             f"| {row['name']} | {spread} | {processor:.3g} "
             f"| {row['batch_size'] / seconds:.3g} | {share} | {row['peak_memory_mb']:,.0f} | {flops / 1e12:.3g} "

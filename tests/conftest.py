@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from helpers.commands import ROOT
-from helpers.photos import cached_latents, noise_jpeg, spoil_one_sample
+from helpers.photos import cached_latents, cached_teacher_steps, noise_jpeg, spoil_one_sample
 from helpers.pipelines import build_tiny_pipeline, save_full_lcm
 from helpers.stoppable import COMMON, LORA, SETTINGS, Command, Start
 from lcm_lightning.data.records import Record
@@ -90,6 +90,7 @@ def start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pipeline_folder: Path
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     cached_latents(flickr_shards, pipeline_folder, tmp_path / "latents")
+    cached_teacher_steps(tmp_path / "latents", pipeline_folder, tmp_path / "teacher", draws=1)
     save_full_lcm(build_tiny_pipeline(), tmp_path / "full_lcm")
     spoil_one_sample(shutil.copytree(tmp_path / "latents", tmp_path / "spoilt") / "train-000000.tar")
 

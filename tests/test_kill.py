@@ -40,6 +40,7 @@ def kill_until(
         "lora, one worker, accumulated",
         "lcm, latents, two workers",
         "lora, a sample that is no number",
+        "lcm, teacher's steps, two workers",
         "tcd, two workers",
         "pcm with a discriminator, no worker",
         "dmd2, one worker",

@@ -214,7 +214,8 @@ def test_differing_bits_are_counted(tmp_path: Path):
 
 
 def row(name: str, batch_size: int, seconds: list[float]) -> dict[str, Any]:
-    shape = {"resolution": 512, "batch_size": batch_size, "rank": 64, "flops": {"step": 8e12, "encoding": 2e12}}
+    flops = {"step": 8e12, "encoding": 2e12, "teacher": 3e12}
+    shape = {"resolution": 512, "batch_size": batch_size, "rank": 64, "flops": flops}
     measured = {"seconds": seconds, "cpu_seconds": seconds, "data_wait": [], "peak_memory_mb": 1000.0}
     return {"name": name, **shape, **measured}
 
@@ -236,6 +237,10 @@ def results() -> dict[str, Any]:
         "training_8_turn_2": {"rows": [row("ours, from images", 8, [0.7]), row("peer", 8, [])]},
         "drawing": {"1": drawing, "8": {"resolution": 512}},
         "cached_latents": {"prepare": {"seconds": 9.0, "samples": 256}, "rows": [row("ours, from cached", 8, [0.4])]},
+        "cached_teacher": {
+            "prepare": {"seconds": 5.0, "samples": 256},
+            "rows": [row("ours, from cached teacher", 8, [0.2])],
+        },
         "resume": resume,
     }
     return {
@@ -257,6 +262,8 @@ def test_the_page_says_what_was_measured(results: dict[str, Any]):
     assert "| x | 32-true | - | - | - | - | - | failed: y |" in text
     assert "| ours, from images | 0.6 [0.5, 0.7] |" in text  # both turns
     assert "| ours, from cached | 0.4 [0.4, 0.4] |" in text
+    assert re.search(r"\| ours, from cached teacher \| 0.2 .*\| 3 \| 2% \|", text)  # of 8 TFLOP
+    assert "Caching one step of the teacher for each of 256 images: 5.0 s, start included." in text
     assert "| ours, from images | 0.60 [0.50, 0.50] |" in text
     assert "| off | 1 | 0.1 [0.1, 0.1] | 4 | 2 [2, 2] | 50 | 20.00 [20.00, 20.00] | 1.0 + 2.0 | 3,000 |" in text
     assert "| as they are | 6, stop after 3 | 5 of 800 | 0 |" in text

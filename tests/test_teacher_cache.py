@@ -2,26 +2,35 @@
 
 from __future__ import annotations
 
+import io
 import json
+import os
 import re
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from lightning.fabric import Fabric
+from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor
 
 from helpers.adapters import gradients, randomise
+from helpers.commands import ROOT, SMALL, in_process
 from helpers.photos import cached_latents, spoil_one_sample
 from helpers.pipelines import build_tiny_pipeline
 from lcm_lightning.config.instantiate import take_teacher_steps
 from lcm_lightning.data.datamodule import CaptionedImages
+from lcm_lightning.data.records import Record
 from lcm_lightning.data.shards import find_shards
+from lcm_lightning.data.writing import ShardSettings, write_shards
 from lcm_lightning.diffusion.consistency import ConsistencyDistillation
 from lcm_lightning.diffusion.distribution_matching import DistributionMatching
 from lcm_lightning.diffusion.trajectory import TrajectoryDistillation
@@ -46,8 +55,8 @@ DRAWS, CACHE_SEED, OWN_SEED = 2, 7, 3
 STEPS = 10
 OPTIMIZER = partial(torch.optim.SGD, lr=0.1)
 LORA = {"lora": LoraSettings(rank=4, alpha=4, target_modules="attention"), "optimizer": OPTIMIZER}
-# x_s, of magnitude 1, is rounded to float16, by 2^-11 of itself at most, and the target moves by about as much. The root
-# of a squared error is a distance, so that moves by no more (triangle inequality).
+# x_s, of magnitude 1, is rounded to float16, by 2^-11 of itself at most, and the target moves by about as much. The
+# root of a squared error is a distance, so that moves by no more (triangle inequality).
 FLOAT16 = 2**-11
 CONSISTENCY = ConsistencyDistillation(num_ode_steps=STEPS, loss="l2")
 TRAJECTORY = TrajectoryDistillation(num_ode_steps=STEPS, loss="l2")
@@ -417,14 +426,17 @@ def test_a_sample_whose_steps_are_no_numbers_is_left_out(latents: Path, pipeline
 # ---- buckets -------------------------------------------------------------------------------------------------------
 
 
-def test_steps_have_the_shapes_of_their_buckets(
-    flickr_shards: Path, pipeline_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
+def test_steps_have_the_shapes_of_their_buckets(pipeline_folder: Path, tmp_path: Path):
+    records = [
+        Record(f"k{n}", photo(n, SHAPES[n % len(SHAPES)]), (f"{n} a", f"{n} b"), "train" if n < 15 else "val")
+        for n in range(18)
+    ]
+    write_shards(records, tmp_path / "shards", name="photos", settings=ShardSettings(samples_per_shard=8), workers=1)
     model = load_stable_diffusion(str(pipeline_folder))
     cache_latents(
-        find_shards(str(flickr_shards)),
+        find_shards(str(tmp_path / "shards")),
         tmp_path / "latents",
-        images=str(flickr_shards),
+        images=str(tmp_path / "shards"),
         model=model,
         key=cache_key(model, 32, None),
         settings=CacheSettings(crops=2, flips=True, dtype="float32"),
@@ -437,6 +449,123 @@ def test_steps_have_the_shapes_of_their_buckets(
     expected = by_sample(module, batches(module, data(tmp_path / "latents", seed=CACHE_SEED, **options), 1))
     of_cache = list(batches(module, data(tmp_path / "teacher", **options), 1))
     assert all(batch["teacher"].shape[1:] == batch["moments"].shape[2:] for batch in of_cache)
-    assert {tuple(batch["teacher"].shape[2:]) for batch in of_cache} != {(8, 8)}
+    assert len({batch["teacher"].shape[2:] for batch in of_cache}) == 3
     found = by_sample(module, iter(of_cache))
+    assert len(found) == 15
     torch.testing.assert_close(found, {key: expected[key] for key in found}, rtol=0, atol=FLOAT16)
+
+
+SHAPES = ((60, 40), (40, 60), (48, 48))
+
+
+def photo(number: int, size: tuple[int, int]) -> bytes:
+    """A PNG of coarse noise."""
+    cells = np.random.default_rng(number).integers(0, 255, (6, 6, 3), dtype=np.uint8)
+    buffer = io.BytesIO()
+    Image.fromarray(cells).resize(size, Image.Resampling.BICUBIC).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+# ---- commands ------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Callable[..., str]:
+    """Runs a program in this process and in `tmp_path`; returns what it said, after a status other than 0."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+
+    def run(program: str, *options: object) -> str:
+        capfd.readouterr()
+        status = ""
+        try:
+            in_process(program, *map(str, options))
+        except SystemExit as end:
+            status = f"{end.code} "
+        return status + "".join(capfd.readouterr())
+
+    return run
+
+
+PREPARE = "lcm_lightning.prepare.commands"
+
+
+def test_from_latents_to_a_run_on_the_teachers_steps(
+    command: Callable[..., str], latents: Path, pipeline_folder: Path, tmp_path: Path
+):
+    model = ("model=sd15", f"model.path={pipeline_folder}")
+    small = ("method.lora.rank=4", "data.num_workers=0")
+    options = ("data=flickr8k", f"data.source={latents}", "cache=teacher", "cache.dtype=float32", "cache.draws=3")
+    said = command(PREPARE, *options, *model, "method=tcd_lora", *small)
+    assert "3 steps of the teacher" in said and "for each of 24 images: about 0.00 GB" in said
+    assert "experiment=lcm_flickr8k data.source=data/flickr8k-teacher model=sd15" in said and "method=tcd_lora" in said
+    assert "5 shards kept" in command(PREPARE, *options, *model, "method=lcm_lora", *small)
+
+    run = (
+        "experiment=lcm_flickr8k",
+        "data.source=data/flickr8k-teacher",
+        "trainer=debug",
+        "logger=csv",
+        *SMALL,
+        *model,
+    )
+    said = command("train", *run, "hydra.run.dir=run", "max_steps=2", "callbacks.samples=null")
+    assert "run folder: run" in said
+    assert (tmp_path / "run" / "lora" / "pytorch_lora_weights.safetensors").is_file()
+    said = command("train", *run, "hydra.run.dir=other", "method.w_max=9", "data.fresh_fraction=0.5")
+    assert said.startswith("2 ") and "guidance: the cache has w from 5.0 to 15.0, this run w from 5.0 to 9.0" in said
+    said = command("train", *run, "hydra.run.dir=fresh", "method.w_max=9", "data.fresh_fraction=1", "max_steps=1")
+    assert "run folder: fresh" in said
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("method=lcm_lora",), "error: cache=teacher: whose steps? give the model"),
+        (("model=tiny",), "error: cache=teacher: which steps? give the method"),
+        (("model=tiny", "method=lora"), "error: cache=teacher: LoraFinetuning follows no teacher's ODE"),
+        (("model=tiny", "method=dmd2_lora"), "error: cache=teacher: Dmd2LoraDistillation follows no teacher's ODE"),
+        (("model=tiny", "method=lcm_lora", "method.w_min=-1"), "error: method.w_min=-1"),
+        (("model=tiny", "method=lcm_lora", "cache.draws=0"), "error: cache.draws=0: expected a whole number"),
+        (("model=tiny", "method=lcm_lora", "cache.seed=-1"), "error: cache.seed=-1: expected a whole number"),
+        (("model=tiny", "method=lcm_lora", "cache.dtype=int8"), "error: dtype=int8"),
+        (("model=tiny", "method=lcm_lora", "cache.accelerator=abacus"), "error: accelerator=abacus"),
+        (("model=tiny", "method=lcm_lora", "data.caption_dropout=2"), "error: data.caption_dropout=2"),
+        (("model=tiny", "method=lcm_lora"), "resolution: the cache has 32, this run 64"),
+    ],
+)
+def test_a_mistake_is_one_message(command: Callable[..., str], latents: Path, options: tuple[str, ...], message: str):
+    said = command(PREPARE, "data=flickr8k", f"data.source={latents}", "cache=teacher", *options)
+    assert said.startswith("2 ") and message in said and "Traceback" not in said
+    assert not Path("data").exists()
+
+
+def test_images_are_refused_with_the_command_that_makes_latents(command: Callable[..., str], flickr_shards: Path):
+    said = command(PREPARE, "cache=teacher", "model=tiny", "method=lcm_lora", f"data.source={flickr_shards}")
+    assert said.startswith("2 ") and "holds images; cache their latents first" in said and "cache=latents" in said
+
+
+def test_a_method_means_nothing_to_other_preparations(command: Callable[..., str], flickr_shards: Path):
+    said = command(PREPARE, "method=lcm_lora", f"data.source={flickr_shards}")
+    assert said.startswith("2 ") and "method=lcm_lora: only cache=teacher reads it" in said
+
+
+@pytest.mark.multiprocess
+def test_two_processes_write_the_same_bytes(latents: Path, pipeline_folder: Path, tmp_path: Path):
+    def prepared(devices: int) -> Path:
+        output = tmp_path / f"by_{devices}"
+        options = (
+            *("data=flickr8k", f"data.source={latents}", "cache=teacher", f"cache.output={output}", "cache.draws=2"),
+            *("model=sd15", f"model.path={pipeline_folder}", "method=lcm_lora", "method.lora.rank=4"),
+            *("cache.accelerator=cpu", f"cache.devices={devices}", "cache.dtype=float32"),
+        )
+        subprocess.run(
+            [sys.executable, "-m", "lcm_lightning.prepare", *options],
+            cwd=ROOT,
+            check=True,
+            timeout=240,
+            env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
+        )
+        return output
+
+    assert contents(prepared(1)) == contents(prepared(2))

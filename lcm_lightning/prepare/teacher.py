@@ -36,12 +36,12 @@ def prepare_teacher(config: DictConfig, console: Console) -> Path | None:
     check_groups(config)
     options = config.cache
     settings = TeacherSettings(options.draws, options.seed, options.dtype)
+    fabric = make_fabric(options.accelerator, options.devices)
     data = latents_of(config)
     output = Path(options.output or Path("data") / f"{config.data.name}-teacher").expanduser()
     module: TeacherOde = instantiate_group(
         config, "method", model=build_model(config, parse_dtype(options.dtype), data.cache), optimizer=torch.optim.AdamW
     )
-    fabric = make_fabric(options.accelerator, options.devices)
     fabric.launch()
     module.to(fabric.device)
 
@@ -75,7 +75,7 @@ def check_groups(config: DictConfig) -> None:
     method = instantiate_group(config, "method", _partial_=True)
     if not (isinstance(method.func, type) and issubclass(method.func, TeacherOde)):
         raise UserError(
-            f"method={method.func.__name__}: follows no teacher's ODE, so there are no steps to cache; take "
+            f"cache=teacher: {method.func.__name__} follows no teacher's ODE, so there are no steps to cache; take "
             "method=lcm_lora, tcd_lora, pcm_lora or lcm"
         )
     method.func.check_settings(**method.keywords)

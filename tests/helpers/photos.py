@@ -8,14 +8,20 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
+from lightning.fabric import Fabric
 from PIL import Image
 from safetensors.numpy import load, save
 
 from lcm_lightning.data.datamodule import CaptionedImages
 from lcm_lightning.data.shards import find_shards
+from lcm_lightning.diffusion.consistency import ConsistencyDistillation
+from lcm_lightning.methods.lcm_lora import LcmLoraDistillation
+from lcm_lightning.models.adapters import LoraSettings
 from lcm_lightning.models.identity import cache_key
 from lcm_lightning.models.stable_diffusion import load_stable_diffusion
 from lcm_lightning.prepare.encoding import CacheSettings, cache_latents
+from lcm_lightning.prepare.teaching import TeacherSettings, cache_teacher
 
 
 def noise_jpeg(seed: int) -> bytes:
@@ -44,6 +50,19 @@ def cached_latents(shards: Path, pipeline: Path, output: Path, resolution: int =
         settings=CacheSettings(flips=True, dtype="float32"),
         workers=1,
     )
+    return output
+
+
+def cached_teacher_steps(latents: Path, pipeline: Path, output: Path, draws: int) -> Path:
+    """`output`, filled with cached latents and steps of LCM-LoRA's teacher, under the settings of its experiments."""
+    module = LcmLoraDistillation(
+        load_stable_diffusion(str(pipeline)),
+        distillation=ConsistencyDistillation(),
+        lora=LoraSettings(rank=4),
+        optimizer=torch.optim.AdamW,
+    )
+    fabric = Fabric(accelerator="cpu", devices=1)
+    cache_teacher(small_batches(latents), output, module, TeacherSettings(draws, dtype="float32"), fabric)
     return output
 
 

@@ -47,6 +47,11 @@ SETTINGS: dict[str, tuple[int, tuple[str, ...]]] = {
     # With latents, which take the place of the images' shards, and with latents of which one sample is not a number.
     "lcm, latents, two workers": (1, ("experiment=lcm_flickr8k", "data.num_workers=2", "data.source=latents")),
     "lora, a sample that is no number": (1, ("experiment=lora_flickr8k", "data.source=spoilt", "data.num_workers=1")),
+    # Those of an epoch, which come again in the next; some samples draw anew.
+    "lcm, teacher's steps, two workers": (
+        1,
+        ("experiment=lcm_flickr8k", "data.num_workers=2", "data.source=teacher", "data.fresh_fraction=0.3"),
+    ),
     "tcd, two workers": (1, ("experiment=lcm_flickr8k", "method=tcd_lora", "data.num_workers=2")),
     "pcm with a discriminator, no worker": (
         1,
