@@ -216,6 +216,8 @@ data.buckets=true data.bucket_step=12 -> data\.bucket_step=12: expected a positi
 data.buckets=true data.bucket_step=24 -> data\.bucket_step=24: expected a divisor of data\.resolution=32; null takes the model's own
 data.buckets=some
 data.crop=smart
+data.fresh_fraction=2
+data.fresh_fraction=0.5 -> data\.fresh_fraction=0\.5: .*holds no teacher's steps
 callbacks.samples.resolution=33
 trainer.precision=fp8
 trainer.precision=64-true

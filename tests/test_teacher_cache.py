@@ -518,6 +518,18 @@ def test_from_latents_to_a_run_on_the_teachers_steps(
     assert "run folder: fresh" in said
 
 
+def test_latents_without_held_out_ones_will_do(
+    command: Callable[..., str], latents: Path, pipeline_folder: Path, tmp_path: Path
+):
+    folder = Path(shutil.copytree(latents, tmp_path / "copy"))
+    index = json.loads((folder / "index.json").read_text())
+    del index["splits"]["val"]
+    (folder / "index.json").write_text(json.dumps(index))
+    model = ("model=sd15", f"model.path={pipeline_folder}", "method=lcm_lora", "method.lora.rank=4")
+    said = command(PREPARE, "data=flickr8k", f"data.source={folder}", "cache=teacher", "cache.draws=1", *model)
+    assert "24 images in" in said and "Ready" in said
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

@@ -29,18 +29,18 @@ def main(config: DictConfig) -> None:
     """Entry point."""
     console = Console(file=sys.stdout, markup=False, highlight=False)  # a path may hold [brackets]
     check_command(config)
-    stage = "lora"
+    stage = "lora_"
     if config.get("cache") is None:
         output = prepare_images(config, console)
         place = [f"data.source={output}"] if config.prepare.output else []
     elif choice("cache") == "teacher":
-        from lcm_lightning.prepare.teacher import prepare_teacher
+        from lcm_lightning.prepare.teacher_cache import prepare_teacher
 
         written = prepare_teacher(config, console)
         if written is None:
             return  # the first of several processes says the rest
         place = [f"data.source={written}", *overrides_of("method", *OF_LATENTS, *OF_DRAWS)]
-        stage = "lcm"
+        stage = "lcm_"
     else:
         from lcm_lightning.prepare.latents import prepare_latents
 
@@ -71,16 +71,16 @@ def check_command(config: DictConfig) -> None:
 def next_lines(name: str, place: list[str], stage: str) -> list[str]:
     """The command that trains on data set `name`, found with the options `place`, and what it takes without a GPU.
 
-    Its experiment is that of a `stage`, "lora" or "lcm".
+    The name of its experiment begins with `stage`, "lora_" or "lcm_".
     """
     import torch  # late, as what imports it
 
     data = choice("data")
-    has_its_own = (configurations() / "experiment" / f"{stage}_{data}.yaml").is_file()
+    has_its_own = (configurations() / "experiment" / f"{stage}{data}.yaml").is_file()
     experiment = data if has_its_own else "flickr8k"
-    options = [f"experiment={stage}_{experiment}", *([] if data == experiment else [f"data={data}"])]
+    options = [f"experiment={stage}{experiment}", *([] if data == experiment else [f"data={data}"])]
     if name != experiment:
-        options += [f"name={stage}_{name}", *overrides_of("data.name")]
+        options += [f"name={stage}{name}", *overrides_of("data.name")]
     options += place
     if torch.cuda.is_available() or torch.backends.mps.is_available():
         return [f"Ready: {command_line('train')} {shlex.join(options)}"]

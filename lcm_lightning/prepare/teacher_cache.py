@@ -75,15 +75,15 @@ def check_groups(config: DictConfig) -> None:
     method = instantiate_group(config, "method", _partial_=True)
     if not (isinstance(method.func, type) and issubclass(method.func, TeacherOde)):
         raise UserError(
-            f"cache=teacher: {method.func.__name__} follows no teacher's ODE, so there are no steps to cache; take "
-            "method=lcm_lora, tcd_lora, pcm_lora or lcm"
+            f"cache=teacher: {method.func.__name__} follows no teacher's ODE, so there are no steps to cache; take a "
+            "method that does, such as method=lcm_lora"
         )
     method.func.check_settings(**method.keywords)
 
 
 def latents_of(config: DictConfig) -> CaptionedImages:
     """The cached latents that `data.source` names. Raises `UserError` where it names something else."""
-    data: CaptionedImages = instantiate_group(config, "data")
+    data: CaptionedImages = instantiate_group(config, "data", val_limit=0)  # there need be no held-out samples
     if data.cache is None:
         raise UserError(
             f"data.source={config.data.source}: holds images; cache their latents first with\n"
