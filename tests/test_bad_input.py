@@ -213,7 +213,7 @@ method.lora.target_modules=everything
 method.lora.target_modules=[to_x] -> method\.lora\.target_modules:
 data.resolution=33 -> data\.resolution=33: expected a positive multiple of 8 .*try 32
 data.buckets=true data.bucket_step=12 -> data\.bucket_step=12: expected a positive multiple of 8
-data.buckets=true data.bucket_step=24 -> data\.bucket_step=24: expected a divisor of data\.resolution=32; null takes the model's own
+data.buckets=true data.bucket_step=24 -> data\.bucket_step=24: expected a divisor of data\.resolution=32; null
 data.buckets=some
 data.crop=smart
 data.fresh_fraction=2

@@ -277,8 +277,9 @@ def _read_pipeline(
         pipeline = open_folder(place)
     files = dict(pipeline.networks)
     if vae is not None:
-        files["vae"] = open_vae(vae, files["vae"].config())
-        check_vae(vae, files["vae"].config(), files["unet"].config())
+        own = files["vae"].config()
+        files["vae"] = open_vae(vae, own)
+        check_vae(vae, files["vae"].config(), own, files["unet"].config())
     predicts = {} if prediction_type is None else {"prediction_type": prediction_type}
     encoders = deferred_encoders(files, dtype)
     return {
