@@ -77,7 +77,7 @@ def model_for(source: Path, pipeline: Path) -> StableDiffusion:
     """A model without VAE and text encoder, as a training on cached latents gets it."""
     model = load_stable_diffusion(str(pipeline), defer_encoders=True)
     empty = data(source).cache.empty_condition(None)
-    model.known_texts[""] = Condition(torch.from_numpy(empty["text"])[None])
+    model.known_texts[""] = Condition(**{name: torch.from_numpy(tensor)[None] for name, tensor in empty.items()})
     return model
 
 

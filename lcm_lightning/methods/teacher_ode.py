@@ -20,6 +20,10 @@ from lcm_lightning.models.condition import Condition
 from lcm_lightning.models.stable_diffusion import StableDiffusion
 from lcm_lightning.models.teacher_identity import teacher_identity
 
+# Of a sample's generator, from its first number on. Under another order a seed stands for another draw: old caches are
+# refused.
+DRAW_ORDER = "posterior, step, guidance, noise"
+
 
 @dataclass(frozen=True)
 class OdeDraws:
@@ -72,11 +76,7 @@ class TeacherOde(GuidedDistillation):
         return {"cached": CachedSteps(batch["teacher"], batch["fresh"])} if "teacher" in batch else {}
 
     def draws(self, latents: Tensor, randomness: SampleRandomness) -> OdeDraws:
-        """A uniform step of the ODE, of a guided teacher a uniform guidance scale, and noise; the first draws of all.
-
-        Another order would make of one cache's draws another's: `lcm_lightning.prepare.teaching.FORMAT` tells them
-        apart.
-        """
+        """A uniform step of the ODE, of a guided teacher a uniform guidance scale, and noise, in `DRAW_ORDER`."""
         step_index = randomness.integer(self.distillation.num_ode_steps)
         if self.guides_teacher:
             guidance_scale = randomness.uniform(self.w_min, self.w_max)
@@ -124,6 +124,7 @@ class TeacherOde(GuidedDistillation):
         ode = self.distillation
         return {
             **teacher_identity(cast(StableDiffusion, self.model), self.teacher_lora),
+            "draw_order": DRAW_ORDER,
             "guidance": f"w from {float(self.w_min)} to {float(self.w_max)}" if self.guides_teacher else "none",
             "num_ode_steps": str(ode.num_ode_steps),
             "solver": ode.solver,

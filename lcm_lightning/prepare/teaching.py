@@ -51,7 +51,7 @@ from lcm_lightning.methods.teacher_ode import TeacherOde
 from lcm_lightning.output.files import write_atomic
 from lcm_lightning.prepare.encoding import EMPTY_CAPTION, OnSamples, check_output, write_latents
 
-FORMAT = 1  # changes when the same seed stands for another draw, so that shards of before are written anew
+FORMAT = 1  # changes when shards are written in another way, so that those of before are written anew
 
 
 @dataclass(frozen=True)
