@@ -76,10 +76,15 @@ class Generator(nn.Module):
         return (x_t - a.sqrt() * x_0) / (1 - a).sqrt()
 
 
+def own_timesteps(method: DistributionMatching) -> Tensor:
+    """Of its longest path, which has all."""
+    return torch.tensor(method.paths(ALPHAS_CUMPROD)[-1])
+
+
 def distil(method: DistributionMatching, critic_steps: int, rounds: int = 700) -> Generator:
     """A generator trained against its critic in turns, or against the critic as it began."""
     torch.manual_seed(0)
-    generator, critic = Generator(method.timesteps(ALPHAS_CUMPROD)), Critic()
+    generator, critic, paths = Generator(own_timesteps(method)), Critic(), method.paths(ALPHAS_CUMPROD)
     optimizers = {
         network: torch.optim.Adam(network.parameters(), lr=rate)
         for network, rate in ((generator, 1e-2), (critic, 2e-2))
@@ -89,14 +94,15 @@ def distil(method: DistributionMatching, critic_steps: int, rounds: int = 700) -
     low, high = method.compared_timesteps(ALPHAS_CUMPROD).start, method.compared_timesteps(ALPHAS_CUMPROD).stop
     for step in range(rounds * (critic_steps + 1)):
         trained = generator if step % (critic_steps + 1) == critic_steps else critic
-        noises = [torch.randn(256, 2) for _ in range(step // (critic_steps + 1) % method.num_steps + 1)]
+        path = paths[step // (critic_steps + 1) % len(paths)]
+        noises = [torch.randn(256, 2) for _ in path]
         noise, timesteps = torch.randn(256, 2), torch.randint(low, high, (256,))
         if trained is generator:
             settings = (noise, timesteps, torch.full((256,), GUIDANCE), ALPHAS_CUMPROD)
             direction = partial(method.direction, teacher, critic)
-            losses = method.losses(generator, lambda x, g=direction, s=settings: g(x, *s), noises, ALPHAS_CUMPROD)
+            losses = method.losses(generator, lambda x, g=direction, s=settings: g(x, *s), noises, path, ALPHAS_CUMPROD)
         else:
-            x = method.drawn(generator, noises, ALPHAS_CUMPROD)
+            x = method.drawn(generator, noises, path, ALPHAS_CUMPROD)
             losses = method.critic_losses(critic, x, noise, timesteps, ALPHAS_CUMPROD)
         optimizers[trained].zero_grad()
         losses.mean().backward()
@@ -109,13 +115,13 @@ def distil(method: DistributionMatching, critic_steps: int, rounds: int = 700) -
 def error(method: DistributionMatching, generator: Generator) -> float:
     """The farther of mean and covariance from the guided teacher's, relative to its deviation and its covariance.
 
-    Of what is drawn in 1 to N steps, together: the critic, and so the method, knows of no more.
+    Of what is predicted on all paths, together: the critic, and so the method, knows of no more.
     """
     dice = torch.Generator().manual_seed(1)
     drawn = []
-    for steps in range(1, method.num_steps + 1):
-        noises = [torch.randn(100_000, 2, generator=dice) for _ in range(steps)]
-        drawn.append(method.drawn(generator, noises, ALPHAS_CUMPROD))
+    for path in method.paths(ALPHAS_CUMPROD):
+        noises = [torch.randn(100_000, 2, generator=dice) for _ in path]
+        drawn.append(method.drawn(generator, noises, path, ALPHAS_CUMPROD))
     x = torch.cat(drawn)
     of_mean = (x.mean(0) - GUIDED_MEAN).norm() / COVARIANCE.trace().sqrt()
     of_covariance = (x.T.cov() - COVARIANCE).norm() / COVARIANCE.norm()
@@ -125,11 +131,11 @@ def error(method: DistributionMatching, generator: Generator) -> float:
 BOUND = 0.05
 
 
-@pytest.mark.parametrize("num_steps", [1, 2])
+@pytest.mark.parametrize("num_steps", [1, 2, 4])
 def test_the_generator_s_distribution_is_the_guided_teacher_s(num_steps: int):
     method = DistributionMatching(num_steps=num_steps)
     assert error(method, distil(method, critic_steps=2)) < BOUND
-    assert error(method, Generator(method.timesteps(ALPHAS_CUMPROD))) > 10 * BOUND
+    assert error(method, Generator(own_timesteps(method))) > 10 * BOUND
 
 
 def test_a_critic_that_does_not_follow_its_generator_is_caught():
@@ -151,42 +157,49 @@ def module(folder: Path, *, num_steps: int = 4, critic_steps: int = 1, **options
     )
 
 
-@pytest.mark.parametrize("num_steps", [1, 3, 4])
-def test_it_is_drawn_at_the_timesteps_it_has_trained_at(pipeline_folder: Path, num_steps: int):
+@pytest.mark.parametrize("num_steps", [1, 2, 3, 4, 8, 30])
+def test_every_step_of_every_draw_is_trained_after_the_steps_before_it_and_nothing_else_is(
+    pipeline_folder: Path, num_steps: int
+):
     trained = module(pipeline_folder, num_steps=num_steps)
-    own = trained.distillation.timesteps(ALPHAS_CUMPROD)
     scheduler = make_scheduler(trained.kind.sampler, trained.model.scheduler_config)
     assert (trained.kind.steps, trained.kind.sampler.max_steps) == (num_steps, num_steps)
+    drawn = set()
     for steps in range(1, num_steps + 1):
         scheduler.set_timesteps(steps)
-        assert set(scheduler.timesteps.tolist()) <= set(own.tolist())
-    assert torch.equal(scheduler.timesteps, own)
+        drawn |= {tuple(scheduler.timesteps[:end].tolist()) for end in range(1, steps + 1)}
+    assert len(trained.paths) == len(drawn) and set(trained.paths) == drawn
+    assert trained.paths[-1] == tuple(scheduler.timesteps.tolist())
 
 
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
-@pytest.mark.parametrize("steps", [1, 2, 4])
+@pytest.mark.parametrize("steps", [1, 2, 3, 4])
 @torch.no_grad()
 def test_training_draws_as_the_sampler_does(saved_pipeline: Callable[..., Path], prediction_type: str, steps: int):
+    """Up to each of the sampler's `steps`, of 4 that there are at most."""
     trained = module(saved_pipeline(prediction_type=prediction_type))
     randomise(trained, seed=7)
-    dice = torch.Generator().manual_seed(3)
-    noises = [torch.randn(1, 4, 8, 8, generator=dice) for _ in range(4)]
-    generator = trained.student(trained.model.encode_text(["a dog"]))
-    _, timesteps = trained.distillation.simulated(generator, noises[:steps], trained.alphas_cumprod)
-    found = trained.distillation.drawn(generator, noises[:steps], trained.alphas_cumprod)
-    drawn: list[Tensor] = []
-    options = {"steps": 4, "guidance_scale": 1.0, "sampler": trained.kind.sampler, "resolution": 32}
+    seen: list[tuple[int, Tensor]] = []
+    options = {"steps": steps, "guidance_scale": 1.0, "sampler": trained.kind.sampler, "resolution": 32}
 
-    def stop(module: nn.Module, arguments: Any, output: tuple[Tensor]) -> None:
-        """What the sampler has at its step number `steps`, before the noise of the next."""
-        drawn.append(
-            trained.distillation.denoised(lambda *_: output[0], arguments[0], timesteps, trained.alphas_cumprod)
-        )
+    def look(module: nn.Module, arguments: Any, output: tuple[Tensor]) -> None:
+        """At what the sampler has in each step, before the noise of the next."""
+        x_t, t = arguments[0], torch.as_tensor(arguments[1]).reshape(1)
+        x_0 = trained.distillation.denoised(lambda *_: output[0], x_t, t, trained.alphas_cumprod)
+        seen.append((t.item(), x_0))
 
-    watch = trained.model.unet.register_forward_hook(stop)
+    watch = trained.model.unet.register_forward_hook(look)
     sample(trained.model, ["a dog"], seeds=[3], **options)
     watch.remove()
-    torch.testing.assert_close(drawn[steps - 1], found, atol=1e-5, rtol=1e-5)
+    dice = torch.Generator().manual_seed(3)
+    noises = [torch.randn(1, 4, 8, 8, generator=dice) for _ in range(steps)]
+    generator = trained.student(trained.model.encode_text(["a dog"]))
+    assert len(seen) == steps
+    for end in range(1, steps + 1):
+        path = tuple(t for t, _ in seen[:end])
+        assert path in trained.paths
+        found = trained.distillation.drawn(generator, noises[:end], path, trained.alphas_cumprod)
+        torch.testing.assert_close(seen[end - 1][1], found, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("file", [LORA_FILE, KOHYA_FILE])
@@ -217,11 +230,11 @@ def test_the_exported_student_gives_the_same_picture_in_diffusers(pipeline_folde
 
 
 class Watch(L.Callback):
-    """Who moved in each step, and how many steps the generator drew in."""
+    """Who moved in each step, and on which path the generator drew."""
 
     def __init__(self) -> None:
         self.moved: list[str] = []
-        self.steps: list[int] = []
+        self.paths: list[tuple[int, ...]] = []
 
     def weights(self, trained: Dmd2LoraDistillation) -> dict[str, Tensor]:
         unet = trained.model.unet
@@ -229,14 +242,14 @@ class Watch(L.Callback):
 
     def on_train_batch_start(self, trainer: L.Trainer, module: Any, *rest: Any) -> None:
         self.before = self.weights(module)
-        self.steps.append(module._generator_steps())
+        self.paths.append(module._path())
 
     def on_train_batch_end(self, trainer: L.Trainer, module: Any, *rest: Any) -> None:
         after = self.weights(module)
         self.moved += [name for name in after if not torch.equal(after[name], self.before[name])]
 
 
-def test_the_critic_takes_its_steps_before_each_of_the_generator_s_and_all_draw_in_every_number_of_steps(
+def test_the_critic_takes_its_steps_before_each_of_the_generator_s_and_all_draw_on_every_path(
     pipeline_folder: Path,
 ):
     trained, watch = module(pipeline_folder, critic_steps=2, num_steps=3, critic_lr=1e-2), Watch()
@@ -244,7 +257,7 @@ def test_the_critic_takes_its_steps_before_each_of_the_generator_s_and_all_draw_
     trainer = train(trained, [random_batch(seed, 2) for seed in range(9)], callbacks=[watch])
     assert watch.moved == ["critic", "critic", "dmd2"] * 3
     for place in range(3):
-        assert sorted(watch.steps[place::3]) == [1, 2, 3]
+        assert sorted(watch.paths[place::3]) == [(998,), (998, 665), (998, 665, 332)]
     assert [group["lr"] for group in trainer.optimizers[0].param_groups] == [1e-3, 1e-2]
 
 
@@ -261,7 +274,7 @@ def test_no_picture_is_read(pipeline_folder: Path):
 def test_in_validation_it_draws_in_all_steps(pipeline_folder: Path):
     trained = module(pipeline_folder)
     trained.eval()
-    assert trained._generator_steps() == 4
+    assert trained._path() == (999, 749, 499, 249)
 
 
 @torch.no_grad()

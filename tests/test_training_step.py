@@ -745,23 +745,24 @@ def test_timesteps_of_finetuning_follow_the_exponent(
 
 # ---- distribution matching distillation ----------------------------------------------------------------------------
 
-OWN_TIMESTEPS = [999, 749, 499, 249]
+# Of the steps that a generator of 4 steps is drawn in 1 to 4 of them by; 2 of 4 are 999 and 499.
+PATHS = [[999], [999, 499], [999, 749], [999, 749, 499], [999, 749, 499, 249]]
 WALK_NOISES = [normal(20 + number, 4, 4, 8, 8) for number in range(4)]
 
 
 def generated(
-    generator: UNet2DConditionModel, steps: int, condition: Tensor, prediction_type: str, dtype: torch.dtype
+    generator: UNet2DConditionModel, path: list[int], condition: Tensor, prediction_type: str, dtype: torch.dtype
 ) -> Tensor:
-    """What the generator draws in so many of its steps, with gradient in the last (Yin et al. 2024, section 4.5)."""
-    x = WALK_NOISES[0].to(dtype)
-    for number in range(steps):
-        t = torch.full((4,), OWN_TIMESTEPS[number])
-        with torch.set_grad_enabled(number == steps - 1):
+    """What the generator draws on a path, with gradient in the last step (Yin et al. 2024, section 4.5)."""
+    x, last = WALK_NOISES[0].to(dtype), len(path) - 1
+    for number in range(len(path)):
+        t = torch.full((4,), path[number])
+        with torch.set_grad_enabled(number == last):
             x, _ = to_x_0_and_epsilon(
                 generator(x, t, condition).sample, x, at(ALPHAS_CUMPROD, t, dtype), prediction_type
             )
-        if number < steps - 1:
-            a = at(ALPHAS_CUMPROD, torch.tensor([OWN_TIMESTEPS[number + 1]]), dtype)
+        if number < last:
+            a = at(ALPHAS_CUMPROD, torch.tensor([path[number + 1]]), dtype)
             x = a.sqrt() * x + (1 - a).sqrt() * WALK_NOISES[number + 1]
     return x
 
@@ -773,14 +774,14 @@ def distribution_matching_loss(
     discriminator: nn.Module | None,
     batch: dict[str, object],
     draws: FixedDraws,
-    steps: int,
+    path: list[int],
     prediction_type: str,
 ) -> tuple[Tensor, Tensor]:
     """The loss's value, and what has its gradient: ``g dx/dtheta`` (Yin et al. 2023, eqs. 7 and 8), and the GAN's."""
     t, w, teacher = 20 + draws.integers, W_MIN + (W_MAX - W_MIN) * draws.unit, reference.unet()
     dtype = reference.dtype
     condition, no_condition = reference.text(batch["captions"]), reference.text([""] * 4)
-    x = generated(generator, steps, condition, prediction_type, dtype)
+    x = generated(generator, path, condition, prediction_type, dtype)
     with torch.no_grad():
         a = at(ALPHAS_CUMPROD, t, dtype)
         x_t = a.sqrt() * x + (1 - a).sqrt() * NOISE
@@ -807,13 +808,13 @@ def critic_loss(
     discriminator: nn.Module | None,
     batch: dict[str, object],
     t: Tensor,
-    steps: int,
+    path: list[int],
     prediction_type: str,
 ) -> Tensor:
     """Denoising what the generator draws (Yin et al. 2023, eq. 6, or its velocity form), and telling it from photos."""
     a = at(ALPHAS_CUMPROD, t, reference.dtype)
     condition = reference.text(batch["captions"])
-    x = generated(generator, steps, condition, prediction_type, reference.dtype).detach()
+    x = generated(generator, path, condition, prediction_type, reference.dtype).detach()
     target = NOISE if prediction_type == "epsilon" else a.sqrt() * NOISE - (1 - a).sqrt() * x
     output = critic(a.sqrt() * x + (1 - a).sqrt() * NOISE, t, condition).sample
     losses = ((output - target) ** 2).mean((1, 2, 3))
@@ -827,8 +828,15 @@ def critic_loss(
 @pytest.mark.parametrize("adversarial", [False, True], ids=["", "adversarial"])
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
 @pytest.mark.parametrize(
-    ("step", "trained", "steps"),
-    [(0, "critic", 1), (1, "dmd2", 2), (2, "critic", 2), (5, "dmd2", 4), (7, "dmd2", 1)],
+    ("step", "trained", "path"),
+    [
+        (0, "critic", PATHS[0]),
+        (1, "dmd2", PATHS[1]),
+        (2, "critic", PATHS[1]),
+        (5, "dmd2", PATHS[3]),
+        (7, "dmd2", PATHS[4]),
+        (9, "dmd2", PATHS[0]),
+    ],
 )
 def test_distribution_matching_steps_are_those_of_the_paper(
     saved_pipeline: Callable[..., Path],
@@ -836,7 +844,7 @@ def test_distribution_matching_steps_are_those_of_the_paper(
     batch: dict[str, object],
     step: int,
     trained: str,
-    steps: int,
+    path: list[int],
     prediction_type: str,
     adversarial: bool,
 ):
@@ -853,7 +861,7 @@ def test_distribution_matching_steps_are_those_of_the_paper(
     )
     randomise(module, seed=7)
     draws = FixedDraws(
-        normals=[POSTERIOR_NOISE, *WALK_NOISES[:steps], NOISE, ADVERSARIAL_NOISE],
+        normals=[POSTERIOR_NOISE, *WALK_NOISES[: len(path)], NOISE, ADVERSARIAL_NOISE],
         unit=torch.tensor([0.0, 0.25, 0.5, 0.99]),
         integers=torch.tensor([0, 959, 100, 500]),
     )
@@ -873,12 +881,12 @@ def test_distribution_matching_steps_are_those_of_the_paper(
             if judge is not None:
                 judge.zero_grad()
             values[dtype] = critic_loss(
-                reference, generator, critic, judge, batch, draws.integers, steps, prediction_type
+                reference, generator, critic, judge, batch, draws.integers, path, prediction_type
             )
             values[dtype].backward()
         else:
             values[dtype], surrogate = distribution_matching_loss(
-                reference, generator, critic, judge, batch, draws, steps, prediction_type
+                reference, generator, critic, judge, batch, draws, path, prediction_type
             )
             surrogate.backward()
         expected_gradients[dtype] = gradients(critic if trained == "critic" else generator, trained)

@@ -12,11 +12,11 @@ from torch import Tensor
 
 from helpers.adapters import random_batch, randomise, train
 from lcm_lightning.callbacks.export import ExportLora
+from lcm_lightning.diffusion.solver import inference_timesteps
 from lcm_lightning.diffusion.trajectory import (
     TrajectoryDistillation,
     phase_ends,
     scheduled_destinations,
-    tcd_timesteps,
 )
 from lcm_lightning.errors import UserError
 from lcm_lightning.methods.pcm_lora import PcmLoraDistillation
@@ -64,9 +64,9 @@ def walk(module: TrajectoryLoraDistillation, steps: int) -> list[int]:
 @pytest.mark.parametrize("num_ode_steps", [8, 10, 20, 30, 40, 50])
 def test_the_timesteps_are_those_of_tcd_scheduler(num_ode_steps: int):
     scheduler = TCDScheduler(original_inference_steps=num_ode_steps)
-    for steps in range(1, 9):
+    for steps in range(1, num_ode_steps + 1):
         scheduler.set_timesteps(steps)
-        found = tcd_timesteps(num_ode_steps, 1000 // num_ode_steps, steps)
+        found = inference_timesteps(num_ode_steps, 1000 // num_ode_steps, steps)
         assert found.tolist() == scheduler.timesteps.tolist(), steps
 
 
@@ -83,6 +83,28 @@ def test_a_schedule_s_jumps_are_the_sampler_s_steps(num_ode_steps: int, pipeline
             assert destination == max(place for place in places if place <= reached)
         of_places = [row[(place + 1) // skip - 1].item() for place in places[:-1]]
         assert of_places == places[1:]
+
+
+def jumps(module: TrajectoryLoraDistillation, steps: int) -> list[tuple[int, int]]:
+    """From where to where the student's scheduler goes before it puts on noise, by what it makes of ``x_t = 1``."""
+    sampler = module.kind.sampler
+    scheduler = make_scheduler(sampler, module.model.scheduler_config)
+    scheduler.set_timesteps(steps)
+    one, found = torch.ones(1, dtype=torch.float64), []
+    for t in scheduler.timesteps:
+        jumped = scheduler.step(0 * one, t, one, eta=sampler.settings["eta"]).pred_noised_sample
+        a_s = jumped**2 * scheduler.alphas_cumprod[t]  # sqrt(a_s) / sqrt(a_t), where the network sees no noise
+        found.append((t.item(), (scheduler.alphas_cumprod - a_s).abs().argmin().item()))
+    return found
+
+
+@pytest.mark.parametrize("gamma", [0.0, 0.2, 0.3, 0.8, 1.0])
+def test_every_jump_of_the_sampler_is_trained(pipeline_folder: Path, gamma: float):
+    module = tcd(pipeline_folder, 50, schedules=[1, 50], gamma=gamma)
+    for steps, row in zip(range(1, 51), module.scheduled, strict=True):
+        assert [(t, row[(t + 1) // 20 - 1].item()) for t, _ in jumps(module, steps)] == jumps(module, steps)
+    reached = 20 * torch.arange(50) - 1
+    assert (module.scheduled <= reached.clamp(min=0)).all()  # no farther back than the teacher's step
 
 
 @pytest.mark.parametrize(("num_ode_steps", "phases"), [(40, 4), (40, 1), (40, 8), (30, 3), (50, 50)])

@@ -23,11 +23,11 @@ from helpers.gaussian import (
     teacher,
 )
 from lcm_lightning.diffusion.consistency import Denoiser, guided
+from lcm_lightning.diffusion.solver import inference_timesteps
 from lcm_lightning.diffusion.trajectory import (
     TrajectoryDistillation,
     phase_ends,
     scheduled_destinations,
-    tcd_timesteps,
 )
 
 N, SKIP = 40, 25
@@ -85,7 +85,7 @@ def distil(destinations: Destinations, loss: str = "l2", guidance: float = GUIDA
 @torch.no_grad()
 def drawing_error(student: Denoiser, steps: int) -> float:
     """Root mean square distance of a walk's end from the ODE's, from the same noise, in units of the data's std."""
-    method, walk = TrajectoryDistillation(num_ode_steps=N), [*tcd_timesteps(N, SKIP, steps).tolist(), 0]
+    method, walk = TrajectoryDistillation(num_ode_steps=N), [*inference_timesteps(N, SKIP, steps).tolist(), 0]
     timesteps, x_t = points(torch.tensor(walk[:1]))
     exact = exact_map(x_t, timesteps)
     for t, s in pairwise(walk):

@@ -23,11 +23,16 @@ def generator_losses(drawn: Tensor) -> Tensor:
 
 
 def adversarial_direction(logits: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-    """Gradient of the generator's loss in the pictures `x` [B, ...], times the number of elements of one.
+    """Gradient of the generator's loss in the pictures `x` [B, ...], times the number of elements of one; float32.
 
     So scaled, it adds to the direction ``g`` of a loss ``mean(1/2 (x - sg(x - g))^2)`` as that loss does to this one.
+
+    The backward pass is that of the sum over logits, and float32 is divided by their number. No loss scaler guards it,
+    and the mean's gradient, of some thousand logits, is partly below what float16 tells from 0.
     """
     with torch.enable_grad():
         x = x.detach().requires_grad_()
-        (gradient,) = torch.autograd.grad(generator_losses(logits(x)).sum(), x)
-    return gradient * x[0].numel()
+        drawn = logits(x)
+        number = drawn.shape[1]
+        (gradient,) = torch.autograd.grad(number * generator_losses(drawn).sum(), x)
+    return gradient.float() * (x[0].numel() / number)

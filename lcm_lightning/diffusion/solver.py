@@ -23,6 +23,16 @@ def ode_timesteps(num_train_timesteps: int, num_ode_steps: int, device: torch.de
     return torch.arange(1, num_ode_steps + 1, device=device) * skip - 1
 
 
+def inference_timesteps(num_ode_steps: int, skip: int, steps: int) -> Tensor:
+    """Where diffusers' LCMScheduler and TCDScheduler evaluate a student in so many `steps`, descending int64 [steps].
+
+    Evenly spaced places among the `ode_timesteps` ``k n - 1``, from the last one down, rounded up; ``k`` is the `skip`.
+    """
+    # numpy.linspace's rounding, which is theirs: place 15 of 30 in 22 steps comes out as 14.
+    places = (torch.arange(steps, dtype=torch.float64) * (num_ode_steps / steps)).floor().long()
+    return skip * (num_ode_steps - places) - 1
+
+
 def previous_timesteps(timesteps: Tensor, skip: int) -> Tensor:
     """Where one ODE step of length `skip` from `timesteps` lands: ``max(t - k, 0)``."""
     return (timesteps - skip).clamp(min=0)

@@ -16,26 +16,23 @@ from torch import Tensor
 
 from lcm_lightning.diffusion.consistency import Denoiser, OdeDistillation, squared_error
 from lcm_lightning.diffusion.schedule import predicted_epsilon, predicted_x_0
-from lcm_lightning.diffusion.solver import ddim_step, ode_timesteps, previous_timesteps
+from lcm_lightning.diffusion.solver import ddim_step, inference_timesteps, ode_timesteps, previous_timesteps
 
 
-def tcd_timesteps(num_ode_steps: int, skip: int, steps: int) -> Tensor:
-    """Where diffusers' TCDScheduler evaluates the network in a number of `steps`, descending int64 [steps].
+def scheduled_destinations(num_ode_steps: int, skip: int, numbers: Sequence[int], gamma: float = 0.0) -> Tensor:
+    """Where diffusers' TCDScheduler in each of the `numbers` of steps jumps from each of `ode_timesteps`.
 
-    Evenly spaced places among `ode_timesteps` from the last one down, rounded up. From the last of them the scheduler
-    goes to timestep 0, not to noiseless data.
-    """
-    return skip * (num_ode_steps - torch.arange(steps) * num_ode_steps // steps) - 1
+    It goes to the largest of a schedule's timesteps, 0 among them, that is a skip away or more: from its own timesteps
+    to the next, and from the last to timestep 0, not to noiseless data. To go to ``s`` with noise it jumps to
+    ``floor((1 - gamma) s)`` and puts the rest on anew (strategic stochastic sampling, Zheng et al. 2024).
 
-
-def scheduled_destinations(num_ode_steps: int, skip: int, numbers: Sequence[int]) -> Tensor:
-    """Where `tcd_timesteps` of each of the `numbers` of steps go from each of `ode_timesteps`, int64 [numbers, N].
-
-    The largest of a schedule's timesteps, 0 among them, that is a skip away or more.
+    Returns:
+        int64 [numbers, N].
     """
     reached = previous_timesteps(ode_timesteps(num_ode_steps * skip, num_ode_steps), skip)
-    walks = [torch.cat([tcd_timesteps(num_ode_steps, skip, number), reached[:1]]).flip(0) for number in numbers]
-    return torch.stack([walk[torch.searchsorted(walk, reached, right=True) - 1] for walk in walks])
+    walks = [torch.cat([inference_timesteps(num_ode_steps, skip, number), reached[:1]]).flip(0) for number in numbers]
+    gone_to = torch.stack([walk[torch.searchsorted(walk, reached, right=True) - 1] for walk in walks])
+    return torch.floor((1 - gamma) * gone_to).long()  # rounded as there, in float32: 0.7 of 90 is 63
 
 
 def phase_ends(timesteps: Tensor, phase: int) -> Tensor:

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from lcm_lightning.diffusion.consistency import Denoiser
-from lcm_lightning.diffusion.distribution_matching import DistributionMatching
+from lcm_lightning.diffusion.distribution_matching import DistributionMatching, SamplingPath
 from lcm_lightning.errors import UserError
 from lcm_lightning.methods.adversarial_distillation import AdversarialDistillation, discriminator_step
 from lcm_lightning.methods.randomness import SampleRandomness
@@ -24,7 +24,7 @@ MOST_STEPS = 50
 
 
 def few_steps(steps: int) -> Sampler:
-    """Prediction and fresh noise in turns at the timesteps a generator of so many `steps` has trained at."""
+    """Prediction and fresh noise in turns, on the paths that a generator of so many `steps` has trained on."""
     walk = {"original_inference_steps": steps, "timestep_spacing": "leading"}
     return Sampler("dmd2", "DMD2", "LCMScheduler", walk, max_steps=steps)
 
@@ -62,6 +62,7 @@ class Dmd2LoraDistillation(AdversarialDistillation):
         steps = distillation.num_steps
         self.kind = replace(type(self).kind, sampler=few_steps(steps), steps=steps)
         self.distillation = replace(distillation, prediction_type=model.prediction_type)
+        self.paths = self.distillation.paths(self.alphas_cumprod)
         self.critic_steps = critic_steps
         self.critic_lr = critic_lr
         self.reads_images = self.discriminator is not None
@@ -106,7 +107,8 @@ class Dmd2LoraDistillation(AdversarialDistillation):
 
     def losses(self, latents: Tensor, condition: Condition, randomness: SampleRandomness) -> Tensor:
         """`DistributionMatching.losses` under a uniform noise level and guidance scale."""
-        noises = self._noises(latents, randomness)
+        path = self._path()
+        noises = [randomness.normal(latents.shape[1:]) for _ in path]
         compared = self.distillation.compared_timesteps(self.alphas_cumprod)
         timesteps = compared.start + randomness.integer(len(compared))
         guidance_scale = randomness.uniform(self.w_min, self.w_max)
@@ -125,14 +127,15 @@ class Dmd2LoraDistillation(AdversarialDistillation):
             def direction(x: Tensor) -> Tensor:
                 return matching(x) + self.deceiving(discriminator, features, x)
 
-        return self.distillation.losses(self.student(condition), direction, noises, self.alphas_cumprod)
+        return self.distillation.losses(self.student(condition), direction, noises, path, self.alphas_cumprod)
 
     def helper_losses(self, helper: str, latents: Tensor, condition: Condition, randomness: SampleRandomness) -> Tensor:
         """`DistributionMatching.critic_losses` at a uniform timestep, and the discriminator's."""
-        noises = self._noises(latents, randomness)
+        path = self._path()
+        noises = [randomness.normal(latents.shape[1:]) for _ in path]
         timesteps = randomness.integer(len(self.alphas_cumprod))
         noise = randomness.normal(latents.shape[1:])
-        x = self.distillation.drawn(self.student(condition), noises, self.alphas_cumprod)
+        x = self.distillation.drawn(self.student(condition), noises, path, self.alphas_cumprod)
         losses = self.distillation.critic_losses(self.critic(condition), x, noise, timesteps, self.alphas_cumprod)
         if self.discriminator is None:
             return losses
@@ -143,16 +146,12 @@ class Dmd2LoraDistillation(AdversarialDistillation):
         """The network with the critic's adapter, given the condition."""
         return self.network((CRITIC,), condition)
 
-    def _noises(self, latents: Tensor, randomness: SampleRandomness) -> list[Tensor]:
-        """One for each step that the generator draws in."""
-        return [randomness.normal(latents.shape[1:]) for _ in range(self._generator_steps())]
+    def _path(self) -> SamplingPath:
+        """Up to which of its steps the generator draws in this optimizer step; in validation to the last of them all.
 
-    def _generator_steps(self) -> int:
-        """In how many steps the generator draws in this optimizer step; in validation as many as it has.
-
-        All samples in as many: the batch stays one. Taking turns gives each number to every part of a round alike.
+        All samples alike: the batch stays one. Taking turns gives each path to every part of a round alike.
         """
         if not self.training:
-            return self.distillation.num_steps
+            return self.paths[-1]
         round_, place = divmod(self.trainer.global_step, self.critic_steps + 1)
-        return (round_ + place) % self.distillation.num_steps + 1
+        return self.paths[(round_ + place) % len(self.paths)]

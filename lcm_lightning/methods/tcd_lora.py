@@ -43,7 +43,7 @@ class TcdLoraDistillation(TrajectoryLoraDistillation):
         if schedules is not None:
             fewest, most = schedules
             skip = distillation.skip(self.alphas_cumprod)
-            table = scheduled_destinations(steps, skip, range(fewest, most + 1))
+            table = scheduled_destinations(steps, skip, range(fewest, most + 1), gamma)
         self.register_buffer("scheduled", table, persistent=False)
         self._draw_in(min(self.kind.steps, steps), min_steps=1, max_steps=steps, eta=gamma)
 
