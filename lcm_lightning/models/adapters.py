@@ -195,9 +195,9 @@ def load_lora(model: StableDiffusion, source: str | Path, name: str, key: str = 
     """
     said = f"{key}={short(source, 80)}"
     file = read_lora(locate_lora(source, key), said)
-    if any(network == "text_encoder" for network, _ in file.updates):
-        model.load_encoders("text_encoder")
-    networks = {"unet": model.unet, "text_encoder": model.text_encoder}
+    if named := [name for name in model.text_encoders if any(network == name for network, _ in file.updates)]:
+        model.load_encoders(*named)
+    networks = {"unet": model.unet, **model.text_encoders}
     for network, updates in fit(file, networks, said, model.name_or_path).items():
         scaled = {layer: replace(update, alpha=scale * update.alpha) for layer, update in updates.items()}
         _add_frozen(networks[network], name, scaled)
@@ -318,15 +318,7 @@ def kohya_state_dict(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
 
 def as_pipeline(model: StableDiffusion) -> StableDiffusionPipeline:
     """The model's own networks (no copies) as a diffusers pipeline; without those that are still deferred."""
-    from diffusers import StableDiffusionPipeline  # late: it takes a second that drawing does not need
+    import diffusers  # late: its pipelines take a second that drawing does not need
 
-    return StableDiffusionPipeline(
-        vae=model.vae,
-        text_encoder=model.text_encoder,
-        tokenizer=model.tokenizer,
-        unet=model.unet,
-        scheduler=make_scheduler(DDIM, model.scheduler_config),
-        safety_checker=None,
-        feature_extractor=None,
-        requires_safety_checker=False,
-    )
+    pipeline: type[StableDiffusionPipeline] = getattr(diffusers, model.pipeline)
+    return pipeline(**model.pipeline_parts(), scheduler=make_scheduler(DDIM, model.scheduler_config))

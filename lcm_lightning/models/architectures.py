@@ -1,4 +1,4 @@
-"""Stable Diffusion v1-5's architecture, built without any file, for tests and benchmarks."""
+"""The architectures of Stable Diffusion v1-5 and SDXL, built without any file, for tests and benchmarks."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from tokenizers.pre_tokenizers import ByteLevel
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 SD15_UNET: dict[str, Any] = {
     "sample_size": 64,
@@ -58,6 +58,34 @@ SD15_SCHEDULER = {
     "steps_offset": 1,
     "timestep_spacing": "leading",
 }
+# SDXL base 1.0 (Podell et al. 2023, arXiv 2307.01952); its first text encoder, noise schedule and VAE's networks are
+# those of v1-5.
+SDXL_UNET: dict[str, Any] = {
+    "sample_size": 128,
+    "in_channels": 4,
+    "out_channels": 4,
+    "block_out_channels": (320, 640, 1280),
+    "layers_per_block": 2,
+    "down_block_types": ("DownBlock2D",) + ("CrossAttnDownBlock2D",) * 2,
+    "up_block_types": ("CrossAttnUpBlock2D",) * 2 + ("UpBlock2D",),
+    "transformer_layers_per_block": (1, 2, 10),
+    "cross_attention_dim": 2048,
+    "attention_head_dim": (5, 10, 20),
+    "use_linear_projection": True,
+    "addition_embed_type": "text_time",
+    "addition_time_embed_dim": 256,
+    "projection_class_embeddings_input_dim": 2816,
+}
+SDXL_VAE: dict[str, Any] = {**SD15_VAE, "sample_size": 1024, "scaling_factor": 0.13025, "force_upcast": True}
+SDXL_TEXT_2: dict[str, Any] = {
+    **SD15_TEXT,
+    "hidden_size": 1280,
+    "intermediate_size": 5120,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 20,
+    "hidden_act": "gelu",
+    "projection_dim": 1280,
+}
 
 
 @contextmanager
@@ -77,10 +105,16 @@ def build_text_encoder(dtype: torch.dtype) -> CLIPTextModel:
         return CLIPTextModel(CLIPTextConfig(**SD15_TEXT))
 
 
-def build_vae(dtype: torch.dtype) -> AutoencoderKL:
-    """SD v1-5's VAE with random weights, 83,653,863 parameters."""
+def build_text_encoder_2(dtype: torch.dtype) -> CLIPTextModelWithProjection:
+    """SDXL's second text encoder with random weights, 694,659,840 parameters."""
     with default_dtype(dtype):
-        return AutoencoderKL(**SD15_VAE)
+        return CLIPTextModelWithProjection(CLIPTextConfig(**SDXL_TEXT_2))
+
+
+def build_vae(dtype: torch.dtype, config: Mapping[str, Any] = SD15_VAE) -> AutoencoderKL:
+    """SD v1-5's VAE, or SDXL's, with random weights, 83,653,863 parameters."""
+    with default_dtype(dtype):
+        return AutoencoderKL(**config)
 
 
 def build_sd15(dtype: torch.dtype, encoders: Mapping[str, Any]) -> dict[str, Any]:
@@ -99,6 +133,26 @@ def build_sd15(dtype: torch.dtype, encoders: Mapping[str, Any]) -> dict[str, Any
         "unet": unet,
         "scheduler_config": dict(SD15_SCHEDULER),
         "name_or_path": "random/stable-diffusion-v1-5",
+    }
+
+
+def build_sdxl(dtype: torch.dtype, encoders: Mapping[str, Any]) -> dict[str, Any]:
+    """As `build_sd15` of SDXL, whose UNet has 2,567,463,684 parameters; for `StableDiffusionXL`."""
+    encoders = encoders or {
+        "text_encoder": build_text_encoder(dtype),
+        "text_encoder_2": build_text_encoder_2(dtype),
+        "vae": build_vae(dtype, SDXL_VAE),
+    }
+    with default_dtype(dtype):
+        unet = UNet2DConditionModel(**SDXL_UNET)
+    length = SD15_TEXT["max_position_embeddings"]
+    return {
+        "tokenizer": byte_tokenizer(SD15_TEXT["vocab_size"], length),
+        "tokenizer_2": byte_tokenizer(SDXL_TEXT_2["vocab_size"], length),
+        **encoders,
+        "unet": unet,
+        "scheduler_config": dict(SD15_SCHEDULER),
+        "name_or_path": "random/stable-diffusion-xl-base-1.0",
     }
 
 

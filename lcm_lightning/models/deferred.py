@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -12,7 +12,13 @@ import torch
 from diffusers import AutoencoderKL
 from torch import nn
 
-from lcm_lightning.models.architectures import SD15_VAE, build_text_encoder, build_vae
+from lcm_lightning.models.architectures import (
+    SD15_VAE,
+    SDXL_VAE,
+    build_text_encoder,
+    build_text_encoder_2,
+    build_vae,
+)
 from lcm_lightning.models.pipeline_files import read_config, read_network
 
 
@@ -24,17 +30,24 @@ class Deferred:
     read: Callable[[], nn.Module]
 
 
-def deferred_encoders(folder: Path | None, dtype: torch.dtype) -> dict[str, Deferred]:
-    """VAE and text encoder of the pipeline in `folder`, or None: of SD v1-5's architecture with random weights."""
-    if folder is None:
-        return {
-            "text_encoder": Deferred(None, partial(build_text_encoder, dtype)),
-            "vae": Deferred(vae_config(SD15_VAE), partial(build_vae, dtype)),
-        }
+def deferred_encoders(
+    folder: Path, dtype: torch.dtype, texts: Sequence[str] = ("text_encoder",), vae_dtype: torch.dtype | None = None
+) -> dict[str, Deferred]:
+    """VAE and the text encoders called `texts` of the pipeline in `folder`; the VAE in a type of its own if given."""
+    config = vae_config(read_config(folder, "vae"))
     return {
-        "text_encoder": Deferred(None, partial(read_network, folder, "text_encoder", dtype)),
-        "vae": Deferred(vae_config(read_config(folder, "vae")), partial(read_network, folder, "vae", dtype)),
+        **{name: Deferred(None, partial(read_network, folder, name, dtype)) for name in texts},
+        "vae": Deferred(config, partial(read_network, folder, "vae", vae_dtype or dtype)),
     }
+
+
+def deferred_random_encoders(dtype: torch.dtype, *, xl: bool = False) -> dict[str, Deferred]:
+    """Those of SD v1-5's architecture, or SDXL's, with random weights."""
+    text = {"text_encoder": Deferred(None, partial(build_text_encoder, dtype))}
+    if xl:
+        text["text_encoder_2"] = Deferred(None, partial(build_text_encoder_2, dtype))
+    config = SDXL_VAE if xl else SD15_VAE
+    return {**text, "vae": Deferred(vae_config(config), partial(build_vae, dtype, config))}
 
 
 def vae_config(given: dict[str, Any]) -> Any:

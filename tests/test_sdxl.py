@@ -1,0 +1,224 @@
+"""SDXL: the same conditions, predictions and pictures as diffusers' own pipeline."""
+
+from __future__ import annotations
+
+import json
+import logging
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import DDIMScheduler, LCMScheduler, StableDiffusionXLPipeline
+from torch import Tensor
+
+from helpers.pipelines import build_tiny_sdxl
+from lcm_lightning.errors import UserError
+from lcm_lightning.methods.lcm_lora import LCM
+from lcm_lightning.models.condition import Condition
+from lcm_lightning.models.identity import encoder_key, model_digest
+from lcm_lightning.models.sampling import DDIM, sample
+from lcm_lightning.models.stable_diffusion import StableDiffusionXL, load_stable_diffusion
+
+PROMPTS = ["a dog on a beach", "two children"]
+SEEDS = [3, 4]
+EQUAL = 1e-5  # both sides do the same operations in float32, but for the order of a batch
+
+
+@pytest.fixture
+def sdxl(sdxl_folder: Path) -> StableDiffusionXL:
+    """A fresh float32 model of `sdxl_folder`."""
+    model = load_stable_diffusion(str(sdxl_folder))
+    assert isinstance(model, StableDiffusionXL)
+    return model
+
+
+@pytest.fixture(scope="module")
+def pipeline(sdxl_folder: Path) -> StableDiffusionXLPipeline:
+    """What diffusers makes of `sdxl_folder`."""
+    loaded = StableDiffusionXLPipeline.from_pretrained(sdxl_folder, add_watermarker=False)
+    loaded.set_progress_bar_config(disable=True)
+    return loaded
+
+
+def changed(folder: Path, to: Path, file: str, **values: object) -> Path:
+    """A copy of a model's folder with other values in one of its configs."""
+    shutil.copytree(folder, to)
+    (to / file).write_text(json.dumps(json.loads((to / file).read_text()) | values))
+    return to
+
+
+def drawn(model: StableDiffusionXL, **options: object) -> Tensor:
+    settings = {"seeds": SEEDS, "steps": 4, "guidance_scale": 1.0, "sampler": LCM, "resolution": 32}
+    return sample(model, PROMPTS, **(settings | options))
+
+
+# ---- conditions ----------------------------------------------------------------------------------------------------
+
+
+def test_captions_are_embedded_as_diffusers_does(sdxl, pipeline):
+    condition = sdxl.encode_text(PROMPTS)
+    text, _, pooled, _ = pipeline.encode_prompt(PROMPTS, do_classifier_free_guidance=False)
+    torch.testing.assert_close(condition.text, text, atol=EQUAL, rtol=0)
+    torch.testing.assert_close(condition.pooled, pooled, atol=EQUAL, rtol=0)
+    assert condition.text.shape == (2, 16, 80) and condition.pooled.shape == (2, 40) and condition.time_ids is None
+    assert not torch.equal(condition.text[0], condition.text[1])
+
+
+@pytest.mark.parametrize("force_zeros", [True, False])
+def test_an_empty_caption_is_what_guidance_takes_for_none(force_zeros: bool, tmp_path: Path):
+    pipeline = build_tiny_sdxl(force_zeros=force_zeros)
+    pipeline.save_pretrained(tmp_path)
+    found = load_stable_diffusion(str(tmp_path)).encode_text(["", "a dog"])
+    text, no_text, pooled, no_pooled = pipeline.encode_prompt("a dog")
+    torch.testing.assert_close(found.text, torch.cat([no_text, text]), atol=EQUAL, rtol=0)
+    torch.testing.assert_close(found.pooled, torch.cat([no_pooled, pooled]), atol=EQUAL, rtol=0)
+    assert bool(found.text[0].any()) is not force_zeros
+
+
+def test_the_network_predicts_what_diffusers_does_of_photos_of_any_size(sdxl, pipeline):
+    generator = torch.Generator().manual_seed(0)
+    x_t, timesteps = torch.randn(2, 4, 8, 8, generator=generator), torch.tensor([17, 900])
+    sizes = [[333, 500, 0, 84, 32, 32], [3024, 4032, 12, 0, 32, 32]]
+    time_ids = torch.tensor(sizes, dtype=torch.float32)
+    condition = sdxl.encode_text(PROMPTS).with_sizes(time_ids)
+    with torch.no_grad():
+        expected = pipeline.unet(
+            x_t,
+            timesteps,
+            encoder_hidden_states=condition.text,
+            added_cond_kwargs={"text_embeds": condition.pooled, "time_ids": time_ids},
+        ).sample
+        found = sdxl.denoise(x_t, timesteps, condition)
+        whole = sdxl.denoise(x_t, timesteps, condition.with_sizes(None))
+        of_32_px = sdxl.denoise(x_t, timesteps, condition.with_sizes(torch.tensor([[32.0, 32, 0, 0, 32, 32]] * 2)))
+    torch.testing.assert_close(found, expected, atol=EQUAL, rtol=0)
+    assert torch.equal(whole, of_32_px) and (whole - found).abs().max() > 100 * EQUAL
+
+
+def test_sizes_are_not_rounded_to_the_type_of_embeddings():
+    condition = Condition(torch.ones(1, 2, 3), torch.ones(1, 2), torch.tensor([[333.0, 499, 1, 2, 3, 4]]))
+    found = condition.to(dtype=torch.bfloat16)
+    assert found.text.dtype == found.pooled.dtype == torch.bfloat16
+    assert torch.equal(found.time_ids, condition.time_ids) and found.time_ids.dtype == torch.float32
+
+
+# ---- drawing -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("sampler", "scheduler", "guidance_scale", "negative_prompt"),
+    [
+        (LCM, LCMScheduler, 1.0, None),
+        (LCM, LCMScheduler, 2.0, None),
+        (DDIM, DDIMScheduler, 7.5, None),
+        (DDIM, DDIMScheduler, 7.5, "blurred"),
+    ],
+)
+def test_pictures_are_those_of_diffusers(sdxl, pipeline, sampler, scheduler, guidance_scale, negative_prompt):
+    pipeline.scheduler = scheduler.from_config(pipeline.scheduler.config)
+    expected = pipeline(
+        PROMPTS,
+        negative_prompt=negative_prompt and [negative_prompt] * 2,
+        height=32,
+        width=32,
+        num_inference_steps=4,
+        guidance_scale=guidance_scale,
+        generator=[torch.Generator().manual_seed(seed) for seed in SEEDS],
+        output_type="pt",
+    ).images
+    found = drawn(sdxl, sampler=sampler, guidance_scale=guidance_scale, negative_prompt=negative_prompt or "")
+    torch.testing.assert_close(found, expected, atol=EQUAL, rtol=0)
+    assert not torch.allclose(found[0], found[1], atol=100 * EQUAL)
+
+
+def test_encoders_that_are_read_on_first_use_draw_the_same(sdxl, sdxl_folder: Path):
+    deferred = load_stable_diffusion(str(sdxl_folder), defer_encoders=True)
+    assert deferred.text_encoder is deferred.text_encoder_2 is deferred.vae is None
+    assert encoder_key(deferred) == encoder_key(sdxl)
+    assert torch.equal(drawn(deferred), drawn(sdxl))
+
+
+def test_a_vae_that_overflows_in_half_precision_computes_in_single(sdxl_folder: Path, tmp_path: Path, caplog):
+    """As diffusers decodes by `force_upcast`; the VAE without it, as madebyollin/sdxl-vae-fp16-fix, stays in half."""
+    with caplog.at_level(logging.WARNING):
+        model = load_stable_diffusion(str(sdxl_folder), dtype=torch.float16)
+    assert "its VAE overflows in float16 and computes in float32" in caplog.text
+    assert model.vae.dtype == model.vae_dtype == torch.float32 and model.unet.dtype == torch.float16
+    latents = torch.randn(1, 4, 8, 8)
+    whole = load_stable_diffusion(str(sdxl_folder))
+    assert torch.equal(model.decode_latents(latents), whole.decode_latents(latents))
+    pixels = torch.rand(1, 3, 32, 32)
+    assert torch.equal(model.posterior(pixels)[0], whole.posterior(pixels)[0])
+    assert load_stable_diffusion(str(sdxl_folder), dtype=torch.bfloat16).vae.dtype == torch.bfloat16
+
+    fixed = changed(sdxl_folder, tmp_path / "fixed", "vae/config.json", force_upcast=False)
+    caplog.clear()
+    assert load_stable_diffusion(str(fixed), dtype=torch.float16).vae.dtype == torch.float16 and not caplog.text
+
+
+# ---- what is refused -----------------------------------------------------------------------------------------------
+
+INDEX, UNET, SCHEDULE = "model_index.json", "unet/config.json", "scheduler/scheduler_config.json"
+
+
+@pytest.mark.parametrize(
+    ("file", "values", "expected"),
+    [
+        (
+            INDEX,
+            {"_class_name": "StableDiffusionXLImg2ImgPipeline", "requires_aesthetics_score": True},
+            r"is SDXL's refiner.* give that, such as stabilityai/stable-diffusion-xl-base-1\.0",
+        ),
+        (
+            UNET,
+            {"projection_class_embeddings_input_dim": 80},
+            r"=80: expected projection_dim of .* 40 \+ 6 x 8; .*base",
+        ),
+        (INDEX, {"_class_name": "StableDiffusionXLInpaintPipeline"}, r"is a StableDiffusionXLInpaintPipeline; only "),
+        (INDEX, {"_class_name": "StableDiffusionPipeline"}, r"addition_embed_type=text_time: a condition beside"),
+        (
+            SCHEDULE,
+            {"timestep_spacing": "trailing"},
+            r"timestep_spacing=trailing is of models distilled already .*Turbo",
+        ),
+        (UNET, {"addition_embed_type": None}, r"addition_embed_type=None: .*with two text encoders text_time"),
+        (UNET, {"cross_attention_dim": 32}, r"cross_attention_dim=32, .*hidden_size=32 \+ 48; take"),
+        (UNET, {"in_channels": 9}, r"9 channels in and 4 out"),
+        ("vae/config.json", {"latents_mean": [0, 0, 0, 0]}, r"latents_mean=.*expected null"),
+    ],
+)
+def test_what_cannot_be_taught_is_refused_in_a_sentence(sdxl_folder: Path, tmp_path: Path, file, values, expected):
+    folder = changed(sdxl_folder, tmp_path / "model", file, **values)
+    with pytest.raises(UserError, match=expected) as raised:
+        load_stable_diffusion(str(folder))
+    assert str(raised.value).startswith("model.path=") and "\n" not in str(raised.value)
+
+
+def test_zero_terminal_snr_is_no_sign_of_turbo(sdxl_folder: Path, tmp_path: Path):
+    values = {"timestep_spacing": "trailing", "rescale_betas_zero_snr": True, "prediction_type": "v_prediction"}
+    assert load_stable_diffusion(str(changed(sdxl_folder, tmp_path / "v", SCHEDULE, **values)))
+
+
+def test_each_part_changes_what_a_model_and_its_caches_are_known_by(sdxl, sdxl_folder: Path, tmp_path: Path):
+    def second_text_encoder(model: StableDiffusionXL) -> None:
+        model.text_encoder_2.get_input_embeddings().weight.data[0] += 1
+
+    other = load_stable_diffusion(str(sdxl_folder))
+    assert model_digest(other) == model_digest(sdxl)
+    second_text_encoder(other)
+    assert model_digest(other) != model_digest(sdxl)
+    changes: list[Callable[[StableDiffusionXLPipeline], object]] = [
+        lambda pipeline: second_text_encoder(pipeline),
+        lambda pipeline: pipeline.register_to_config(force_zeros_for_empty_prompt=False),
+    ]
+    own = encoder_key(sdxl)
+    for number, change in enumerate(changes):
+        pipeline = build_tiny_sdxl()
+        change(pipeline)
+        pipeline.save_pretrained(tmp_path / str(number))
+        key = encoder_key(load_stable_diffusion(str(tmp_path / str(number)), defer_encoders=True))
+        assert {name for name in own if own[name] != key[name]} == {"text_encoder"}
+    sdxl.tokenizer_2.model_max_length -= 1
+    assert encoder_key(sdxl)["tokenizer"] != own["tokenizer"]
