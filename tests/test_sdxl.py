@@ -2,24 +2,41 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import logging
 import shutil
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 from diffusers import DDIMScheduler, LCMScheduler, StableDiffusionXLPipeline
 from torch import Tensor
 
+from helpers.adapters import random_batch, randomise
 from helpers.pipelines import build_tiny_sdxl
+from lcm_lightning.diffusion.consistency import ConsistencyDistillation
+from lcm_lightning.diffusion.distribution_matching import DistributionMatching
+from lcm_lightning.diffusion.trajectory import TrajectoryDistillation
 from lcm_lightning.errors import UserError
-from lcm_lightning.methods.lcm_lora import LCM
+from lcm_lightning.methods.dmd2_lora import Dmd2LoraDistillation
+from lcm_lightning.methods.kd_lora import KdLoraDistillation
+from lcm_lightning.methods.lcm import LcmDistillation
+from lcm_lightning.methods.lcm_lora import LCM, LcmLoraDistillation
+from lcm_lightning.methods.lora import LoraFinetuning
+from lcm_lightning.methods.pcm_lora import PcmLoraDistillation
+from lcm_lightning.methods.tcd_lora import TcdLoraDistillation
+from lcm_lightning.models.adapters import LoraSettings
 from lcm_lightning.models.condition import Condition
+from lcm_lightning.models.discriminator import encoder_features
 from lcm_lightning.models.identity import encoder_key, model_digest
 from lcm_lightning.models.sampling import DDIM, sample
 from lcm_lightning.models.stable_diffusion import StableDiffusionXL, load_stable_diffusion
+from lcm_lightning.models.variants import save_pipeline
 
 PROMPTS = ["a dog on a beach", "two children"]
 SEEDS = [3, 4]
@@ -222,3 +239,90 @@ def test_each_part_changes_what_a_model_and_its_caches_are_known_by(sdxl, sdxl_f
         assert {name for name in own if own[name] != key[name]} == {"text_encoder"}
     sdxl.tokenizer_2.model_max_length -= 1
     assert encoder_key(sdxl)["tokenizer"] != own["tokenizer"]
+
+
+# ---- training ------------------------------------------------------------------------------------------------------
+
+ADAPTER = {"lora": LoraSettings(rank=4, alpha=4), "optimizer": torch.optim.SGD}
+METHODS: dict[str, Callable[..., Any]] = {
+    "lora": partial(LoraFinetuning, **ADAPTER),
+    "lcm_lora": partial(LcmLoraDistillation, distillation=ConsistencyDistillation(), **ADAPTER),
+    "tcd_lora": partial(TcdLoraDistillation, distillation=TrajectoryDistillation(), **ADAPTER),
+    "pcm_lora": partial(
+        PcmLoraDistillation,
+        distillation=TrajectoryDistillation(num_ode_steps=40),
+        adversarial_weight=0.1,
+        **ADAPTER,
+    ),
+    "dmd2_lora": partial(
+        Dmd2LoraDistillation, distillation=DistributionMatching(), adversarial_weight=0.1, critic_steps=1, **ADAPTER
+    ),
+    "lcm": partial(
+        LcmDistillation, distillation=ConsistencyDistillation(), guidance_dimension=16, optimizer=torch.optim.SGD
+    ),
+}
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_every_method_trains_on_captions_and_sizes(sdxl_folder: Path, name: str):
+    """Sizes change what each part of a step makes of the same photo, and gradients reach all that trains."""
+    module = METHODS[name](load_stable_diffusion(str(sdxl_folder)))
+    module.log = lambda *_, **__: None
+    module._trainer = SimpleNamespace(global_step=0, strategy=None)
+    randomise(module, seed=7)
+    small, large = ([[side, side, 0, 0, 32, 32]] * 2 for side in (40, 900))
+    found: dict[str, list[float]] = {}
+    for turn, adapter in enumerate(reversed(module.adapters)):  # the critic before the generator
+        module._trainer.global_step = turn
+        for sizes in (small, large):
+            module.zero_grad()
+            loss = module.training_step(random_batch(1, 2) | {"time_ids": torch.tensor(sizes, dtype=torch.float32)}, 0)
+            loss.backward()
+            found.setdefault(adapter, []).append(loss.item())
+            trained = [parameter.grad for parameter in module.trained_by(adapter)]
+            assert all(gradient is not None and gradient.isfinite().all() for gradient in trained)
+            assert any(gradient.any() for gradient in trained)
+    assert all(small != large for small, large in found.values())
+
+
+def test_the_discriminator_sees_what_diffusers_unet_makes_of_an_image(sdxl, pipeline):
+    generator = torch.Generator().manual_seed(0)
+    x_t, timesteps = torch.randn(2, 4, 8, 8, generator=generator), torch.tensor([17, 900])
+    time_ids = torch.tensor([[333.0, 500, 0, 84, 32, 32]] * 2)
+    condition = sdxl.encode_text(PROMPTS).with_sizes(time_ids)
+    seen, unet = [], copy.deepcopy(pipeline.unet)
+    for block in (*unet.down_blocks, unet.mid_block):
+        block.register_forward_hook(lambda _, __, out: seen.append(out[0] if isinstance(out, tuple) else out))
+    with torch.no_grad():
+        told = {"text_embeds": condition.pooled, "time_ids": time_ids}
+        unet(x_t, timesteps, encoder_hidden_states=condition.text, added_cond_kwargs=told)
+        found = encoder_features(sdxl, x_t, timesteps, condition)
+    assert len(found) == len(seen) == 3
+    for ours, theirs in zip(found, seen, strict=True):
+        torch.testing.assert_close(ours, theirs, atol=EQUAL, rtol=0)
+
+
+def test_a_full_lcm_is_a_pipeline_for_diffusers_and_teaches_a_lora(sdxl_folder: Path, tmp_path: Path):
+    module = METHODS["lcm"](load_stable_diffusion(str(sdxl_folder)))
+    kind, target = module.kind, module.model.variants[module.kind.name]
+    with torch.no_grad():  # a new one does not hear what it is told
+        target.time_embedding.cond_proj.weight.normal_(0, 0.5, generator=torch.Generator().manual_seed(1))
+    save_pipeline(module.model, kind.name, kind.sampler, tmp_path)
+    pipeline = StableDiffusionXLPipeline.from_pretrained(tmp_path, add_watermarker=False)
+    generators = [torch.Generator().manual_seed(seed) for seed in SEEDS]
+    shape = {"height": 32, "width": 32, "generator": generators, "output_type": "pt"}
+    expected = pipeline(PROMPTS, num_inference_steps=4, guidance_scale=kind.guidance_scale, **shape).images
+    model = load_stable_diffusion(str(tmp_path))
+    found = drawn(model, sampler=kind.sampler, guidance_scale=kind.guidance_scale)
+    torch.testing.assert_close(found, expected, atol=EQUAL, rtol=0)
+    assert not torch.allclose(found, drawn(model, sampler=kind.sampler, guidance_scale=14.0), atol=100 * EQUAL)
+
+    student = KdLoraDistillation(
+        load_stable_diffusion(str(sdxl_folder)),
+        teacher_lcm=str(tmp_path),
+        distillation=ConsistencyDistillation(),
+        **ADAPTER,
+    )
+    student.log, student._trainer = lambda *_, **__: None, SimpleNamespace(global_step=0, strategy=None)
+    student.training_step(random_batch(1, 2), 0).backward()
+    assert any(parameter.grad.any() for parameter in student.adapter_parameters())

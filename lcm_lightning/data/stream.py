@@ -17,7 +17,14 @@ import webdataset as wds
 from PIL import Image
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
-from lcm_lightning.data.images import ImageFault, crop_square, decode_image, normalise, resize_shorter_side
+from lcm_lightning.data.images import (
+    ImageFault,
+    crop_square,
+    decode_image,
+    normalise,
+    resize_shorter_side,
+    time_ids,
+)
 from lcm_lightning.data.plan import (
     PlannedBatch,
     StreamPlan,
@@ -51,12 +58,13 @@ class Fault:
 
 @dataclass(frozen=True)
 class Example:
-    """One training example: pixels float32 [3, R, R] in [-1, 1], its caption, key and seed."""
+    """One training example: pixels float32 [3, R, R] in [-1, 1], its caption, key and seed, and its `time_ids`."""
 
     pixel_values: np.ndarray
     caption: str
     key: str
     seed: int
+    time_ids: tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -80,11 +88,13 @@ class Augmentation:
         choice, dropout, flip, u, v = augmentation_draws(seed)
         if not self.random:
             choice, u, v = 0.0, 0.5, 0.5
-        image = crop_square(resize_shorter_side(image, self.resolution), self.resolution, u, v)
-        if flip < self.flip_probability:
-            image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+        resized, mirrored = resize_shorter_side(image, self.resolution), bool(flip < self.flip_probability)
+        crop = crop_square(resized, self.resolution, u, v)
+        sizes = time_ids(image.size, resized.size, crop.size, u, v, mirrored=mirrored)
+        if mirrored:
+            crop = crop.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
         caption = "" if dropout < self.caption_dropout else captions[int(choice * len(captions))]
-        return Example(normalise(image), caption, key, seed)
+        return Example(normalise(crop), caption, key, seed, sizes)
 
 
 def augmentation_draws(seed: int) -> np.ndarray:
@@ -154,7 +164,8 @@ def collate(valid: Sequence[Example], weight: float, batch_size: int, resolution
 
     With no example at all the filling is a grey image without caption.
     """
-    grey = Example(np.zeros((3, resolution, resolution), dtype=np.float32), "", "", 0)
+    sizes = (resolution, resolution, 0, 0, resolution, resolution)
+    grey = Example(np.zeros((3, resolution, resolution), dtype=np.float32), "", "", 0, sizes)
     source = list(valid) or [grey]
     rows = [source[index % len(source)] for index in range(batch_size)]
     return {
@@ -162,6 +173,7 @@ def collate(valid: Sequence[Example], weight: float, batch_size: int, resolution
         "captions": [row.caption for row in rows],
         "keys": [row.key for row in rows],
         "seed": torch.tensor([row.seed for row in rows], dtype=torch.int64),
+        "time_ids": torch.tensor([row.time_ids for row in rows], dtype=torch.float32),
         "weight": torch.tensor([weight] * len(valid) + [0.0] * (batch_size - len(valid))),
     }
 
