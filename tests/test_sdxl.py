@@ -18,6 +18,7 @@ from diffusers import DDIMScheduler, LCMScheduler, StableDiffusionXLPipeline
 from torch import Tensor
 
 from helpers.adapters import random_batch, randomise
+from helpers.photos import cached_latents, small_batches
 from helpers.pipelines import build_tiny_sdxl
 from lcm_lightning.diffusion.consistency import ConsistencyDistillation
 from lcm_lightning.diffusion.distribution_matching import DistributionMatching
@@ -326,3 +327,19 @@ def test_a_full_lcm_is_a_pipeline_for_diffusers_and_teaches_a_lora(sdxl_folder: 
     student.log, student._trainer = lambda *_, **__: None, SimpleNamespace(global_step=0, strategy=None)
     student.training_step(random_batch(1, 2), 0).backward()
     assert any(parameter.grad.any() for parameter in student.adapter_parameters())
+
+
+def test_a_cache_holds_both_embeddings_and_the_sizes_of_photos(sdxl, sdxl_folder: Path, flickr_shards: Path, tmp_path):
+    latents = cached_latents(flickr_shards, sdxl_folder, tmp_path / "latents")
+    (images,), (cached,) = (small_batches(source).val_dataloader() for source in (flickr_shards, latents))
+    assert cached["keys"] == images["keys"] and cached["captions"] == images["captions"]
+    assert torch.equal(cached["time_ids"], images["time_ids"])
+    assert images["time_ids"].tolist() == [[40, 48, 0, 3, 32, 32]] * 4
+    expected = sdxl.encode_text(images["captions"])
+    torch.testing.assert_close(cached["text"].float(), expected.text, atol=1e-3, rtol=1e-3)
+    torch.testing.assert_close(cached["pooled"].float(), expected.pooled, atol=1e-3, rtol=1e-3)
+    module = METHODS["lora"](sdxl)
+    from_images, from_cache = (module._batch_losses(batch, "finetuned") for batch in (images, cached))
+    torch.testing.assert_close(from_cache, from_images, rtol=1e-2, atol=0)
+    shuffled = small_batches(latents).train_dataloader()
+    assert all(batch["time_ids"].shape == (4, 6) for batch in shuffled)
