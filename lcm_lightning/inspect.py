@@ -15,10 +15,10 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 from torch import nn
-from transformers import CLIPTextConfig, CLIPTextModel
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 from lcm_lightning.errors import UserError, first_line, program, report_user_errors, short
-from lcm_lightning.models.architectures import SD15_TEXT, SD15_UNET
+from lcm_lightning.models.architectures import SD15_TEXT, SD15_UNET, SDXL_TEXT_2, SDXL_UNET
 from lcm_lightning.models.lora_files import (
     BASE_MODELS,
     LORA_FILE,
@@ -34,6 +34,7 @@ from lcm_lightning.models.pipeline_files import (
     locate_pipeline,
     read_scheduler_config,
     read_tokenizer,
+    text_encoders,
 )
 from lcm_lightning.runs.contents import MANIFEST, exported, read_manifest
 
@@ -46,7 +47,11 @@ SD2_TEXT = {
     "num_hidden_layers": 23,
     "num_attention_heads": 16,
 }
-ARCHITECTURES = {"Stable Diffusion 1": (SD15_UNET, SD15_TEXT), "Stable Diffusion 2": (SD2_UNET, SD2_TEXT)}
+ARCHITECTURES: dict[str, tuple[dict[str, Any], ...]] = {
+    "Stable Diffusion 1": (SD15_UNET, SD15_TEXT),
+    "Stable Diffusion 2": (SD2_UNET, SD2_TEXT),
+    "SDXL": (SDXL_UNET, SD15_TEXT, SDXL_TEXT_2),
+}
 
 
 @report_user_errors
@@ -127,8 +132,6 @@ def scale_rows(file: LoraFile) -> list[tuple[str, str]]:
 
 def fitting(file: LoraFile, networks: Mapping[str, nn.Module] | None, said: str) -> tuple[str, str]:
     """Keys that no layer takes, of `networks` or of the base model that the file tells; or why it does not fit."""
-    if file.base_model == "SDXL":
-        return "unused", "all, as LoRAs for SDXL are not read"
     known = networks or networks_like(file.base_model)
     if known is None:
         return "unused", f"{listed(list(file.unused))}; --model FOLDER compares with a model's layers"
@@ -148,22 +151,26 @@ def listed(texts: list[str]) -> str:
 
 
 def networks_like(base_model: str | None) -> dict[str, nn.Module] | None:
-    """UNet and text encoder of a base model, without memory behind their weights."""
+    """UNet and text encoders of a base model, without memory behind their weights."""
     return None if base_model not in ARCHITECTURES else build(*ARCHITECTURES[base_model])
 
 
 def networks_of(folder: Path) -> dict[str, nn.Module]:
-    """UNet and text encoder of the model in `folder`, without memory behind their weights."""
-    unet, text = (read_json(folder / name / "config.json") for name in ("unet", "text_encoder"))
-    return build(unet, text)
+    """UNet and text encoders of the model in `folder`, without memory behind their weights."""
+    second = ["text_encoder_2"] * (folder / "text_encoder_2").is_dir()
+    return build(*(read_json(folder / name / "config.json") for name in ("unet", "text_encoder", *second)))
 
 
-def build(unet: Mapping[str, Any], text: Mapping[str, Any]) -> dict[str, nn.Module]:
-    """Both networks by their configs."""
+def build(unet: Mapping[str, Any], *texts: Mapping[str, Any]) -> dict[str, nn.Module]:
+    """The networks by their configs."""
+    classes = {"text_encoder": CLIPTextModel, "text_encoder_2": CLIPTextModelWithProjection}
     try:
         with torch.device("meta"):
-            text_encoder = CLIPTextModel(CLIPTextConfig(**text))
-            return {"unet": UNet2DConditionModel.from_config(dict(unet)), "text_encoder": text_encoder}
+            encoders = {
+                name: encoder(CLIPTextConfig(**text))
+                for (name, encoder), text in zip(classes.items(), texts, strict=False)
+            }
+            return {"unet": UNet2DConditionModel.from_config(dict(unet)), **encoders}
     except Exception as error:  # whatever such a value does where it is first used
         raise UserError(f"--model: its configs are of no Stable Diffusion ({first_line(error)[:100]})") from error
 
@@ -186,7 +193,8 @@ def model_rows(folder: Path) -> list[tuple[str, str]]:
     try:
         check_networks(locate_pipeline(str(folder), None))
         read_scheduler_config(folder)
-        read_tokenizer(folder)
+        for name in text_encoders(folder):
+            read_tokenizer(folder, name.replace("text_encoder", "tokenizer"))
     except UserError as error:
         rows.append(("refused", str(error)))
     return rows

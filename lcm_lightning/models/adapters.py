@@ -20,7 +20,7 @@ from torch.distributed.tensor import DTensor
 from lcm_lightning.errors import UserError, short
 from lcm_lightning.models.dropout import SampleDropout
 from lcm_lightning.models.latent_diffusion import LatentDiffusionModel
-from lcm_lightning.models.lora_files import LayerUpdate, adaptable_layers, fit, locate_lora, read_lora
+from lcm_lightning.models.lora_files import LayerUpdate, adaptable_layers, fit, kohya_name, locate_lora, read_lora
 from lcm_lightning.models.lora_layers import FUSED_LAYERS
 from lcm_lightning.models.sampling import DDIM, make_scheduler
 from lcm_lightning.models.stable_diffusion import StableDiffusion
@@ -304,12 +304,15 @@ def lora_state_dict(unet: UNet2DConditionModel, name: str) -> dict[str, Tensor]:
     return tensors
 
 
-def kohya_state_dict(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
-    """A `lora_state_dict` under the keys of kohya's scripts, which ComfyUI and A1111 read, with alpha spelled out."""
+def kohya_state_dict(state_dict: dict[str, Tensor], unet: UNet2DConditionModel) -> dict[str, Tensor]:
+    """A `lora_state_dict` of `unet` under the keys of kohya's scripts, which ComfyUI and A1111 read.
+
+    Alpha is spelled out.
+    """
     tensors = {}
     for key, tensor in state_dict.items():
         layer, side, _ = key.removeprefix("unet.").rsplit(".", 2)
-        prefix = "lora_unet_" + layer.replace(".", "_")
+        prefix = "lora_unet_" + kohya_name(layer, unet.config).replace(".", "_")
         tensors[f"{prefix}.{'lora_down' if side == 'lora_A' else 'lora_up'}.weight"] = tensor
         if side == "lora_A":
             tensors[f"{prefix}.alpha"] = torch.tensor(float(tensor.shape[0]))
