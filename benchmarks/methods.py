@@ -9,7 +9,6 @@ import json
 import os
 import subprocess
 import sys
-import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -114,7 +113,6 @@ def train(training: Training, common: Sequence[str]) -> None:
     print(f"{training.name}: {training.steps} steps", flush=True)
     training.folder.mkdir(parents=True, exist_ok=True)
     log = training.folder / "output.log"
-    started = time.monotonic()
     with log.open("w") as output:
         process = subprocess.Popen(
             [sys.executable, str(ROOT / "train.py"), *settings],
@@ -129,7 +127,6 @@ def train(training: Training, common: Sequence[str]) -> None:
     cost = {
         "overrides": settings,
         "steps": training.steps,
-        "seconds": time.monotonic() - started,
         "processor_seconds": usage.ru_utime + usage.ru_stime,
         "peak_memory_mb": usage.ru_maxrss / 1024,
     }
@@ -165,6 +162,8 @@ def evaluate(trainings: Sequence[Training], cfg: DictConfig) -> dict[str, Any]:
         f"evaluation.lineup.student_steps={list(cfg.student_steps)}".replace(" ", ""),
         "logger=csv",
         "accelerator=cpu",
+        f"devices={cfg.jobs}",
+        "evaluation.latency_repeats=1",  # how fast each draws is not asked here
         f"run_dir={folder}",
     ]
     subprocess.run([sys.executable, str(ROOT / "evaluate.py"), *options], check=True)

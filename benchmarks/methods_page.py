@@ -15,6 +15,7 @@ from PIL import Image
 from benchmarks.report import BEGIN, END, replace_figures
 
 SHOWN = 6  # pictures of each in the grid
+SHOWN_STEPS = (1, 4)
 METRICS = {  # of a row: heading, digits
     "fid": ("FID", 1),
     "cmmd": ("CMMD", 3),
@@ -114,29 +115,29 @@ def plot(rows: Rows) -> Figure:
 def _draw(axes: Axes, rows: Rows, metric: str) -> None:
     students = [row for row in rows if row["seed"] is not None]
     for name in dict.fromkeys(row["method"] for row in students):
-        places: dict[int, list[float]] = {}
-        for row in students:
-            if row["method"] == name:
-                places.setdefault(row["steps"], []).append(row[metric]["value"])
-        steps = sorted(places)
-        means = [mean(places[step]) for step in steps]
-        spans = [[m - min(places[s]) for s, m in zip(steps, means, strict=True)]]
-        spans.append([max(places[s]) - m for s, m in zip(steps, means, strict=True)])
-        axes.errorbar(steps, means, spans, marker="o", capsize=3, label=name)
+        entries = sorted(by_method([row for row in students if row["method"] == name]), key=lambda e: e[0]["steps"])
+        values = [[row[metric]["value"] for row in entry] for entry in entries]
+        means = [mean(of_seeds) for of_seeds in values]
+        spans = [
+            [middle - min(of_seeds) for middle, of_seeds in zip(means, values, strict=True)],
+            [max(of_seeds) - middle for middle, of_seeds in zip(means, values, strict=True)],
+        ]
+        axes.errorbar([e[0]["steps"] for e in entries], means, spans, marker="o", capsize=3, label=name)
     for row in rows:
         if row["seed"] is None and row["steps"] >= 50:
             axes.axhline(row[metric]["value"], color="black", linestyle=":", label=row["method"])
     axes.set_xscale("log", base=2)
     if metric == "fid":
         axes.set_yscale("log")
-    axes.set_xticks(sorted({row["steps"] for row in students}), sorted({row["steps"] for row in students}))
+    ticks = sorted({row["steps"] for row in students})
+    axes.set_xticks(ticks, ticks)
     axes.set(xlabel="steps", title=METRICS[metric][0])
 
 
 def grid(rows: Rows, evaluation: Path) -> Figure:
-    """The same prompts and noise by the first seed of everyone, a row for each."""
+    """The same prompts and noise by the teacher and the first seed of everyone in `SHOWN_STEPS`, a row for each."""
     first = min(row["seed"] for row in rows if row["seed"] is not None)
-    shown = [row for row in rows if row["seed"] in (None, first)]
+    shown = [row for row in rows if row["seed"] is None or (row["seed"] == first and row["steps"] in SHOWN_STEPS)]
     figure = Figure(figsize=(2.6 + SHOWN, 1.02 * len(shown)), layout="constrained")
     for line, row in zip(figure.subplots(len(shown), SHOWN, squeeze=False), shown, strict=True):
         for number, axes in enumerate(line):

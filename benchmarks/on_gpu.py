@@ -31,6 +31,7 @@ from lcm_lightning.output.files import write_atomic
 
 ROOT = Path(__file__).parent.parent
 RESERVE = 8.0  # seconds kept for ending: the last files, and what was killed
+NEEDED = ("machine", "inputs")  # parts without which most cannot be measured
 WARM_UP = 4  # optimizer steps before those that are measured: cuDNN tries its algorithms
 
 
@@ -167,7 +168,7 @@ class Part:
     least: float
     most: float
     measure: Callable[[Session, dict[str, Any]], None]
-    needs: tuple[str, ...] = ("machine", "inputs")
+    needs: tuple[str, ...] = NEEDED
 
 
 def allotted(part: Part, left: float, patience: float = 1.0) -> float | None:
@@ -344,14 +345,16 @@ def differing_bits(first: Path, second: Path) -> int:
 def parts_of(setup: Setup) -> tuple[Part, ...]:
     """All parts, the most valuable first; what takes long to compile, and second turns, last."""
     shape = f"{setup.resolution} px, batch"
+    one, many = setup.drawn
 
     def training(batch_size: int, turn: int) -> Part:
         name = f"training_{batch_size}" + (f"_turn_{turn}" if turn > 1 else "")
-        return Part(name, f"Training step, {shape} {batch_size}", 40, 120, partial(measure_training, batch_size))
+        title = f"Training step, {shape} {batch_size}" + (f", turn {turn}" if turn > 1 else "")
+        return Part(name, title, 40, 120, partial(measure_training, batch_size))
 
-    def drawing(name: str, batch_sizes: tuple[int, ...], compiled: bool, most: float) -> Part:
+    def drawing(name: str, batch_sizes: tuple[int, ...], compiled: bool, most: float, *needs: str) -> Part:
         title = f"Drawing, model.compile={str(compiled).lower()}, {shape} {' and '.join(map(str, batch_sizes))}"
-        return Part(name, title, 30, most, partial(measure_drawing, batch_sizes, compiled))
+        return Part(name, title, 30, most, partial(measure_drawing, batch_sizes, compiled), NEEDED + needs)
 
     def resume(name: str, title: str, *settings: str) -> Part:
         return Part(name, title, 40, 120, partial(measure_resume, settings))
@@ -365,7 +368,8 @@ def parts_of(setup: Setup) -> tuple[Part, ...]:
         # A part of its own for each `cache=` that there is: cache=teacher belongs here.
         Part("cached_latents", "Training from cached latents", 40, 100, partial(measure_cache, "latents")),
         resume("resume", "Resume, settings as they are"),
-        *(drawing(f"drawing_compiled_{batch}", (batch,), True, 150) for batch in setup.drawn),
+        drawing(f"drawing_compiled_{one}", (one,), True, 150),
+        drawing(f"drawing_compiled_{many}", (many,), True, 150, f"drawing_compiled_{one}"),  # else it would fail alike
         resume(
             "resume_deterministic", "Resume, deterministic", "trainer.deterministic=true", "trainer.benchmark=false"
         ),

@@ -44,7 +44,7 @@ GENERATE_KEYS: tuple[str, ...] = (
     "init_image",
     "strength",
 )
-GENERATE_KEYS += ("resolution", "seed", "batch_size", "accelerator", "dtype", "output", "preview")
+GENERATE_KEYS += ("resolution", "width", "height", "seed", "batch_size", "accelerator", "dtype", "output", "preview")
 LARGEST = 4  # a phone's photo as it is would take days, and a model draws badly far above its own size
 
 
@@ -118,6 +118,27 @@ def fit_photo(photo: Image.Image, model: LatentDiffusionModel, resolution: int |
     return resized.crop((left, top, left + width, top + height))
 
 
+def check_sides(cfg: DictConfig) -> None:
+    """Raise a `UserError` where `width` and `height` are given beside what says the size too."""
+    for key in ("width", "height"):
+        if cfg[key] is not None and cfg.init_image is not None:
+            raise UserError(
+                f"{key}={cfg[key]}: a picture from init_image has the photo's aspect; give resolution alone"
+            )
+        if cfg[key] is not None and cfg.resolution is not None:
+            raise UserError(f"{key}={cfg[key]}: beside resolution={cfg.resolution}; give width and height alone")
+
+
+def drawn_size(cfg: DictConfig, model: LatentDiffusionModel) -> tuple[int, int]:
+    """Height and width of what is drawn: as given, where not the model's own. Raises `UserError`."""
+    for key in ("resolution", "width", "height"):
+        if cfg[key] is not None:
+            model.check_resolution(cfg[key], key)
+    side = model.default_resolution if cfg.resolution is None else cfg.resolution
+    height, width = (side if cfg[key] is None else cfg[key] for key in ("height", "width"))
+    return height, width
+
+
 def find_sampler(name: str, adapters: Sequence[AdapterKind]) -> Sampler:
     """The sampler called `name`: a solver, that of an adapter at hand, or of a method.
 
@@ -148,6 +169,7 @@ def main(cfg: DictConfig) -> None:
     resolve(cfg, GENERATE_KEYS)
     if cfg.strength is not None and cfg.init_image is None:
         raise UserError(f"strength={cfg.strength}: acts with a photo only; add init_image=photo.jpg")
+    check_sides(cfg)
     photo = None if cfg.init_image is None else read_photo(cfg.init_image)
     # Imported once the configuration is right, and what takes five seconds once the model is there.
     from lcm_lightning.config.instantiate import find_device
@@ -176,8 +198,7 @@ def main(cfg: DictConfig) -> None:
         raise UserError("prompt=[]: expected at least one prompt, such as prompt=cat or 'prompt=[cat,dog]'")
     prompts = [str(prompt) for prompt in wanted for _ in range(cfg.num_images)]
     seeds = list(range(cfg.seed, cfg.seed + cfg.num_images)) * len(wanted)
-    if cfg.resolution is not None:
-        model.check_resolution(cfg.resolution, "resolution")
+    size = drawn_size(cfg, model)
     init_image = None
     if photo is not None:
         pixel_values = torch.from_numpy(normalise(fit_photo(photo, model, cfg.resolution, cfg.init_image)))
@@ -194,7 +215,7 @@ def main(cfg: DictConfig) -> None:
             steps=steps,
             guidance_scale=guidance_scale,
             sampler=sampler,
-            resolution=cfg.resolution if init_image is None else None,
+            resolution=size if init_image is None else None,
             init_image=init_image,
             negative_prompt=cfg.negative_prompt,
             batch_size=cfg.batch_size,

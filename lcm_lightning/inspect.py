@@ -15,10 +15,10 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 from torch import nn
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+from transformers import CLIPTextConfig
 
 from lcm_lightning.errors import UserError, first_line, program, report_user_errors, short
-from lcm_lightning.models.architectures import SD15_TEXT, SD15_UNET, SDXL_TEXT_2, SDXL_UNET
+from lcm_lightning.models.architectures import SD1, SD2, SDXL, Architecture
 from lcm_lightning.models.lora_files import (
     BASE_MODELS,
     LORA_FILE,
@@ -29,29 +29,18 @@ from lcm_lightning.models.lora_files import (
     match_layers,
     read_lora,
 )
-from lcm_lightning.models.pipeline_files import (
-    check_networks,
-    locate_pipeline,
-    read_scheduler_config,
-    read_tokenizer,
-    text_encoders,
+from lcm_lightning.models.pipeline_files import NETWORKS, locate_pipeline, model_path, open_folder
+from lcm_lightning.models.single_file import (
+    PREFIXES,
+    architecture_of,
+    is_checkpoint,
+    open_single_file,
+    predicted,
+    read_header,
 )
 from lcm_lightning.runs.contents import MANIFEST, exported, read_manifest
 
 SHOWN = 10  # exceptions and unused keys
-SD2_UNET = {**SD15_UNET, "cross_attention_dim": 1024, "use_linear_projection": True}
-SD2_TEXT = {
-    **SD15_TEXT,
-    "hidden_size": 1024,
-    "intermediate_size": 4096,
-    "num_hidden_layers": 23,
-    "num_attention_heads": 16,
-}
-ARCHITECTURES: dict[str, tuple[dict[str, Any], ...]] = {
-    "Stable Diffusion 1": (SD15_UNET, SD15_TEXT),
-    "Stable Diffusion 2": (SD2_UNET, SD2_TEXT),
-    "SDXL": (SDXL_UNET, SD15_TEXT, SDXL_TEXT_2),
-}
 
 
 @report_user_errors
@@ -59,7 +48,9 @@ def main() -> None:
     """Entry point."""
     parser = argparse.ArgumentParser(prog=program(), description="Says what a LoRA, a run or a model is.")
     parser.add_argument("place", type=Path, metavar="FILE_OR_FOLDER", help="a .safetensors file, a run or a model")
-    parser.add_argument("--model", type=Path, metavar="FOLDER", help="a model's folder, which the LoRA is to fit")
+    parser.add_argument(
+        "--model", type=Path, metavar="PLACE", help="a model's folder or file, which the LoRA is to fit"
+    )
     arguments = parser.parse_args()
     networks = None if arguments.model is None else networks_of(arguments.model)
     for title, rows in describe(arguments.place, networks):
@@ -93,6 +84,8 @@ def describe(
             yield str(file), [name, ("drawn by", use), *step, *content]
     elif (place / "model_index.json").is_file():
         yield str(place), model_rows(place)
+    elif place.suffix == ".safetensors" and place.is_file() and is_checkpoint(place):
+        yield str(place), checkpoint_rows(place)
     else:
         if place.is_dir() and not any((place / name).is_file() for name in (LORA_FILE, PEFT_FILE)):
             raise UserError(
@@ -152,24 +145,29 @@ def listed(texts: list[str]) -> str:
 
 def networks_like(base_model: str | None) -> dict[str, nn.Module] | None:
     """UNet and text encoders of a base model, without memory behind their weights."""
-    return None if base_model not in ARCHITECTURES else build(*ARCHITECTURES[base_model])
+    known = next((one for one in (SD1, SD2, SDXL) if one.title == base_model), None)
+    return None if known is None else networks_by(known)
 
 
-def networks_of(folder: Path) -> dict[str, nn.Module]:
-    """UNet and text encoders of the model in `folder`, without memory behind their weights."""
-    second = ["text_encoder_2"] * (folder / "text_encoder_2").is_dir()
-    return build(*(read_json(folder / name / "config.json") for name in ("unet", "text_encoder", *second)))
+def networks_of(place: Path) -> dict[str, nn.Module]:
+    """UNet and text encoders of a model's folder or single file, without memory behind their weights."""
+    if place.is_file():
+        return networks_by(architecture_of(read_header(place, f"--model {short(place, 80)}")))
+    names = [name for name in ("text_encoder", "text_encoder_2") if (place / name).is_dir()]
+    unet, *texts = (read_json(place / name / "config.json") for name in ("unet", *names))
+    return build(unet, dict(zip(names, texts, strict=True)))
 
 
-def build(unet: Mapping[str, Any], *texts: Mapping[str, Any]) -> dict[str, nn.Module]:
-    """The networks by their configs."""
-    classes = {"text_encoder": CLIPTextModel, "text_encoder_2": CLIPTextModelWithProjection}
+def networks_by(architecture: Architecture) -> dict[str, nn.Module]:
+    """UNet and text encoders of an architecture."""
+    return build(architecture.unet, architecture.text_encoders)
+
+
+def build(unet: Mapping[str, Any], texts: Mapping[str, Mapping[str, Any]]) -> dict[str, nn.Module]:
+    """The networks by their configs, text encoders by name."""
     try:
         with torch.device("meta"):
-            encoders = {
-                name: encoder(CLIPTextConfig(**text))
-                for (name, encoder), text in zip(classes.items(), texts, strict=False)
-            }
+            encoders = {name: NETWORKS[name][0](CLIPTextConfig(**text)) for name, text in texts.items()}
             return {"unet": UNet2DConditionModel.from_config(dict(unet)), **encoders}
     except Exception as error:  # whatever such a value does where it is first used
         raise UserError(f"--model: its configs are of no Stable Diffusion ({first_line(error)[:100]})") from error
@@ -191,10 +189,29 @@ def model_rows(folder: Path) -> list[tuple[str, str]]:
         ("guidance", "told to the UNet (a full LCM)" if unet.get("time_cond_proj_dim") else "by a second pass"),
     ]
     try:
-        check_networks(locate_pipeline(str(folder), None))
-        read_scheduler_config(folder)
-        for name in text_encoders(folder):
-            read_tokenizer(folder, name.replace("text_encoder", "tokenizer"))
+        open_folder(locate_pipeline(str(folder), None))
+    except UserError as error:
+        rows.append(("refused", str(error)))
+    return rows
+
+
+def checkpoint_rows(path: Path) -> list[tuple[str, str]]:
+    """What a checkpoint in one file holds."""
+    header = read_header(path, model_path(path))
+    width = header.cross_attention_dim
+    rows = [
+        ("layout", "a checkpoint in one file"),
+        ("base model", f"{BASE_MODELS.get(width or 0, 'unknown')}, by cross-attention {said(width)} wide"),
+    ]
+    for network, prefixes in PREFIXES.items():
+        types = Counter(header.types[name] for name in header.of(*prefixes))
+        if network == "text_encoder_2" and not types:  # of SDXL alone; what lacks it is refused below
+            continue
+        held = ", ".join(f"{number} tensors of {kind}" for kind, number in types.most_common())
+        rows.append((network.replace("_", " "), held or "none"))
+    rows.append(("predicts", said(predicted(header) or "not told")))
+    try:
+        open_single_file(path, None, other_vae=False)
     except UserError as error:
         rows.append(("refused", str(error)))
     return rows

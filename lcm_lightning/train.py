@@ -3,21 +3,27 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
 from lcm_lightning.config.checks import resolve
 from lcm_lightning.config.entry import command
+from lcm_lightning.errors import UserError
+
+if TYPE_CHECKING:
+    import torch
 
 GROUPS = ("model", "method", "optimizer", "data", "trainer", "logger", "callbacks")
-TRAIN_KEYS = (*GROUPS, "name", "seed", "max_steps", "val_every", "resume", "run_dir")
+TRAIN_KEYS = (*GROUPS, "name", "seed", "max_steps", "val_every", "optimized_metric", "resume", "run_dir")
 
 
 @command("train")
 def main(cfg: DictConfig) -> float | None:
-    """Compose the run, train, and say where its results are; the last validation loss, for sweepers to minimise."""
+    """Compose the run, train, and say where its results are; returns `optimized_metric`, for sweepers to minimise."""
     resolve(cfg, TRAIN_KEYS)
     # Imported once the configuration is right: Lightning and diffusers take ten seconds.
     import lightning as L
@@ -44,7 +50,8 @@ def main(cfg: DictConfig) -> float | None:
     trainer = instantiate_group(cfg, "trainer", logger=loggers, callbacks=callbacks)
     data.prepare_data()
     module = build_module(cfg, trainer.precision, data.cache)
-    data.resolution = cfg.data.resolution  # where it was null, known with the model
+    # Where they were null, known with the model.
+    data.resolution, data.bucket_step = cfg.data.resolution, cfg.data.bucket_step
     trainer.ckpt_path = checkpoint  # not an argument of fit, which tells callbacks when it is being loaded
     try:
         trainer.fit(module, datamodule=data, weights_only=True)
@@ -56,8 +63,15 @@ def main(cfg: DictConfig) -> float | None:
         sys.exit(128 + stop.number)
     if trainer.is_global_zero:
         print(next_commands(cfg, run_dir))
-    validation_loss = trainer.callback_metrics.get("val/loss")
-    return None if validation_loss is None else validation_loss.item()
+    return optimized_value(trainer.callback_metrics, cfg.optimized_metric)
+
+
+def optimized_value(metrics: Mapping[str, torch.Tensor], name: str) -> float | None:
+    """The value of a metric; None where nothing was validated. Raises a `UserError` for one that is not logged."""
+    validated = sorted(key for key in metrics if key.startswith("val/"))
+    if validated and name not in metrics:
+        raise UserError(f"optimized_metric={name}: not logged by this run; expected one of {', '.join(validated)}")
+    return metrics[name].item() if name in metrics else None
 
 
 if __name__ == "__main__":

@@ -28,6 +28,7 @@ USES = {
     "evaluate": {"config", "evaluation"},
     "generate": {"config", "data", "methods", "models", "output"},
     "inspect": {"models", "runs"},
+    "summarize": {"output", "runs"},
 }
 
 

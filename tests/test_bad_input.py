@@ -188,7 +188,7 @@ method=lcm method.w_min=20 -> method\.w_min=20
 method=lcm method.distillation.huber_c=0
 method=lcm +method.lora.dropout=0 -> method\.lora
 method=kd_lora -> method\.teacher_lcm
-method=kd_lora method.teacher_lcm=null -> method\.teacher_lcm=null: expected a run of method=lcm
+method=kd_lora method.teacher_lcm=null -> method\.teacher_lcm=None: expected text
 method=kd_lora method.teacher_lcm=W/pipeline -> method\.teacher_lcm=.*: no full LCM
 method=kd_lora method.teacher_lcm=W/pipeline method.w_min=8
 method=lora method.min_snr_gamma=0
@@ -212,6 +212,10 @@ method.lr_scheduler=piecewise_constant
 method.lora.target_modules=everything
 method.lora.target_modules=[to_x] -> method\.lora\.target_modules:
 data.resolution=33 -> data\.resolution=33: expected a positive multiple of 8 .*try 32
+data.buckets=true data.bucket_step=12 -> data\.bucket_step=12: expected a positive multiple of 8
+data.buckets=true data.bucket_step=24 -> data\.bucket_step=24: expected a divisor of data\.resolution=32; null
+data.buckets=some
+data.crop=smart
 callbacks.samples.resolution=33
 trainer.precision=fp8
 trainer.precision=64-true
@@ -221,6 +225,11 @@ trainer.strategy=hope -> trainer:
 trainer.devices=0 -> trainer:
 # files
 model.path=./nowhere
+model.path=W/good.safetensors -> model\.path=.*good\.safetensors: is a LoRA; give it as lora=
+model.path=W/pickled.pt -> model\.path=.*pickled\.pt: a \.pt can run code when it is read.*from_single_file
+model.vae=./nowhere
+model.vae=W/pickled.pt -> model\.vae=.*pickled\.pt: a \.pt can run code
+model.prediction_type=flow
 model.path=W/empty
 model.path=W/sdxl
 model.path=W/flow
@@ -272,6 +281,10 @@ run=W/run accelerator=abacus
 run=W/run accelerator=cuda
 run=nowhere accelerator=cuda -> run=nowhere: 
 run=W/run resolution=33
+run=W/run width=33
+run=W/run height=33
+run=W/run height=32 resolution=32 -> height=32: beside resolution=32; give width and height alone
+run=W/run width=32 init_image=W/photo.png -> width=32: a picture from init_image has the photo's aspect
 run=W/run negative_prompt=b
 run=W/run output=W/a_file
 run=W/run output=/proc/images

@@ -161,7 +161,7 @@ def test_an_epoch_goes_on_from_a_sample_without_decoding_the_ones_before(shards,
     decode = stream.decode_image
     monkeypatch.setattr(stream, "decode_image", lambda content: decoded.append(1) or decode(content))
     loader = data(shards, num_workers=num_workers).train_dataloader()
-    loader.start = start
+    loader.start = [start]
     rest = epoch(loader, 2)
     assert [key for batch in rest for key in valid_keys(batch)] == whole[start:]
     if num_workers == 0:
@@ -268,7 +268,7 @@ def test_each_epoch_and_each_resumption_counts_its_bad_samples_anew(tmp_path):
     for number in range(3):
         epoch(loader, number)
         assert loader.bad_samples == 6 and loader.faults.total() == 6 * (number + 1)
-    loader.start = 36
+    loader.start = [36]
     epoch(loader)
     assert loader.bad_samples < 6
 

@@ -1,4 +1,7 @@
-"""The epoch plan, by simulation on integers: every sample once, the same steps on every rank, exact continuation."""
+"""The epoch plan, by simulation on integers: every sample once, the same steps on every rank, exact continuation.
+
+With one bucket, as of squares, and with several.
+"""
 
 from __future__ import annotations
 
@@ -23,6 +26,7 @@ SHARING = {
 }
 ORDER = {
     "counts": st.lists(st.integers(0, 60), min_size=1, max_size=40).filter(sum),
+    "bucket_count": st.integers(1, 6),
     "shuffle_buffer": st.sampled_from([0, 1, 5, 100, 10_000]),
     "seed": st.integers(0, 2**40),
     "epoch": st.integers(0, 100),
@@ -30,11 +34,18 @@ ORDER = {
 EPOCHS = st.fixed_dictionaries(SHARING | ORDER)
 
 
-def rank_epoch(counts, *, num_workers, **options):
+def buckets_of(counts, bucket_count):
+    """Buckets of very unequal sizes: half of all samples are in the first, a quarter in the second, ..."""
+    return np.minimum(np.random.default_rng(7).geometric(0.5, sum(counts)) - 1, bucket_count - 1)
+
+
+def rank_epoch(counts, *, num_workers, bucket_count=1, start=None, **options):
     """Batches of one rank as a `DataLoader` yields them: [(weight, [(shard, number), ...]), ...]."""
     workers = max(1, num_workers)
+    start = [0] * bucket_count if start is None else start
     lanes = []
     for worker in range(workers):
+        options |= {"buckets": buckets_of(counts, bucket_count), "start": start}
         plan = plan_stream(counts, worker=worker, num_workers=workers, **options)
         emitted = iter(zip(plan.shards.tolist(), plan.numbers.tolist(), strict=True))
         lanes.append([(batch.weight, [next(emitted) for _ in range(batch.valid)]) for batch in plan.batches])
@@ -42,11 +53,18 @@ def rank_epoch(counts, *, num_workers, **options):
     return [lane[turn] for turn in range(max(map(len, lanes))) for lane in lanes if turn < len(lane)]
 
 
-def all_ranks(counts, *, world_size, steps=None, **options):
-    """The first `steps` steps over all ranks: the batches of each step, and how many samples they consumed."""
-    ranks = [rank_epoch(counts, rank=rank, world_size=world_size, **options) for rank in range(world_size)]
+def all_ranks(counts, *, world_size, steps=None, bucket_count=1, **options):
+    """The first `steps` steps over all ranks: the batches of each step, and samples of each bucket they consumed."""
+    options |= {"world_size": world_size, "bucket_count": bucket_count}
+    ranks = [rank_epoch(counts, rank=rank, **options) for rank in range(world_size)]
     taken = list(zip(*ranks, strict=True))[:steps]
-    return taken, sum(len(samples) for step in taken for _, samples in step)
+    return taken, np.bincount(buckets_in(samples_of(taken), counts, bucket_count), minlength=bucket_count)
+
+
+def buckets_in(samples, counts, bucket_count):
+    """The bucket of each of the samples."""
+    numbers = {sample: number for number, sample in enumerate(every_sample(counts))}
+    return buckets_of(counts, bucket_count)[[numbers[sample] for sample in samples]]
 
 
 def samples_of(taken):
@@ -62,21 +80,54 @@ def every_sample(counts):
 def test_every_sample_is_seen_once_in_equal_numbers_of_steps(options):
     counts = options.pop("counts")
     taken, consumed = all_ranks(counts, **options)
-    assert len(taken) == steps_per_epoch(sum(counts), options["world_size"], options["batch_size"])
-    assert consumed == sum(counts) and sorted(samples_of(taken)) == every_sample(counts)
+    in_buckets = np.bincount(buckets_of(counts, options["bucket_count"]))
+    assert len(taken) == steps_per_epoch(in_buckets, options["world_size"], options["batch_size"])
+    assert consumed.sum() == sum(counts) and sorted(samples_of(taken)) == every_sample(counts)
+
+
+@settings(max_examples=100, deadline=None)
+@given(EPOCHS)
+def test_a_step_is_of_one_bucket_and_only_the_last_of_a_bucket_is_short(options):
+    counts = options.pop("counts")
+    taken, _ = all_ranks(counts, **options)
+    full = options["world_size"] * options["batch_size"]
+    ended = set()
+    for step in taken:
+        samples = samples_of([step])
+        (bucket,) = set(buckets_in(samples, counts, options["bucket_count"]).tolist())
+        assert bucket not in ended and 0 < len(samples) <= full
+        if len(samples) < full:
+            ended.add(bucket)
+
+
+@settings(max_examples=100, deadline=None)
+@given(EPOCHS)
+def test_steps_are_those_of_a_stream_that_lets_a_bucket_go_when_it_is_full(options):
+    counts, bucket_count = options.pop("counts"), options["bucket_count"]
+    full = options["world_size"] * options["batch_size"]
+    order = epoch_order(counts, **{key: options[key] for key in ("seed", "epoch", "shuffle_buffer")})
+    left = np.bincount(buckets_of(counts, bucket_count), minlength=bucket_count)
+    waiting, expected = {}, []
+    for number in order.tolist():
+        bucket = int(buckets_of(counts, bucket_count)[number])
+        waiting.setdefault(bucket, []).append(every_sample(counts)[number])
+        left[bucket] -= 1
+        if len(waiting[bucket]) == full or not left[bucket]:
+            expected.append(waiting.pop(bucket))
+    assert [samples_of([step]) for step in all_ranks(counts, **options)[0]] == expected
 
 
 @settings(max_examples=150, deadline=None)
 @given(EPOCHS, st.lists(st.tuples(st.integers(0, 40), st.fixed_dictionaries(SHARING)), max_size=4))
 def test_every_sample_is_seen_once_over_any_stops_with_other_ranks_workers_and_batches(options, stops):
     counts = options.pop("counts")
-    order = {key: options.pop(key) for key in ("shuffle_buffer", "seed", "epoch")}
-    seen, start = [], 0
+    order = {key: options.pop(key) for key in ("shuffle_buffer", "seed", "epoch", "bucket_count")}
+    seen, start = [], np.zeros(order["bucket_count"], dtype=int)
     for steps, sharing in [*stops, (None, options)]:
         taken, consumed = all_ranks(counts, steps=steps, start=start, **order, **sharing)
         seen += samples_of(taken)
         start += consumed
-    assert start == sum(counts) and sorted(seen) == every_sample(counts)
+    assert start.sum() == sum(counts) and sorted(seen) == every_sample(counts)
 
 
 @settings(max_examples=100, deadline=None)
@@ -93,7 +144,8 @@ def test_ranks_and_workers_share_out_the_steps_of_one_process(options):
 @given(EPOCHS, st.integers(0, 100))
 def test_weighted_mean_over_ranks_is_the_mean_over_valid_samples(options, start):
     counts = options.pop("counts")
-    taken, _ = all_ranks(counts, start=min(start, sum(counts)), **options)
+    in_buckets = np.bincount(buckets_of(counts, options["bucket_count"]), minlength=options["bucket_count"])
+    taken, _ = all_ranks(counts, start=np.minimum(start, in_buckets), **options)
     for step in taken:
         losses = {sample: 1.0 + sample[0] + 0.1 * sample[1] for _, samples in step for sample in samples}
         means = [sum(weight * losses[sample] for sample in samples) / options["batch_size"] for weight, samples in step]

@@ -340,7 +340,7 @@ def test_generate_draws_several_prompts_into_one_sheet(tmp_path: Path):
         (
             "generate",
             ("model=tiny", "prompt=x", "sampler=euler"),
-            "sampler=euler: expected one of ddim, dpmpp, dmd2, lcm",
+            "sampler=euler: expected one of ddim, dpmpp, dmd2, full_lcm, lcm",
         ),
         ("generate", ("model=tiny", "prompt=x", "steps=0"), "steps=0: expected 1 to 1000"),
         ("generate", ("model=tiny", "prompt=x", "negative_prompt=y", "guidance_scale=1"), "negative_prompt=y: acts"),

@@ -35,9 +35,15 @@ PIXEL = 1e-5
 
 
 def diffusers_images(
-    folder: Path, sampler: str, prompts: list[str], seeds: list[int], steps: int, guidance_scale: float
+    folder: Path,
+    sampler: str,
+    prompts: list[str],
+    seeds: list[int],
+    steps: int,
+    guidance_scale: float,
+    size: tuple[int, int] = (32, 32),
 ) -> Tensor:
-    """One prompt at a time, with the generator diffusers draws latents and LCM's noise from."""
+    """One prompt at a time, with the generator diffusers draws latents and LCM's noise from; `size` is (H, W)."""
     pipeline = StableDiffusionPipeline.from_pretrained(folder, safety_checker=None)
     spacing = {"timestep_spacing": "linspace"} if sampler == "dpmpp" else {}
     pipeline.scheduler = SCHEDULERS[sampler].from_config(pipeline.scheduler.config, **spacing)
@@ -45,8 +51,8 @@ def diffusers_images(
     images = [
         pipeline(
             prompt,
-            height=32,
-            width=32,
+            height=size[0],
+            width=size[1],
             num_inference_steps=steps,
             guidance_scale=guidance_scale,
             generator=torch.Generator().manual_seed(seed),
@@ -75,6 +81,16 @@ def test_images_are_those_of_diffusers(
     found = our_images(load_stable_diffusion(str(folder)), sampler, steps, guidance_scale)
     assert found.shape == (2, 3, 32, 32) and found.dtype == torch.float32
     assert found.std() > 0.01 and not torch.allclose(found[0], found[1], atol=100 * PIXEL)
+    torch.testing.assert_close(found, expected, atol=PIXEL, rtol=0)
+
+
+@pytest.mark.parametrize(("sampler", "steps", "guidance_scale"), [("ddim", 4, 7.5), ("lcm", 2, 1.0)])
+def test_images_of_any_sides_are_those_of_diffusers(
+    pipeline_folder: Path, tiny_model: StableDiffusion, sampler: str, steps: int, guidance_scale: float
+):
+    expected = diffusers_images(pipeline_folder, sampler, PROMPTS, SEEDS, steps, guidance_scale, (24, 40))
+    found = our_images(tiny_model, sampler, steps, guidance_scale, resolution=(24, 40))
+    assert found.shape == (2, 3, 24, 40)
     torch.testing.assert_close(found, expected, atol=PIXEL, rtol=0)
 
 

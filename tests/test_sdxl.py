@@ -203,6 +203,8 @@ INDEX, UNET, SCHEDULE = "model_index.json", "unet/config.json", "scheduler/sched
         ),
         (UNET, {"addition_embed_type": None}, r"addition_embed_type=None: .*with two text encoders text_time"),
         (UNET, {"cross_attention_dim": 32}, r"cross_attention_dim=32, .*hidden_size=32 \+ 48; take"),
+        ("text_encoder_2/config.json", {"hidden_size": "wide"}, r"=80, .*hidden_size=32 \+ wide; take"),
+        ("text_encoder_2/config.json", {"projection_dim": None}, r"input_dim=88: expected .*, None \+ 6 x 8; give"),
         (UNET, {"in_channels": 9}, r"9 channels in and 4 out"),
         ("vae/config.json", {"latents_mean": [0, 0, 0, 0]}, r"latents_mean=.*expected null"),
     ],

@@ -15,6 +15,7 @@ from torch import Tensor
 from lcm_lightning.callbacks.loggers import MetricsFile
 from lcm_lightning.callbacks.trainers import Lowest, train_loader
 from lcm_lightning.data.plan import steps_per_epoch
+from lcm_lightning.data.stream import buckets_of
 from lcm_lightning.errors import UserError
 from lcm_lightning.output.files import replace
 from lcm_lightning.runs.checkpoint_files import global_step, publish_link
@@ -268,13 +269,13 @@ def count_batches(loops: dict[str, Any], loader: dict[str, Any], world_size: int
         loops: state of Lightning's fit loop, changed in place.
         loader: state of `lcm_lightning.data.stream.ShardLoader`.
     """
-    samples = loader["settings"]["samples"]
-    left = steps_per_epoch(samples - loader["consumed"], world_size, batch_size)
+    buckets = buckets_of(loader)
+    left = steps_per_epoch((samples - consumed for samples, consumed in buckets), world_size, batch_size)
     counters = loops["epoch_loop.batch_progress"]["current"]
-    shift = steps_per_epoch(samples, world_size, batch_size) - left - counters["processed"]
+    shift = steps_per_epoch((samples for samples, _ in buckets), world_size, batch_size) - left - counters["processed"]
     for name in counters:
         counters[name] += shift
-    if 0 < loader["consumed"] < samples:
+    if 0 < loader["consumed"] < loader["settings"]["samples"]:
         for counters in loops["epoch_progress"].values():
             counters |= {name: loader["epoch"] + (name in ("ready", "started")) for name in counters}
 

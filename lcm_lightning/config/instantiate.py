@@ -71,7 +71,7 @@ def build_module(cfg: DictConfig, precision: str, cache: LatentCache | None = No
     """The method of a composed run, on its model where it takes one, with its optimizer.
 
     Args:
-        cfg: its ``data.resolution``, where null, becomes the model's own.
+        cfg: its ``data.resolution`` and ``data.bucket_step``, where null, become the model's own.
         cache: the cached latents to train on; VAE and text encoder are then not read before they are needed, as where
             the method reads no images.
 
@@ -93,6 +93,10 @@ def build_module(cfg: DictConfig, precision: str, cache: LatentCache | None = No
     if cfg.data.resolution is None:
         cfg.data.resolution = model.default_resolution
     model.check_resolution(cfg.data.resolution)
+    if cfg.data.get("buckets"):
+        if cfg.data.bucket_step is None:
+            cfg.data.bucket_step = model.resolution_multiple
+        model.check_resolution(cfg.data.bucket_step, "data.bucket_step")
     if cfg.data.resolution >= 2 * model.default_resolution:
         log.warning(
             "data.resolution=%d: the model draws images of %d px; data.resolution=%d is that, and faster",
@@ -108,7 +112,8 @@ def build_module(cfg: DictConfig, precision: str, cache: LatentCache | None = No
         from lcm_lightning.models.condition import Condition
         from lcm_lightning.models.identity import cache_key
 
-        cache.check(cache_key(model, cfg.data.resolution, cfg.method.get("teacher_lora")))
+        key = cache_key(model, cfg.data.resolution, cfg.method.get("teacher_lora"))
+        cache.check(key, cfg.data.bucket_step if cfg.data.get("buckets") else None)
         empty = cache.empty_condition(cfg.data.get("cache_dir"))
         model.known_texts[""] = Condition(**{name: torch.from_numpy(tensor)[None] for name, tensor in empty.items()})
     return instantiate_group(cfg, "method", model=model, optimizer=optimizer)

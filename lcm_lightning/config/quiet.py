@@ -16,6 +16,8 @@ def quiet_known_warnings() -> None:
     transformers_logging.disable_progress_bar()
     diffusers_logging.disable_progress_bar()
     logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(_is_no_advertisement)
+    # Of networks none of whose modules have to be in float32.
+    logging.getLogger("diffusers.models.modeling_utils").addFilter(_names_a_module)
     for message in (
         ".*Experiment logs directory .* exists.*",  # metrics.csv belongs in the run folder, which Hydra has made
         ".*Checkpoint directory .* exists and is not empty.*",
@@ -26,6 +28,11 @@ def quiet_known_warnings() -> None:
         ".*Already found a `peft_config` attribute.*",  # a run has several adapters
     ):
         warnings.filterwarnings("ignore", message)
+
+
+def _names_a_module(record: logging.LogRecord) -> bool:
+    """False for diffusers' warning to keep an empty list of modules in float32."""
+    return "should be kept in float32: []" not in record.getMessage()
 
 
 def _is_no_advertisement(record: logging.LogRecord) -> bool:

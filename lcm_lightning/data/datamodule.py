@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import os
 import random
 from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
+from typing import Any, Literal
 
+import numpy as np
 from lightning.pytorch import LightningDataModule
 
-from lcm_lightning.data.latents import LatentCache, LatentChoice, LatentStream, latent_cache
+from lcm_lightning.data.buckets import Size, bucket_sizes, nearest_buckets
+from lcm_lightning.data.latents import LatentCache, LatentChoice, LatentStream, latent_cache, latent_sizes
 from lcm_lightning.data.layouts import DOWNLOADS, data_options, recognise
 from lcm_lightning.data.shards import (
     Sample,
@@ -22,6 +26,7 @@ from lcm_lightning.data.shards import (
     iterate_shards,
     open_split,
 )
+from lcm_lightning.data.sizes import image_sizes, sizes_of
 from lcm_lightning.data.stream import Augmentation, ShardLoader, ShardStream, check_ranks_agree
 from lcm_lightning.errors import UserError
 
@@ -96,7 +101,7 @@ class CaptionedImages(LightningDataModule):
     Every epoch visits every training sample exactly once over all ranks, in an order and with an augmentation that
     depend on (seed, epoch) and the sample, not on the number of workers or ranks. Batches are dictionaries:
 
-        pixel_values  float32 [B, 3, R, R] in [-1, 1]
+        pixel_values  float32 [B, 3, H, W] in [-1, 1]; H = W = R, or with buckets the sides of one of them
         captions      list of B str, "" where caption dropout struck
         keys          list of B str, the samples' names
         seed          int64 [B], 63-bit hash of (seed, epoch, sample): source of all random numbers of the sample
@@ -122,6 +127,9 @@ class CaptionedImages(LightningDataModule):
         num_workers: int | None = None,
         prefetch_factor: int = 2,
         shuffle_buffer: int = 1000,
+        buckets: bool = False,
+        bucket_step: int | None = None,
+        crop: Literal["center", "random"] = "random",
         flip_probability: float = 0.5,
         caption_dropout: float = 0.1,
         val_limit: int | None = 64,
@@ -134,6 +142,10 @@ class CaptionedImages(LightningDataModule):
             name: name of the data set; shards are looked for in `data/<name>` when `source` is None.
             source: folder of shards, shard paths or addresses with `{a..b}`, or the id of a hub data set of shards.
             resolution: side of the training images in pixels; None must become the model's own before one is read.
+            buckets: images keep about their aspect, in the bucket that keeps most of them (see
+                `lcm_lightning.data.buckets`), of at most the area of the square; each batch is of one bucket.
+            bucket_step: sides of buckets are multiples of so many pixels; None must become the model's own likewise.
+            crop: where training crops what is left over: at the centre, or in each epoch anywhere.
             batch_size: samples per batch on each rank.
             seed: run seed of the shuffling and of every sample's random numbers.
             num_workers: loading processes per rank; None for one per core, at most 4.
@@ -155,6 +167,9 @@ class CaptionedImages(LightningDataModule):
         self.num_workers = min(4, os.cpu_count() or 1) if num_workers is None else num_workers
         self.prefetch_factor = prefetch_factor
         self.shuffle_buffer = max(1, shuffle_buffer)
+        self.buckets = buckets
+        self.bucket_step = bucket_step
+        self.crop = crop
         self.flip_probability = flip_probability
         self.caption_dropout = caption_dropout
         self.val_limit = val_limit
@@ -233,13 +248,55 @@ class CaptionedImages(LightningDataModule):
         if self.cache is not None:
             self.cache.check_flips(self.flip_probability)
         _ = self.val_samples
+        for shards in (self.train_shards, self.val_shards if self.val_limit != 0 else ()):
+            self.sample_sizes(shards)  # read once, and remembered for the other processes
 
     def train_dataloader(self) -> ShardLoader:
         """Shuffled and augmented batches. Raises `UserError` where the ranks have other shards, also for validation."""
         # Here for both, as the first rank calls `val_dataloader` alone too.
         validates = self.val_limit != 0 and self.index.locations.keys() & {"val", "test"}
-        check_ranks_agree([self.fingerprint, fingerprint(self.val_shards if validates else ())])
+        read = (self.train_shards, self.val_shards if validates else ())
+        check_ranks_agree([f"{fingerprint(shards)} {self.bucket_digest(shards)}" for shards in read])
         return self.loader(self.train_shards, self.augmentation(True), shuffle_buffer=self.shuffle_buffer)
+
+    def sizes(self) -> tuple[Size, ...]:
+        """Widths and heights of the buckets, of images in pixels or of cached latents; of the square without buckets.
+
+        Raises:
+            UserError: a setting is missing, or see `bucket_sizes`.
+        """
+        if self.cache is not None:
+            return self.cache.sizes
+        if self.resolution is None:
+            raise UserError("data.resolution=null: no model has given its own; set it, such as to 512")
+        if not self.buckets:
+            return ((self.resolution, self.resolution),)
+        if self.bucket_step is None:
+            raise UserError("data.bucket_step=null: no model has given its own; set it, such as to 64")
+        return bucket_sizes(self.resolution, self.bucket_step)
+
+    def sample_sizes(self, shards: tuple[Shard, ...]) -> np.ndarray | None:
+        """Widths and heights of the images or cached latents of `shards`, [N, 2]; None where there are no buckets."""
+        if self.cache is not None:
+            return sizes_of(shards, self.cache_dir, latent_sizes, "latent") if self.cache.latent_sizes else None
+        return sizes_of(shards, self.cache_dir, image_sizes) if self.buckets else None
+
+    def bucket_numbers(self, shards: tuple[Shard, ...]) -> np.ndarray | None:
+        """Number in `sizes` of the bucket of each sample of `shards`; None where there are no buckets."""
+        sizes = self.sample_sizes(shards)
+        return None if sizes is None else nearest_buckets(sizes, self.sizes())
+
+    def bucket_digest(self, shards: tuple[Shard, ...]) -> str:
+        """Hex digest of the buckets of the samples of `shards`; "" where there are none."""
+        numbers = self.bucket_numbers(shards)
+        return "" if numbers is None else hashlib.sha256(numbers.tobytes()).hexdigest()
+
+    def bucket_settings(self) -> dict[str, Any] | None:
+        """The settings that decide the samples' buckets; None where there are none. Cached latents are told by hash."""
+        if self.cache is not None:
+            return {"data.buckets": True} if self.cache.latent_sizes else None
+        settings = {"data.resolution": self.resolution, "data.bucket_step": self.bucket_step}
+        return {"data.buckets": True, **settings} if self.buckets else None
 
     def val_dataloader(self) -> ShardLoader | list[ShardLoader]:
         """The first `val_limit` validation samples, always the same and with the same seeds; [] for `val_limit=0`."""
@@ -255,17 +312,16 @@ class CaptionedImages(LightningDataModule):
         """How samples become examples, in training or otherwise."""
         flip_probability, caption_dropout = (self.flip_probability, self.caption_dropout) if train else (0.0, 0.0)
         if self.cache is None:
-            if self.resolution is None:
-                raise UserError("data.resolution=null: no model has given its own; set it, such as to 512")
-            return Augmentation(self.resolution, train, flip_probability, caption_dropout)
+            return Augmentation(self.sizes(), train, train and self.crop == "random", flip_probability, caption_dropout)
         return LatentChoice(
+            self.cache.sizes,
+            self.cache.latent_shape[0],
             train,
-            self.cache.crops if train else 1,
+            self.cache.crops if train and self.crop == "random" else 1,
             self.cache.flips and train,
             flip_probability,
             caption_dropout,
             self.cache.empty_condition(self.cache_dir),
-            self.cache.latent_shape,
         )
 
     def loader(
@@ -284,6 +340,7 @@ class CaptionedImages(LightningDataModule):
             seed=self.seed,
             shuffle_buffer=shuffle_buffer,
             limit=limit,
+            buckets=self.bucket_numbers(shards),
         )
         return ShardLoader(
             stream,
@@ -291,4 +348,5 @@ class CaptionedImages(LightningDataModule):
             prefetch_factor=self.prefetch_factor,
             # One bad sample of a small validation set is a large share, and spoils no weights.
             max_bad_fraction=self.max_bad_fraction if augment.random else None,
+            bucket_settings=self.bucket_settings(),
         )

@@ -165,25 +165,34 @@ def decode_image(data: bytes) -> Image.Image:
     return to_rgb(open_image(data))
 
 
-def resize_shorter_side(image: Image.Image, resolution: int) -> Image.Image:
-    """Resize so that the shorter side is `resolution` pixels, the longer one at least that (bicubic, antialiased).
+def resize_to_cover(image: Image.Image, width: int, height: int) -> Image.Image:
+    """Resize, keeping the aspect, to the least size that covers `width` x `height` pixels (bicubic, antialiased).
 
     Raises:
         ImageFault: the result would have more than `MAX_PIXELS`: a hair of 8 x 100,000 pixels, say.
     """
-    width, height = image.size
-    scale = resolution / min(width, height)
-    if width * height * scale**2 > MAX_PIXELS:
-        raise ImageFault(f"too elongated: {width}x{height} pixels")
-    size = (max(resolution, round(width * scale)), max(resolution, round(height * scale)))
+    scale = max(width / image.width, height / image.height)
+    if image.width * image.height * scale**2 > MAX_PIXELS:
+        raise ImageFault(f"too elongated: {image.width}x{image.height} pixels")
+    size = (max(width, round(image.width * scale)), max(height, round(image.height * scale)))
     return image if size == image.size else image.resize(size, Image.Resampling.BICUBIC)
 
 
+def crop(image: Image.Image, width: int, height: int, u: float = 0.5, v: float = 0.5) -> Image.Image:
+    """Crop of `width` x `height`; u, v in [0, 1] place it from left to right and top to bottom (0.5: centre)."""
+    left = round((image.width - width) * u)
+    top = round((image.height - height) * v)
+    return image.crop((left, top, left + width, top + height))
+
+
+def resize_shorter_side(image: Image.Image, resolution: int) -> Image.Image:
+    """Resize so that the shorter side is `resolution` pixels; see `resize_to_cover`."""
+    return resize_to_cover(image, resolution, resolution)
+
+
 def crop_square(image: Image.Image, resolution: int, u: float = 0.5, v: float = 0.5) -> Image.Image:
-    """Square crop of side `resolution`; u, v in [0, 1] place it from left to right and top to bottom (0.5: centre)."""
-    left = round((image.width - resolution) * u)
-    top = round((image.height - resolution) * v)
-    return image.crop((left, top, left + resolution, top + resolution))
+    """Square crop of side `resolution`; see `crop`."""
+    return crop(image, resolution, resolution, u, v)
 
 
 def time_ids(

@@ -4,7 +4,8 @@ A sample is two tar members: `<key>.json` with its captions, the file name of th
 `time_ids` of V crops and mirror images (`lcm_lightning.data.images.time_ids`; earlier caches have none), and
 `<key>.safetensors` with, in float16,
 
-    moments  [V, 2, C, h, w]  mean and standard deviation of the VAE's posterior, unscaled, of V crops and mirror images
+    moments  [V, 2, C, h, w]  mean and standard deviation of the VAE's posterior, unscaled, of V crops and mirror
+                              images; h and w are those of the image's bucket
     text     [K, L, D]        embeddings of its K captions
 
 and, where a model takes more of a caption, further tensors of K rows: those that the empty caption's file holds.
@@ -20,24 +21,27 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, get_origin, get_type_hints
+from typing import IO, Any, get_origin, get_type_hints
 
 import numpy as np
 import torch
 from safetensors import SafetensorError
 from safetensors.numpy import load_file
 
+from lcm_lightning.data.buckets import Size
 from lcm_lightning.data.downloads import download, is_url
 from lcm_lightning.data.images import ImageFault
-from lcm_lightning.data.plan import stable_hash
+from lcm_lightning.data.plan import PlannedBatch, stable_hash
 from lcm_lightning.data.shards import MAX_CAPTION_BYTES, ShardIndex, cache_folder, grouped
-from lcm_lightning.data.stream import Fault, ShardStream, augmentation_draws
+from lcm_lightning.data.sizes import UNKNOWN_SIZE
+from lcm_lightning.data.stream import Fault, ShardStream, augmentation_draws, weights
 from lcm_lightning.data.tar import MAX_MEMBER_BYTES, Member, read_at
 from lcm_lightning.errors import UserError, first_line
 
 MOMENTS, TEXT = "moments", "text"
 # What happens to an image before the VAE sees it. Change it with `lcm_lightning.data.images`: old caches are refused.
 TRANSFORM = "shorter side bicubic, square crop, [-1, 1]"
+BUCKET_TRANSFORM = "bicubic, crop to buckets in steps of {step} px, [-1, 1]"
 
 
 @dataclass(frozen=True)
@@ -49,9 +53,10 @@ class LatentCache:
         key: what its contents depend on, by part: "vae", "text_encoder", "tokenizer", "resolution", "transform".
         crops: crops of each training image, the first at the centre.
         flips: whether each is there mirrored too.
-        latent_shape: (C, h, w).
+        latent_shape: (C, h, w) of squares.
         empty_caption: path or address of the embedding of the empty caption.
         images: path or address of the shards the images lie in.
+        latent_sizes: (w, h) of each bucket; of squares alone where there are none.
     """
 
     source: str
@@ -61,10 +66,20 @@ class LatentCache:
     latent_shape: tuple[int, int, int]
     empty_caption: str
     images: str
+    latent_sizes: tuple[Size, ...] = ()
 
-    def check(self, key: Mapping[str, str]) -> None:
-        """Raise a `UserError` unless the cache was made with `key`, and of images as they are made now."""
-        key = with_transform(key)
+    @property
+    def sizes(self) -> tuple[Size, ...]:
+        """(w, h) of the latents of each bucket; of the squares alone where there are no buckets."""
+        return self.latent_sizes or (self.latent_shape[:0:-1],)
+
+    def check(self, key: Mapping[str, str], bucket_step: int | None = None) -> None:
+        """Raise a `UserError` unless the cache was made with `key`, and of images as they are made now.
+
+        Args:
+            bucket_step: of their buckets; None for squares.
+        """
+        key = with_transform(key, bucket_step)
         different = [part for part in self.key.keys() | key.keys() if self.key.get(part) != key.get(part)]
         if different:
             parts = "\n".join(
@@ -72,7 +87,8 @@ class LatentCache:
             )
             raise UserError(
                 f"data.source={self.source}: its latents were made with another model or resolution\n{parts}\nset "
-                "model, method.teacher_lora and data.resolution as they were then, or make another cache with\n"
+                "model, method.teacher_lora, data.resolution and data.buckets as they were then, or make another cache "
+                "with\n"
                 "  python -m lcm_lightning.prepare data=... cache=latents model=... data.resolution=..."
             )
 
@@ -104,9 +120,9 @@ class LatentCache:
             ) from error
 
 
-def with_transform(key: Mapping[str, str]) -> dict[str, str]:
+def with_transform(key: Mapping[str, str], bucket_step: int | None = None) -> dict[str, str]:
     """What the contents of a cache depend on: `key`, from the model, and what happens to an image before it."""
-    return {**key, "transform": TRANSFORM}
+    return {**key, "transform": TRANSFORM if bucket_step is None else BUCKET_TRANSFORM.format(step=bucket_step)}
 
 
 def latent_cache(index: ShardIndex, source: str) -> LatentCache | None:
@@ -114,13 +130,17 @@ def latent_cache(index: ShardIndex, source: str) -> LatentCache | None:
     if index.latents is None:
         return None
     try:
-        cache = LatentCache(source, **{**index.latents, "latent_shape": tuple(index.latents["latent_shape"])})
+        sizes = tuple((width, height) for width, height in index.latents.get("latent_sizes", ()))
+        shape = tuple(index.latents["latent_shape"])
+        cache = LatentCache(source, **{**index.latents, "latent_shape": shape, "latent_sizes": sizes})
         for field, hint in get_type_hints(LatentCache).items():
             if not isinstance(getattr(cache, field), get_origin(hint) or hint):
                 raise TypeError(f"{field} is {getattr(cache, field)}")
-        if len(cache.latent_shape) != 3 or not all(isinstance(size, int) for size in cache.latent_shape):
+        if len(cache.latent_shape) != 3 or not all(isinstance(side, int) for side in cache.latent_shape):
             raise TypeError(f"latent_shape is {cache.latent_shape}")
-    except (KeyError, TypeError) as error:
+        if not all(isinstance(side, int) and side > 0 for size in sizes for side in size):
+            raise TypeError(f"latent_sizes is {sizes}")
+    except (KeyError, TypeError, ValueError) as error:
         raise UserError(
             f"data.source={source}: its index.json is none of cached latents as this version makes them "
             f"({first_line(error)}); install the version that wrote it, or make the cache again with\n"
@@ -150,20 +170,27 @@ class LatentChoice:
     The draws are those of `Augmentation`: caption, dropout and mirror image come out as they would from images.
 
     Attributes:
+        sizes: (w, h) of the latents, by bucket.
+        channels: C of the latents.
         random: random choice among crops and captions; otherwise the first of both, not mirrored.
-        crops, flips: of the cache; 1 and False for a split that has centre crops only.
+        crops, flips: of the cache; 1 and False for a split that has centre crops only, or where those are asked for.
         flip_probability, caption_dropout: see `Augmentation`.
         empty: embeddings of the empty caption by name; see `LatentCache.empty_condition`.
-        latent_shape: (C, h, w).
     """
 
+    sizes: tuple[Size, ...]
+    channels: int
     random: bool
     crops: int
     flips: bool
     flip_probability: float
     caption_dropout: float
     empty: Mapping[str, np.ndarray]
-    latent_shape: tuple[int, int, int]
+
+    def latent_shape(self, bucket: int) -> tuple[int, int, int]:
+        """(C, h, w) of a bucket."""
+        width, height = self.sizes[bucket]
+        return (self.channels, height, width)
 
     def __call__(self, sample: Mapping[str, Any], described: Description, seed: int) -> LatentExample:
         """Read what was chosen of the sample `PlaceReader` has placed. Raises `ImageFault` when it is damaged."""
@@ -179,7 +206,7 @@ class LatentChoice:
         moments = read.pop(MOMENTS)
         condition = self.empty if dropped else read
         other = [name for name, tensor in condition.items() if tensor.shape != self.empty[name].shape]
-        if moments.shape[1:] != self.latent_shape or other:
+        if moments.shape[1:] != self.latent_shape(sample["__bucket__"]) or other:
             raise ImageFault("damaged latents: shapes other than the index says")
         chosen = "" if dropped else captions[caption]
         return LatentExample(moments, condition, chosen, sample["__key__"], seed, described.time_ids_of(row))
@@ -213,11 +240,7 @@ def read_rows(path: str | Path, offset: int, rows: Mapping[str, int]) -> dict[st
     """
     try:
         with Path(path).open("rb", buffering=0) as file:
-            file.seek(offset)
-            (length,) = struct.unpack("<Q", file.read(8))
-            if length > MAX_CAPTION_BYTES:
-                raise ImageFault(f"damaged latents: a header of {length} bytes")
-            header = json.loads(file.read(length))
+            header, length = read_header(file, offset)
             found = {}
             for name, row in rows.items():
                 (count, *shape), (begin, end) = header[name]["shape"], header[name]["data_offsets"]
@@ -233,6 +256,19 @@ def read_rows(path: str | Path, offset: int, rows: Mapping[str, int]) -> dict[st
         raise
     except (OSError, struct.error, ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
         raise ImageFault(f"damaged latents: {error}") from error
+
+
+def read_header(file: IO[bytes], offset: int) -> tuple[dict[str, Any], int]:
+    """The header of a safetensors file that lies at `offset` in another, and its length in bytes.
+
+    Raises:
+        ImageFault: it is too long to be one. Errors of its damage pass through.
+    """
+    file.seek(offset)
+    (length,) = struct.unpack("<Q", file.read(8))
+    if length > MAX_CAPTION_BYTES:
+        raise ImageFault(f"damaged latents: a header of {length} bytes")
+    return json.loads(file.read(length)), length
 
 
 @dataclass(frozen=True, slots=True)
@@ -269,6 +305,19 @@ class PlaceReader:
         with self.path.open("rb") as archive:
             described = read_at(archive, found.described, found.described_size)
         return {"__key__": found.key, "json": described, "offset": found.offset}
+
+
+def latent_sizes(path: Path) -> list[Size]:
+    """(w, h) of the latents of each sample of a shard, in the order of `PlaceReader`, for `sizes_of`."""
+    sizes = []
+    with path.open("rb") as archive:
+        for found in PlaceReader(path).places:
+            try:
+                height, width = [] if found.fault else read_header(archive, found.offset)[0][MOMENTS]["shape"][-2:]
+                sizes.append((int(width), int(height)))
+            except (ImageFault, OSError, struct.error, ValueError, KeyError, TypeError, RecursionError):
+                sizes.append(UNKNOWN_SIZE)
+    return sizes
 
 
 def is_latent_member(name: str) -> bool:
@@ -320,13 +369,13 @@ def decode_latents(
 
 
 def collate_latents(
-    valid: Sequence[LatentExample], weight: float, batch_size: int, choice: LatentChoice
+    valid: Sequence[LatentExample], plan: PlannedBatch, batch_size: int, choice: LatentChoice
 ) -> dict[str, Any]:
     """A batch of `batch_size` from at most that many examples, filled up with repeats of weight 0.
 
     With no example at all the filling is latents of zeros without caption.
     """
-    zeros = LatentExample(np.zeros((2, *choice.latent_shape), np.float16), choice.empty, "", "", 0)
+    zeros = LatentExample(np.zeros((2, *choice.latent_shape(plan.bucket)), np.float16), choice.empty, "", "", 0)
     source = list(valid) or [zeros]
     rows = [source[index % len(source)] for index in range(batch_size)]
     sizes = [row.time_ids for row in rows]
@@ -338,7 +387,7 @@ def collate_latents(
         "captions": [row.caption for row in rows],
         "keys": [row.key for row in rows],
         "seed": torch.tensor([row.seed for row in rows], dtype=torch.int64),
-        "weight": torch.tensor([weight] * len(valid) + [0.0] * (batch_size - len(valid))),
+        "weight": weights(len(valid), plan, batch_size),
     }
 
 

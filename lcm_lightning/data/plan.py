@@ -1,23 +1,26 @@
 """Which process reads which sample when: the plan of one epoch, on integers only.
 
 Nothing here opens a file. The order of an epoch is a function of the shards' sample counts and of (seed, epoch) alone.
-Ranks and workers only take turns in it, so "so many samples of it are consumed" is the whole state of an epoch: it can
-be taken up at any sample, with other numbers of ranks, workers and samples a batch, without replaying anything.
+Ranks and workers only take turns in it, so "so many samples of each bucket are consumed" is the whole state of an
+epoch: it can be taken up at any sample, with other numbers of ranks, workers and samples a batch, without replaying
+anything. A bucket (`lcm_lightning.data.buckets`) holds the samples of one shape; squares are a single one.
 
-How an epoch of N samples is shared out among W ranks with batches of B, from position `start` on:
+How an epoch is shared out among W ranks with batches of B, when n_b samples are left of bucket b:
 
 1. the shards are put into the epoch's order; their samples, laid end to end, are shuffled in windows. That is the
-   epoch's order, positions 0 .. N-1;
-2. step s takes the next W B positions, of which rank r gets the r-th part: one process with batches of W B sees the
-   same steps. Every rank runs ceil((N - start) / (W B)) steps whatever the shards' sizes;
-3. the last step shares what is left evenly: parts differ by at most one sample, and the batch is filled up;
-4. the `DataLoader` takes batches from its workers in turn, so batch s comes from worker s mod num_workers.
+   epoch's order, positions 0 .. N-1, and each bucket's order is what it has of it;
+2. a step takes the next W B samples of one bucket, of which rank r gets the r-th part: one process with batches of W B
+   sees the same steps. Every rank runs sum_b ceil(n_b / (W B)) steps whatever the shards' sizes;
+3. steps come in the order of the positions of their last samples: a bucket's next step as soon as it is full, as if the
+   epoch's order streamed past. So shapes are mixed as well as samples are;
+4. the last step of a bucket shares what is left evenly: parts differ by at most one sample, and the batch is filled up;
+5. the `DataLoader` takes batches from its workers in turn, so batch s comes from worker s mod num_workers.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -25,10 +28,11 @@ import numpy as np
 
 @dataclass(frozen=True)
 class PlannedBatch:
-    """A batch of one rank: `valid` samples, each with `weight`; the rest is padding of weight 0."""
+    """A batch of one rank: `valid` samples of a `bucket`, each with `weight`; the rest is padding of weight 0."""
 
     valid: int
     weight: float
+    bucket: int
 
 
 @dataclass(frozen=True)
@@ -38,11 +42,13 @@ class StreamPlan:
     Attributes:
         shards: int64 [n], shard numbers of the samples, in order of emission.
         numbers: int64 [n], their numbers in those shards.
+        buckets: int [n], their buckets.
         batches: the batches to emit, in order; their `valid` add up to n.
     """
 
     shards: np.ndarray
     numbers: np.ndarray
+    buckets: np.ndarray
     batches: tuple[PlannedBatch, ...]
 
 
@@ -53,9 +59,9 @@ def stable_hash(*parts: object) -> int:
     return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "big") >> 1
 
 
-def steps_per_epoch(samples: int, world_size: int, batch_size: int) -> int:
-    """Batches every rank yields for so many samples: ceil(samples / (world_size * batch_size))."""
-    return -(-samples // (world_size * batch_size))
+def steps_per_epoch(samples: Iterable[int], world_size: int, batch_size: int) -> int:
+    """Batches every rank yields for `samples` of each bucket: the sum of ceil(n_b / (world_size * batch_size))."""
+    return sum(-(-number // (world_size * batch_size)) for number in samples)
 
 
 def valid_weight(samples: int, world_size: int, batch_size: int) -> float:
@@ -95,9 +101,27 @@ def epoch_order(counts: Sequence[int], *, seed: int, epoch: int, shuffle_buffer:
     return laid_out[places.reshape(-1)[: len(laid_out)]]
 
 
+def epoch_steps(order: np.ndarray, buckets: np.ndarray, start: Sequence[int], step_size: int) -> list[np.ndarray]:
+    """The samples of each step of an epoch over all ranks, of one bucket each; at most `step_size`.
+
+    Args:
+        order: of `epoch_order`, int64 [N].
+        buckets: number of each sample's bucket, by the sample's number. [N].
+        start: samples of each bucket that are consumed.
+    """
+    buckets_in_order = buckets[order]
+    steps = []
+    for bucket, consumed in enumerate(start):
+        places = np.flatnonzero(buckets_in_order == bucket)[consumed:]
+        steps += [places[first : first + step_size] for first in range(0, len(places), step_size)]
+    steps.sort(key=lambda places: places[-1])
+    return [order[places] for places in steps]
+
+
 def plan_stream(
     counts: Sequence[int],
     *,
+    buckets: np.ndarray | None = None,
     seed: int,
     epoch: int,
     batch_size: int,
@@ -106,27 +130,28 @@ def plan_stream(
     worker: int = 0,
     num_workers: int = 1,
     shuffle_buffer: int = 0,
-    start: int = 0,
+    start: Sequence[int] = (0,),
 ) -> StreamPlan:
     """Plan the stream of one `DataLoader` worker.
 
     Args:
         counts: samples in each shard.
+        buckets: see `epoch_steps`; None where all samples are in one.
         shuffle_buffer: see `epoch_order`.
         worker: number of the `DataLoader` worker, 0 to num_workers - 1 (the main process is worker 0 of 1).
-        start: samples of the epoch that are consumed, over all ranks; the stream goes on with those after them.
+        start: samples of each bucket that are consumed, over all ranks; the stream goes on with those after them.
     """
-    samples = sum(counts)
     order = epoch_order(counts, seed=seed, epoch=epoch, shuffle_buffer=shuffle_buffer)
+    buckets = np.zeros(len(order), dtype=np.int64) if buckets is None else buckets
     parts, batches = [], []
-    for first in range(start + worker * world_size * batch_size, samples, num_workers * world_size * batch_size):
-        step = order[first : first + world_size * batch_size]
+    for step in epoch_steps(order, buckets, start, world_size * batch_size)[worker::num_workers]:
         begin, end = even_range(len(step), world_size, rank)
         parts.append(step[begin:end])
-        batches.append(PlannedBatch(end - begin, valid_weight(len(step), world_size, batch_size)))
+        weight = valid_weight(len(step), world_size, batch_size)
+        batches.append(PlannedBatch(end - begin, weight, int(buckets[step[0]])))
     chosen = np.concatenate([*parts, np.zeros(0, dtype=np.int64)])
     shards = np.searchsorted(np.cumsum(counts), chosen, side="right")
-    return StreamPlan(shards, chosen - np.cumsum([0, *counts])[shards], tuple(batches))
+    return StreamPlan(shards, chosen - np.cumsum([0, *counts])[shards], buckets[chosen], tuple(batches))
 
 
 def limit_counts(counts: Sequence[int], limit: int | None) -> list[int]:

@@ -354,7 +354,7 @@ def counted_shard(path: Path, cache: Path) -> Shard:
     Raises:
         UserError: the cache cannot be written.
     """
-    count = Count(**_remembered(path, cache, "count", lambda: asdict(count_samples(path))))
+    count = Count(**remembered(path, cache, "count", lambda: asdict(count_samples(path))))
     identity = f"{path.name}:{path.stat().st_size}:{count.samples}"
     if count.cut_off:
         return Shard(path, count.samples, identity, UNKNOWN, f"not a complete tar file: {count.cut_off}")
@@ -372,10 +372,10 @@ def content_digest(shard: Shard, cache_dir: str | Path | None = None) -> str:
     """
     if re.fullmatch(r"[0-9a-f]{64}", shard.identity):
         return shard.identity
-    return _remembered(shard.path, cache_folder(cache_dir), "digest", lambda: sha256_of(shard.path))
+    return remembered(shard.path, cache_folder(cache_dir), "digest", lambda: sha256_of(shard.path))
 
 
-def _remembered(path: Path, cache: Path, what: str, find: Callable[[], Any]) -> Any:
+def remembered(path: Path, cache: Path, what: str, find: Callable[[], Any]) -> Any:
     """What `find` says of a file, kept in the cache until the file's size or time changes. Raises `UserError`."""
     stat = path.stat()
     state = [str(path.resolve()), stat.st_size, stat.st_mtime_ns]

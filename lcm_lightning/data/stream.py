@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -17,14 +17,8 @@ import webdataset as wds
 from PIL import Image
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
-from lcm_lightning.data.images import (
-    ImageFault,
-    crop_square,
-    decode_image,
-    normalise,
-    resize_shorter_side,
-    time_ids,
-)
+from lcm_lightning.data.buckets import Size
+from lcm_lightning.data.images import ImageFault, crop, decode_image, normalise, resize_to_cover, time_ids
 from lcm_lightning.data.plan import (
     PlannedBatch,
     StreamPlan,
@@ -37,6 +31,9 @@ from lcm_lightning.data.shards import Shard, ShardReader, fingerprint, image_byt
 from lcm_lightning.errors import UserError
 
 log = logging.getLogger(__name__)
+
+MAX_READERS = 256  # of a worker; one of a shard of 500 samples holds some 300 KB
+NO_BUCKETS = {"data.buckets": False}  # what checkpoints don't say of a run without buckets
 
 
 class SampleReader(Protocol):
@@ -58,7 +55,7 @@ class Fault:
 
 @dataclass(frozen=True)
 class Example:
-    """One training example: pixels float32 [3, R, R] in [-1, 1], its caption, key and seed, and its `time_ids`."""
+    """One training example: pixels float32 [3, H, W] in [-1, 1], its caption, key and seed, and its `time_ids`."""
 
     pixel_values: np.ndarray
     caption: str
@@ -72,29 +69,34 @@ class Augmentation:
     """How an image and its captions become an example, from the sample's seed alone.
 
     Attributes:
-        resolution: side of the square crop in pixels.
-        random: random crop and random choice among the captions; otherwise centre crop and first caption.
+        sizes: width and height in pixels of the crops, by bucket.
+        random: random choice among the captions; otherwise the first.
+        random_crop: a crop at a random place; otherwise at the centre.
         flip_probability: probability of a horizontal mirror image.
         caption_dropout: probability of an empty caption, which trains the unconditional branch of guidance.
     """
 
-    resolution: int
+    sizes: tuple[Size, ...]
     random: bool
+    random_crop: bool
     flip_probability: float = 0.0
     caption_dropout: float = 0.0
 
-    def __call__(self, image: Image.Image, captions: Sequence[str], key: str, seed: int) -> Example:
-        """Resize the shorter side, crop, flip, normalise; choose and perhaps drop the caption."""
+    def __call__(self, image: Image.Image, captions: Sequence[str], key: str, seed: int, bucket: int = 0) -> Example:
+        """Resize to cover the bucket, crop, flip, normalise; choose and perhaps drop the caption."""
         choice, dropout, flip, u, v = augmentation_draws(seed)
         if not self.random:
-            choice, u, v = 0.0, 0.5, 0.5
-        resized, mirrored = resize_shorter_side(image, self.resolution), bool(flip < self.flip_probability)
-        crop = crop_square(resized, self.resolution, u, v)
-        sizes = time_ids(image.size, resized.size, crop.size, u, v, mirrored=mirrored)
+            choice = 0.0
+        if not self.random_crop:
+            u, v = 0.5, 0.5
+        size, mirrored = self.sizes[bucket], bool(flip < self.flip_probability)
+        resized = resize_to_cover(image, *size)
+        cropped = crop(resized, *size, u, v)
+        sizes = time_ids(image.size, resized.size, size, u, v, mirrored=mirrored)
         if mirrored:
-            crop = crop.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+            cropped = cropped.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
         caption = "" if dropout < self.caption_dropout else captions[int(choice * len(captions))]
-        return Example(normalise(crop), caption, key, seed, sizes)
+        return Example(normalise(cropped), caption, key, seed, sizes)
 
 
 def augmentation_draws(seed: int) -> np.ndarray:
@@ -112,15 +114,22 @@ def read_planned(
 
     A reader knows the place of every sample of its shard. It is let go after the last one the plan takes from it, so
     that those of the shards of one or two shuffle windows are there at a time, and none is made twice in an epoch.
+    Rare buckets leave samples behind for later: beyond `MAX_READERS` the one that has been idle longest makes room.
     """
     last_use = {shard: place for place, shard in enumerate(plan.shards.tolist())}
-    readers: dict[int, SampleReader] = {}
-    for place, (shard, number) in enumerate(zip(plan.shards.tolist(), plan.numbers.tolist(), strict=True)):
+    readers: dict[int, SampleReader] = {}  # the latest used last
+    planned = zip(plan.shards.tolist(), plan.numbers.tolist(), plan.buckets.tolist(), strict=True)
+    for place, (shard, number, bucket) in enumerate(planned):
         path = shards[shard].path
         try:
-            if shard not in readers:
-                readers[shard] = open_shard(path)
-            sample: dict[str, Any] | Fault = readers[shard].read(number) | {"__shard__": str(path)}
+            readers[shard] = readers.pop(shard) if shard in readers else open_shard(path)
+            if len(readers) > MAX_READERS:
+                del readers[next(iter(readers))]
+            sample: dict[str, Any] | Fault = {
+                **readers[shard].read(number),
+                "__shard__": str(path),
+                "__bucket__": bucket,
+            }
         except OSError as error:
             sample = Fault(str(path), "", f"unreadable shard: {error}")
         if last_use[shard] == place:
@@ -138,7 +147,8 @@ def decode(samples: Iterable[dict[str, Any] | Fault], augment: Augmentation, see
         try:
             captions, image = sample_captions(sample), decode_image(image_bytes(sample))
             # Keys repeat from shard to shard in some published sets; the shard's file name tells them apart.
-            example = augment(image, captions, key, stable_hash(seed, epoch, shard.rpartition("/")[2], key))
+            seed_of_sample = stable_hash(seed, epoch, shard.rpartition("/")[2], key)
+            example = augment(image, captions, key, seed_of_sample, sample["__bucket__"])
         except ImageFault as fault:
             yield Fault(shard, key, str(fault))
             continue
@@ -148,24 +158,24 @@ def decode(samples: Iterable[dict[str, Any] | Fault], augment: Augmentation, see
 def batch(
     examples: Iterable[Any | Fault],
     planned: Iterable[PlannedBatch],
-    collate: Callable[[Sequence[Any], float], dict[str, Any]],
+    collate: Callable[[Sequence[Any], PlannedBatch], dict[str, Any]],
 ) -> Iterator[dict[str, Any]]:
-    """Stage 3: the planned batches, made by `collate` of their valid examples and weight."""
+    """Stage 3: the planned batches, made by `collate` of their valid examples."""
     source = iter(examples)
     for plan in planned:
         taken = [next(source) for _ in range(plan.valid)]
         faults = [example for example in taken if isinstance(example, Fault)]
         valid = [example for example in taken if not isinstance(example, Fault)]
-        yield collate(valid, plan.weight) | {"faults": faults}
+        yield collate(valid, plan) | {"faults": faults, "bucket": plan.bucket}
 
 
-def collate(valid: Sequence[Example], weight: float, batch_size: int, resolution: int) -> dict[str, Any]:
+def collate(valid: Sequence[Example], plan: PlannedBatch, batch_size: int, sizes: Sequence[Size]) -> dict[str, Any]:
     """A batch of `batch_size` from at most that many examples, filled up with repeats of weight 0.
 
     With no example at all the filling is a grey image without caption.
     """
-    sizes = (resolution, resolution, 0, 0, resolution, resolution)
-    grey = Example(np.zeros((3, resolution, resolution), dtype=np.float32), "", "", 0, sizes)
+    width, height = sizes[plan.bucket]
+    grey = Example(np.zeros((3, height, width), dtype=np.float32), "", "", 0, (height, width, 0, 0, height, width))
     source = list(valid) or [grey]
     rows = [source[index % len(source)] for index in range(batch_size)]
     return {
@@ -174,15 +184,21 @@ def collate(valid: Sequence[Example], weight: float, batch_size: int, resolution
         "keys": [row.key for row in rows],
         "seed": torch.tensor([row.seed for row in rows], dtype=torch.int64),
         "time_ids": torch.tensor([row.time_ids for row in rows], dtype=torch.float32),
-        "weight": torch.tensor([weight] * len(valid) + [0.0] * (batch_size - len(valid))),
+        "weight": weights(len(valid), plan, batch_size),
     }
+
+
+def weights(valid: int, plan: PlannedBatch, batch_size: int) -> torch.Tensor:
+    """The weight of each row of a batch, of which so many are `valid`; the others are filling."""
+    return torch.tensor([plan.weight] * valid + [0.0] * (batch_size - valid))
 
 
 class ShardStream(IterableDataset):
     """The batches of one `DataLoader` worker, as planned by `lcm_lightning.data.plan`.
 
-    Where the stream starts - (epoch, samples consumed, rank, world_size) - lives in shared memory: persistent workers
-    keep the copy of the dataset they were started with, and would otherwise repeat their first epoch for ever.
+    Where the stream starts - (epoch, rank, world_size, samples of each bucket consumed) - lives in shared memory:
+    persistent workers keep the copy of the dataset they were started with, and would otherwise repeat their first epoch
+    for ever.
     """
 
     open_shard: Callable[[Path], SampleReader] = ShardReader
@@ -196,8 +212,14 @@ class ShardStream(IterableDataset):
         seed: int,
         shuffle_buffer: int = 0,
         limit: int | None = None,
+        buckets: np.ndarray | None = None,
     ) -> None:
-        """See `CaptionedImages` for the arguments; `augment` is an `Augmentation`, in a subclass its like."""
+        """See `CaptionedImages` for the arguments; `augment` is an `Augmentation`, in a subclass its like.
+
+        Args:
+            buckets: int [N], number in `augment.sizes` of the bucket of each sample of the shards, laid end to end;
+                None where all have the first.
+        """
         super().__init__()
         self.shards = tuple(shards)
         self.augment = augment
@@ -205,7 +227,9 @@ class ShardStream(IterableDataset):
         self.seed = seed
         self.shuffle_buffer = shuffle_buffer
         self.counts = limit_counts([shard.samples for shard in shards], limit)
-        self.start = torch.tensor([0, 0, 0, 1], dtype=torch.int64).share_memory_()
+        self.buckets = np.zeros(self.samples, dtype=np.int64) if buckets is None else buckets[: self.samples]
+        self.bucket_samples: list[int] = np.bincount(self.buckets, minlength=len(augment.sizes)).tolist()
+        self.start = torch.tensor([0, 0, 1, *([0] * len(self.bucket_samples))], dtype=torch.int64).share_memory_()
 
     @property
     def samples(self) -> int:
@@ -214,10 +238,11 @@ class ShardStream(IterableDataset):
 
     def stages(self) -> list[Callable[..., Iterator[Any]]]:
         """The pipeline of this worker for the epoch in `start`, stage by stage."""
-        epoch, start, rank, world_size = self.start.tolist()
+        epoch, rank, world_size, *start = self.start.tolist()
         worker = get_worker_info()
         plan = plan_stream(
             self.counts,
+            buckets=self.buckets,
             seed=self.seed,
             epoch=epoch,
             batch_size=self.batch_size,
@@ -238,9 +263,9 @@ class ShardStream(IterableDataset):
         """Stage 2 of an epoch."""
         return partial(decode, augment=self.augment, seed=self.seed, epoch=epoch)
 
-    def collate(self) -> Callable[[Sequence[Any], float], dict[str, Any]]:
-        """Makes a batch of valid examples and their weight."""
-        return partial(collate, batch_size=self.batch_size, resolution=self.augment.resolution)
+    def collate(self) -> Callable[[Sequence[Any], PlannedBatch], dict[str, Any]]:
+        """Makes a planned batch of its valid examples."""
+        return partial(collate, batch_size=self.batch_size, sizes=self.augment.sizes)
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         # Not a generator: the plan must be made now, before the main process moves `start` on.
@@ -278,11 +303,13 @@ class ShardLoader:
     dataset cannot have a sampler of ours, so this class holds the `DataLoader` and is the sampler itself; being no
     `DataLoader`, it is also safe from having a `DistributedSampler` put into it.
 
-    With `state_dict` Lightning's checkpoints hold the place in the epoch: the number of its samples that are consumed.
-    A resumed run goes on with the next one, also with other numbers of ranks, workers and samples a batch.
+    With `state_dict` Lightning's checkpoints hold the place in the epoch: the number of its samples that are consumed,
+    of each bucket. A resumed run goes on with the next ones, also with other numbers of ranks, workers and samples a
+    batch.
 
     Attributes:
-        start: samples of the next epoch to leave out, without reading them; 0 again afterwards.
+        start: samples of each bucket to leave out of the next epoch, without reading them; zeros again afterwards.
+        consumed: samples of each bucket that this epoch is done with, over all ranks.
         waited: seconds this process has waited for batches so far.
         faults: samples that were left out in this process, by shard; those of missing or cut off shards included.
         bad: unreadable samples this rank met in this epoch, by shard.
@@ -292,13 +319,24 @@ class ShardLoader:
     batch_sampler = None
 
     def __init__(
-        self, stream: ShardStream, *, num_workers: int, prefetch_factor: int = 2, max_bad_fraction: float | None = None
+        self,
+        stream: ShardStream,
+        *,
+        num_workers: int,
+        prefetch_factor: int = 2,
+        max_bad_fraction: float | None = None,
+        bucket_settings: Mapping[str, Any] | None = None,
     ) -> None:
-        """See `CaptionedImages` for the arguments; without `max_bad_fraction` bad samples are only counted."""
+        """See `CaptionedImages` for the arguments; without `max_bad_fraction` bad samples are only counted.
+
+        Args:
+            bucket_settings: the settings that decide the samples' buckets; None where there is one bucket only.
+        """
         self.stream = stream
         self.max_bad_fraction = max_bad_fraction
-        self.start = 0
-        self.consumed = 0
+        self.bucket_settings = dict(bucket_settings or NO_BUCKETS)
+        self.start = [0] * len(stream.bucket_samples)
+        self.consumed = list(self.start)
         self.epoch = 0
         self.epoch_offset = 0
         self.loaded_epoch: int | None = None
@@ -346,19 +384,21 @@ class ShardLoader:
 
     def __len__(self) -> int:
         _, world_size = rank_and_world_size()
-        return steps_per_epoch(self.stream.samples, world_size, self.stream.batch_size)
+        return steps_per_epoch(self.stream.bucket_samples, world_size, self.stream.batch_size)
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         # A generator on purpose: Lightning calls iter() first, then set_epoch() or load_state_dict(), then next().
         rank, world_size = rank_and_world_size()
-        self.stream.start.copy_(torch.tensor([self.epoch, self.start, rank, world_size]))
-        self.consumed, self.start, self.loaded_epoch = self.start, 0, None
+        self.stream.start.copy_(torch.tensor([self.epoch, rank, world_size, *self.start]))
+        self.consumed, self.start, self.loaded_epoch = list(self.start), [0] * len(self.start), None
         self.bad.clear()
         for content in self.timed():
             self.note(content.pop("faults"))
             if world_size == 1:
                 self.check_bad(self.bad_samples)
-            self.consumed = min(self.consumed + world_size * self.batch_size, self.stream.samples)
+            bucket = content.pop("bucket")
+            left = self.stream.bucket_samples[bucket] - self.consumed[bucket]
+            self.consumed[bucket] += min(world_size * self.batch_size, left)
             yield content
 
     def note(self, faults: Sequence[Fault]) -> None:
@@ -405,21 +445,35 @@ class ShardLoader:
             "shards": fingerprint(self.stream.shards)[:12],
             "data.shuffle_buffer": self.stream.shuffle_buffer,
             "data.seed": self.stream.seed,
+            **self.bucket_settings,
         }
 
     def state_dict(self) -> dict[str, Any]:
-        """The epoch, its samples consumed so far over all ranks, and the settings under which these mean something."""
-        return {"epoch": self.epoch, "consumed": self.consumed, "settings": self.order_settings()}
+        """The epoch, its samples consumed so far over all ranks, and the settings under which these mean something.
+
+        "buckets" are pairs of a bucket's samples and those of them that are consumed.
+        """
+        buckets = [list(pair) for pair in zip(self.stream.bucket_samples, self.consumed, strict=True)]
+        consumed = sum(self.consumed)
+        return {"epoch": self.epoch, "consumed": consumed, "buckets": buckets, "settings": self.order_settings()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on after the consumed samples. Raises `UserError` in mid-epoch when the order is another one now."""
-        epoch, consumed, settings = state["epoch"], state["consumed"], self.order_settings()
-        changed = {key: value for key, value in settings.items() if state["settings"].get(key) != value}
-        if consumed == state["settings"]["samples"]:
-            epoch, consumed = epoch + 1, 0
-        if consumed and changed:
-            wanted = " ".join(f"{key}={state['settings'].get(key)}" for key in changed)
-            now = " ".join(f"{key}={value}" for key, value in changed.items())
-            raise UserError(f"resume: the run stopped in mid-epoch with {wanted}, now {now}; resume with the former")
+        epoch, now, before = state["epoch"], self.order_settings(), {**NO_BUCKETS, **state["settings"]}
+        changed = [key for key in (before | now) if before.get(key) != now.get(key)]
+        consumed = [consumed for _, consumed in buckets_of(state)]
+        if state["consumed"] == before["samples"]:
+            epoch, consumed, changed = epoch + 1, [0] * len(self.start), []
+        if sum(consumed) and changed:
+            former, latter = (
+                " ".join(f"{key}={values.get(key)}" for key in changed if key in values) for values in (before, now)
+            )
+            raise UserError(f"resume: the run stopped in mid-epoch with {former}, now {latter}; resume with the former")
         self.epoch = self.loaded_epoch = epoch
-        self.start = self.consumed = consumed
+        self.start = consumed if sum(consumed) else [0] * len(self.start)
+        self.consumed = list(self.start)
+
+
+def buckets_of(state: Mapping[str, Any]) -> list[tuple[int, int]]:
+    """Samples, and those consumed, of each bucket in a `ShardLoader`'s state; older ones speak of one bucket."""
+    return [tuple(pair) for pair in state.get("buckets", [(state["settings"]["samples"], state["consumed"])])]

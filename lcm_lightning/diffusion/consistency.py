@@ -124,6 +124,11 @@ class OdeDistillation:
         """The ODE's timesteps, int64 [N], on the device of `alphas_cumprod`."""
         return ode_timesteps(len(alphas_cumprod), self.num_ode_steps, alphas_cumprod.device)
 
+    def noised(self, x_0: Tensor, noise: Tensor, step_index: Tensor, alphas_cumprod: Tensor) -> tuple[Tensor, Tensor]:
+        """``x_t`` of clean latents [B, ...] at the ODE's steps `step_index` [B] in [0, N), and its timesteps [B]."""
+        timesteps = self.timesteps(alphas_cumprod)[step_index]
+        return add_noise(x_0, noise, alphas_cumprod[timesteps]), timesteps
+
     def skip(self, alphas_cumprod: Tensor) -> int:
         """The skipping interval ``k``, in train timesteps."""
         return len(alphas_cumprod) // self.num_ode_steps
@@ -186,8 +191,7 @@ class ConsistencyDistillation(OdeDistillation):
             target: called without gradient; None for the student itself, without exponential average (Song and
                 Dhariwal 2023, arXiv 2310.14189).
         """
-        timesteps = self.timesteps(alphas_cumprod)[step_index]
-        x_t = add_noise(x_0, noise, alphas_cumprod[timesteps])
+        x_t, timesteps = self.noised(x_0, noise, step_index, alphas_cumprod)
         with torch.no_grad():
             x_s = self.teacher_step(teacher, x_t, timesteps, guidance_scale, alphas_cumprod)
             earlier = previous_timesteps(timesteps, self.skip(alphas_cumprod))
@@ -213,8 +217,7 @@ class ConsistencyDistillation(OdeDistillation):
             student, teacher: of the same prediction type.
             x_0, noise, step_index, alphas_cumprod: see `losses`.
         """
-        timesteps = self.timesteps(alphas_cumprod)[step_index]
-        x_t = add_noise(x_0, noise, alphas_cumprod[timesteps])
+        x_t, timesteps = self.noised(x_0, noise, step_index, alphas_cumprod)
         with torch.no_grad():
             target = self.consistency_function(teacher, x_t, timesteps, alphas_cumprod)
         return self.distances(self.consistency_function(student, x_t, timesteps, alphas_cumprod), target)

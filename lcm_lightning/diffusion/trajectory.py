@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from lcm_lightning.diffusion.consistency import Denoiser, OdeDistillation, squared_error
-from lcm_lightning.diffusion.schedule import add_noise, predicted_epsilon, predicted_x_0
+from lcm_lightning.diffusion.schedule import predicted_epsilon, predicted_x_0
 from lcm_lightning.diffusion.solver import ddim_step, ode_timesteps, previous_timesteps
 
 
@@ -94,8 +94,7 @@ class TrajectoryDistillation(OdeDistillation):
             alphas_cumprod: [T], float32.
             judge: gives ``g`` of a predicted ``x_0``, and losses [B] of its own.
         """
-        timesteps = self.timesteps(alphas_cumprod)[step_index]
-        x_t = add_noise(x_0, noise, alphas_cumprod[timesteps])
+        x_t, timesteps = self.noised(x_0, noise, step_index, alphas_cumprod)
         with torch.no_grad():
             reached = self.skip_step(teacher, x_t, timesteps, alphas_cumprod)
             earlier = previous_timesteps(timesteps, self.skip(alphas_cumprod))

@@ -189,7 +189,7 @@ class Training(FusedClipping, ABC):
         losses = self.losses if adapter == self.kind.name else partial(self.helper_losses, adapter)
         randomness = SampleRandomness(batch["seed"], self.device)
         cached = "moments" in batch
-        shape = batch["moments"].shape[2:] if cached else self.model.latent_shape(batch["pixel_values"].shape[-1])
+        shape = batch["moments"].shape[2:] if cached else self.model.latent_shape(*batch["pixel_values"].shape[2:])
         latents = randomness.normal(shape)
         if self.reads_images and cached:
             mean, std = batch["moments"].float().unbind(dim=1)

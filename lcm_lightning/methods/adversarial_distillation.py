@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lcm_lightning.diffusion.adversarial import adversarial_direction, discriminator_losses
 from lcm_lightning.diffusion.schedule import add_noise
@@ -51,6 +51,11 @@ class AdversarialDistillation(Distillation):
                 "take trainer=ddp"
             )
         super().configure_model()
+
+    @property
+    def heads(self) -> list[nn.Parameter]:
+        """The discriminator's parameters; none without one."""
+        return [] if self.discriminator is None else list(self.discriminator.parameters())
 
     def features(self, latents: Tensor, condition: Condition, randomness: SampleRandomness) -> Features:
         """What the discriminator is given of pictures shaped as `latents`: `encoder_features` under one noise."""

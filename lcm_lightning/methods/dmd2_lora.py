@@ -102,8 +102,7 @@ class Dmd2LoraDistillation(AdversarialDistillation):
 
     def trained_by(self, adapter: str) -> list[nn.Parameter]:
         """With the critic the discriminator."""
-        heads = [] if adapter != CRITIC or self.discriminator is None else self.discriminator.parameters()
-        return [*super().trained_by(adapter), *heads]
+        return [*super().trained_by(adapter), *(self.heads if adapter == CRITIC else [])]
 
     def losses(self, latents: Tensor, condition: Condition, randomness: SampleRandomness) -> Tensor:
         """`DistributionMatching.losses` under a uniform noise level and guidance scale."""

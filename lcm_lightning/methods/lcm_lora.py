@@ -18,13 +18,13 @@ from lcm_lightning.models.sampling import Sampler
 DEFAULTS = ConsistencyDistillation()
 
 
-def lcm_sampler(name: str, num_ode_steps: int, **more: bool) -> Sampler:
+def lcm_sampler(name: str, num_ode_steps: int, *, tells_guidance: bool = False) -> Sampler:
     """Multistep consistency sampling (Luo et al. 2023a, Algorithm 3) at timesteps of an ODE of so many steps.
 
     A student has learnt these timesteps and no others.
     """
     walk = {"original_inference_steps": num_ode_steps, "timestep_spacing": "leading"}
-    return Sampler(name, "LCM", "LCMScheduler", walk, max_steps=num_ode_steps, **more)
+    return Sampler(name, "LCM", "LCMScheduler", walk, max_steps=num_ode_steps, tells_guidance=tells_guidance)
 
 
 def drawn_on_its_ode(kind: AdapterKind, num_ode_steps: int) -> AdapterKind:
@@ -50,7 +50,8 @@ class LcmLoraDistillation(Distillation):
         self.check_settings(distillation=distillation)
         check_skip(distillation, model)
         super().__init__(model, **teaching)
-        self.kind = drawn_on_its_ode(type(self).kind, distillation.num_ode_steps)
+        if type(self).kind.sampler == LCM:  # a subclass may have a sampler of its own
+            self.kind = drawn_on_its_ode(type(self).kind, distillation.num_ode_steps)
         self.distillation = replace(distillation, prediction_type=model.prediction_type)
 
     @classmethod

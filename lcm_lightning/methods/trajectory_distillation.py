@@ -99,8 +99,7 @@ class TrajectoryLoraDistillation(AdversarialDistillation):
 
     def trained_by(self, adapter: str) -> list[nn.Parameter]:
         """The adapter and the discriminator."""
-        heads = [] if self.discriminator is None else self.discriminator.parameters()
-        return [*super().trained_by(adapter), *heads]
+        return [*super().trained_by(adapter), *self.heads]
 
     def _judge(
         self, latents: Tensor, condition: Condition, randomness: SampleRandomness

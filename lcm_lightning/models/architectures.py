@@ -1,11 +1,13 @@
-"""The architectures of Stable Diffusion v1-5 and SDXL, built without any file, for tests and benchmarks."""
+"""Stable Diffusion's architectures in figures: what single files go by, and v1-5 and SDXL with random weights."""
 
 from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,7 @@ from diffusers import AutoencoderKL, UNet2DConditionModel
 from tokenizers.pre_tokenizers import ByteLevel
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
+CLIP_MERGES = Path(__file__).parents[1] / "assets" / "clip_tokenizer" / "merges.txt"
 SD15_UNET: dict[str, Any] = {
     "sample_size": 64,
     "in_channels": 4,
@@ -86,6 +89,55 @@ SDXL_TEXT_2: dict[str, Any] = {
     "hidden_act": "gelu",
     "projection_dim": 1280,
 }
+# What differs in v2: OpenCLIP's ViT-H/14 up to its last layer but one, and wider heads where the UNet is wider.
+SD2_UNET: dict[str, Any] = {
+    **SD15_UNET,
+    "cross_attention_dim": 1024,
+    "attention_head_dim": (5, 10, 20, 20),
+    "use_linear_projection": True,
+}
+SD2_TEXT: dict[str, Any] = {
+    **SD15_TEXT,
+    "hidden_size": 1024,
+    "intermediate_size": 4096,
+    "num_hidden_layers": 23,
+    "num_attention_heads": 16,
+    "hidden_act": "gelu",
+}
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """The configs of a pipeline's networks, noise schedule and tokenizer, as its authors trained it.
+
+    Attributes:
+        title: what people call it.
+        unet, vae, text_encoder, text_encoder_2, scheduler: as diffusers and transformers write them; a second text
+            encoder has SDXL alone.
+        tokenizer, tokenizer_2: make them.
+        prediction_type: what every model of it predicts; None: some predict noise, some velocity.
+    """
+
+    title: str
+    unet: Mapping[str, Any]
+    text_encoder: Mapping[str, Any]
+    tokenizer: Callable[[], CLIPTokenizer]
+    prediction_type: str | None
+    vae: Mapping[str, Any] = field(default_factory=lambda: SD15_VAE)
+    scheduler: Mapping[str, Any] = field(default_factory=lambda: SD15_SCHEDULER)
+    text_encoder_2: Mapping[str, Any] | None = None
+    tokenizer_2: Callable[[], CLIPTokenizer] | None = None
+
+    @property
+    def text_encoders(self) -> dict[str, Mapping[str, Any]]:
+        """By name, as a pipeline calls them."""
+        second = {} if self.text_encoder_2 is None else {"text_encoder_2": self.text_encoder_2}
+        return {"text_encoder": self.text_encoder, **second}
+
+    def make_tokenizers(self) -> dict[str, CLIPTokenizer]:
+        """By name, as a pipeline calls them."""
+        second = {} if self.tokenizer_2 is None else {"tokenizer_2": self.tokenizer_2()}
+        return {"tokenizer": self.tokenizer(), **second}
 
 
 @contextmanager
@@ -158,18 +210,48 @@ def build_sdxl(dtype: torch.dtype, encoders: Mapping[str, Any]) -> dict[str, Any
 
 def byte_tokenizer(vocab_size: int, max_length: int) -> CLIPTokenizer:
     """A `CLIPTokenizer` without merges: one token a byte, begin and end at the last two ids of the vocabulary."""
+    return _tokenizer([], vocab_size, model_max_length=max_length)
+
+
+def clip_tokenizer(pad_token: str) -> CLIPTokenizer:
+    """The tokenizer of CLIP and OpenCLIP (Radford et al. 2021), which Stable Diffusion 1, 2 and XL were trained with.
+
+    It ships as its 48,894 merges, in the order of their ids: the vocabulary is the bytes, the bytes at a word's end,
+    what each merge makes, and the two marks.
+    """
+    merges = CLIP_MERGES.read_text(encoding="utf-8").splitlines()[1:]
+    length = SD15_TEXT["max_position_embeddings"]
+    return _tokenizer(merges, SD15_TEXT["vocab_size"], model_max_length=length, pad_token=pad_token)
+
+
+def _tokenizer(merges: list[str], vocab_size: int, **settings: Any) -> CLIPTokenizer:
     letters = _printable_bytes()
-    tokens = letters + [letter + "</w>" for letter in letters]
+    tokens = letters + [letter + "</w>" for letter in letters] + [merge.replace(" ", "") for merge in merges]
     vocabulary = {token: index for index, token in enumerate(tokens)}
     vocabulary["<|startoftext|>"] = vocab_size - 2
     vocabulary["<|endoftext|>"] = vocab_size - 1
     with tempfile.TemporaryDirectory() as folder:
         vocab_file, merges_file = Path(folder, "vocab.json"), Path(folder, "merges.txt")
-        vocab_file.write_text(json.dumps(vocabulary))
-        merges_file.write_text("#version: 0.2\n")
-        return CLIPTokenizer.from_pretrained(folder, model_max_length=max_length)
+        vocab_file.write_text(json.dumps(vocabulary), encoding="utf-8")
+        merges_file.write_text("\n".join(["#version: 0.2", *merges]) + "\n", encoding="utf-8")
+        return CLIPTokenizer.from_pretrained(folder, **settings)
 
 
 def _printable_bytes() -> list[str]:
     """The 256 characters byte-level BPE writes bytes with (Radford et al. 2019), in the order CLIP's vocabulary has."""
     return sorted(ByteLevel.alphabet())
+
+
+CLIP_L, OPENCLIP = partial(clip_tokenizer, "<|endoftext|>"), partial(clip_tokenizer, "!")
+SD1 = Architecture("Stable Diffusion 1", SD15_UNET, SD15_TEXT, CLIP_L, "epsilon")
+SD2 = Architecture("Stable Diffusion 2", SD2_UNET, SD2_TEXT, OPENCLIP, None)
+SDXL = Architecture(
+    "SDXL",
+    SDXL_UNET,
+    SD15_TEXT,
+    CLIP_L,
+    "epsilon",
+    vae=SDXL_VAE,
+    text_encoder_2=SDXL_TEXT_2,
+    tokenizer_2=OPENCLIP,
+)

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,7 +18,7 @@ from lcm_lightning.models.architectures import (
     build_text_encoder_2,
     build_vae,
 )
-from lcm_lightning.models.pipeline_files import read_config, read_network
+from lcm_lightning.models.pipeline_files import NetworkFiles
 
 
 @dataclass(frozen=True)
@@ -31,13 +30,13 @@ class Deferred:
 
 
 def deferred_encoders(
-    folder: Path, dtype: torch.dtype, texts: Sequence[str] = ("text_encoder",), vae_dtype: torch.dtype | None = None
+    files: Mapping[str, NetworkFiles], dtype: torch.dtype, vae_dtype: torch.dtype | None = None
 ) -> dict[str, Deferred]:
-    """VAE and the text encoders called `texts` of the pipeline in `folder`; the VAE in a type of its own if given."""
-    config = vae_config(read_config(folder, "vae"))
+    """VAE and text encoders of a pipeline's `files`; the VAE in a type of its own if given."""
+    texts = [name for name in files if name.startswith("text_encoder")]
     return {
-        **{name: Deferred(None, partial(read_network, folder, name, dtype)) for name in texts},
-        "vae": Deferred(config, partial(read_network, folder, "vae", vae_dtype or dtype)),
+        **{name: Deferred(None, partial(files[name].read, dtype)) for name in texts},
+        "vae": Deferred(vae_config(files["vae"].config()), partial(files["vae"].read, vae_dtype or dtype)),
     }
 
 

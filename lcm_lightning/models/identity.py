@@ -5,18 +5,16 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable, Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers import CLIPTokenizer
 
-from lcm_lightning.errors import UserError, first_line, short
+from lcm_lightning.errors import short
 from lcm_lightning.models.adapters import active_adapters, lora_layers
 from lcm_lightning.models.lora_files import locate_lora, read_lora
-from lcm_lightning.models.pipeline_files import weight_files
+from lcm_lightning.models.pipeline_files import NetworkFiles
 from lcm_lightning.models.stable_diffusion import StableDiffusion
 
 # Of the text encoder's config: what changes its output and not the shape or number of its weights.
@@ -28,8 +26,8 @@ DIGITS = 16
 def encoder_key(model: StableDiffusion, teacher_lora: str | None = None) -> dict[str, str]:
     """Hashes of "vae", "text_encoder" and "tokenizer", from the files, whether or not they have been loaded.
 
-    Equal weights in the same precision have equal hashes, wherever they lie and whatever else their files hold. Random
-    weights are called so: they are other ones in every process.
+    Equal weights of equal names in the same precision have equal hashes, in a folder or in a single file, wherever they
+    lie and whatever else their files hold. Random weights are called so: they are other ones in every process.
 
     Args:
         teacher_lora: a LoRA on the model (see `locate_lora`); its part on the text encoder counts.
@@ -38,18 +36,18 @@ def encoder_key(model: StableDiffusion, teacher_lora: str | None = None) -> dict
         UserError: the files of VAE or text encoder are missing.
     """
     key = {"vae": "random", "text_encoder": "random", "tokenizer": tokenizers_digest(model)}
-    if model.folder is not None:
-        key["vae"] = weights_digest(model.folder / "vae")
-        text = [part for name in model.text_encoders for part in _text_encoder_parts(model.folder / name)]
+    if model.files is not None:
+        key["vae"] = weights_digest(model.files["vae"])
+        text = [part for name in model.text_encoders for part in _text_encoder_parts(model.files[name])]
         text += ["zeros"] * model.empty_is_zero
         key["text_encoder"] = hashlib.sha256(" ".join(text).encode()).hexdigest()[:DIGITS]
     lora = None if teacher_lora is None else text_lora_digest(teacher_lora)
     return key if lora is None else {**key, "text_encoder": f"{key['text_encoder']}+lora-{lora}"}
 
 
-def _text_encoder_parts(folder: Path) -> list[str]:
-    config = json.loads((folder / "config.json").read_text())
-    return [weights_digest(folder), *(str(config.get(name)) for name in TEXT_CONFIG)]
+def _text_encoder_parts(files: NetworkFiles) -> list[str]:
+    config = files.config()
+    return [weights_digest(files), *(str(config.get(name)) for name in TEXT_CONFIG)]
 
 
 def cache_key(model: StableDiffusion, resolution: int, teacher_lora: str | None) -> dict[str, str]:
@@ -57,18 +55,9 @@ def cache_key(model: StableDiffusion, resolution: int, teacher_lora: str | None)
     return {**encoder_key(model, teacher_lora), "resolution": str(resolution)}
 
 
-def weights_digest(folder: Path) -> str:
-    """Hash of the safetensors weights that diffusers and transformers read from a network's folder."""
-    return tensors_digest(pair for file in weight_files(folder)[0] for pair in _read_tensors(file))[:DIGITS]
-
-
-def _read_tensors(file: Path) -> Iterable[tuple[str, Tensor]]:
-    try:
-        with safe_open(file, framework="pt") as opened:
-            for name in sorted(opened.keys()):
-                yield name, opened.get_tensor(name)
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"model.path: {file} cannot be read ({first_line(error)})") from error
+def weights_digest(files: NetworkFiles) -> str:
+    """Hash of the weights of a network, as they are in its files."""
+    return tensors_digest(files.tensors())[:DIGITS]
 
 
 def tensors_digest(tensors: Iterable[tuple[str, Tensor]], context: str = "") -> str:

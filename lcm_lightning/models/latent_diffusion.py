@@ -105,8 +105,8 @@ class LatentDiffusionModel(nn.Module, ABC):
         """Sides in pixels of images that the model takes are multiples of it."""
 
     @abstractmethod
-    def latent_shape(self, resolution: int) -> tuple[int, int, int]:
-        """(C, h, w) of the latents of a square image of `resolution` px."""
+    def latent_shape(self, height: int, width: int | None = None) -> tuple[int, int, int]:
+        """(C, h, w) of the latents of an image of so many px; of a square one if `width` is None."""
 
     @abstractmethod
     def check_resolution(self, resolution: int, key: str = "data.resolution") -> None:

@@ -1,21 +1,22 @@
-"""A Stable Diffusion pipeline's folder: found, judged by its configs before its weights are read, read part by part."""
+"""A Stable Diffusion pipeline's files: found, judged by its configs before its weights are read, read part by part."""
 
 from __future__ import annotations
 
 import json
 import logging
 import math
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from inspect import signature
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import diffusers
 import torch
 from diffusers import AutoencoderKL, SchedulerMixin, UNet2DConditionModel
 from safetensors import safe_open
-from torch import nn
+from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from lcm_lightning.errors import UserError, first_line, short
@@ -53,8 +54,85 @@ XL_BASE = "stabilityai/stable-diffusion-xl-base-1.0"
 AGAIN = "copy or download the folder again"
 
 
+class NetworkFiles(Protocol):
+    """Where a network is read from."""
+
+    def config(self) -> dict[str, Any]:
+        """Its config, as diffusers or transformers write it. Raises `UserError`."""
+
+    def read(self, dtype: torch.dtype) -> nn.Module:
+        """The network. Raises `UserError`: its files are missing, damaged or incomplete."""
+
+    def tensors(self) -> Iterable[tuple[str, Tensor]]:
+        """Its weights by the names and in the types that a diffusers folder has them, sorted. Raises `UserError`."""
+
+
+def saved_name(network: str, key: str) -> str:
+    """The name of a weight in a network's file, with the prefix of text encoders that transformers 5 leaves out."""
+    return key if network != "text_encoder" or key.startswith("text_model.") else f"text_model.{key}"
+
+
+@dataclass(frozen=True)
+class FolderNetwork:
+    """The files of the network `name` in a pipeline's `folder`; see `NetworkFiles`."""
+
+    folder: Path
+    name: str
+
+    def config(self) -> dict[str, Any]:
+        """See `NetworkFiles`."""
+        return read_config(self.folder, self.name)
+
+    def read(self, dtype: torch.dtype) -> nn.Module:
+        """See `NetworkFiles`."""
+        return read_network(self.folder, self.name, dtype)
+
+    def tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """See `NetworkFiles`."""
+        with reading(self.folder, self.name), ExitStack() as stack:
+            files = weight_files(self.folder / self.name)[0]
+            opened = [stack.enter_context(safe_open(file, framework="pt")) for file in files]
+            keys = {saved_name(self.name, key): (key, file) for file in opened for key in file.keys()}  # noqa: SIM118
+            for name, (key, file) in sorted(keys.items()):
+                if not name.endswith(".position_ids"):  # numbers that old versions of transformers kept
+                    yield name, file.get_tensor(key)
+
+
+@dataclass(frozen=True)
+class PipelineFiles:
+    """A pipeline whose networks have not been read.
+
+    Attributes:
+        networks: the files of "unet", "vae", "text_encoder" and, of SDXL, "text_encoder_2".
+        tokenizers: "tokenizer" and, of SDXL, "tokenizer_2".
+        scheduler_config: diffusers' description of the noise schedule.
+        empty_is_zero: whether the conditions of an empty caption are zeros; of SDXL alone.
+    """
+
+    networks: Mapping[str, NetworkFiles]
+    tokenizers: Mapping[str, CLIPTokenizer]
+    scheduler_config: Mapping[str, Any]
+    empty_is_zero: bool = False
+
+    @property
+    def is_xl(self) -> bool:
+        """Whether it is SDXL's."""
+        return "text_encoder_2" in self.networks
+
+
+def open_folder(folder: Path) -> PipelineFiles:
+    """The pipeline in a diffusers folder. Raises `UserError`: it is none that can be trained or drawn with here."""
+    check_networks(folder)
+    texts = text_encoders(folder)
+    networks = {name: FolderNetwork(folder, name) for name in ("unet", "vae", *texts)}
+    names = [name.replace("text_encoder", "tokenizer") for name in texts]
+    tokenizers = {name: read_tokenizer(folder, name) for name in names}
+    zeros = is_xl(folder) and bool(read_index(folder, folder).get("force_zeros_for_empty_prompt", True))
+    return PipelineFiles(networks, tokenizers, read_scheduler_config(folder), zeros)
+
+
 def locate_pipeline(path: str, revision: str | None) -> Path:
-    """The folder of a pipeline, downloaded if `path` is a hub id.
+    """The folder of a pipeline, downloaded if `path` is a hub id, or the single file that one is in.
 
     Raises:
         UserError: there is none, it is out of reach, or of a class that is none of `PIPELINES`.
@@ -64,14 +142,11 @@ def locate_pipeline(path: str, revision: str | None) -> Path:
         _check_pipeline_class(folder, path)
         return folder
     if folder.is_file():
+        return folder
+    if path.startswith((".", "/", "~")) or path.count("/") != 1 or path.endswith(".safetensors"):
         raise UserError(
-            f"{model_path(path)}: is one file, a folder is expected; make one of it with diffusers: "
-            "StableDiffusionPipeline.from_single_file(FILE).save_pretrained(FOLDER)"
-        )
-    if path.startswith((".", "/", "~")) or path.count("/") != 1:
-        raise UserError(
-            f"{model_path(path)}: no such folder; give a diffusers pipeline folder (with model_index.json) or a hub id "
-            "such as stable-diffusion-v1-5/stable-diffusion-v1-5"
+            f"{model_path(path)}: no such folder or file; give a diffusers pipeline folder (with model_index.json), a "
+            ".safetensors checkpoint or a hub id such as stable-diffusion-v1-5/stable-diffusion-v1-5"
         )
     options: dict[str, Any] = {"revision": revision, "use_safetensors": True, "local_files_only": not hub_answers()}
     left_out = {"safety_checker": None, "requires_safety_checker": False, "feature_extractor": None}
@@ -180,20 +255,20 @@ def _check_text_widths(where: str, unet: Mapping[str, Any], texts: Mapping[str, 
     """Raise a `UserError` unless the UNet takes embeddings as wide as the text encoders', side by side, give them."""
     widths = [text.get("hidden_size", 512) for text in texts.values()]
     expected = unet.get("encoder_hid_dim") or unet.get("cross_attention_dim", 1280)
-    if sum(widths) != expected:
+    if not all(isinstance(width, int) for width in widths) or sum(widths) != expected:
         files = " and ".join(f"{name}/config.json" for name in texts)
         raise UserError(
             f"{where}: cross_attention_dim={short(expected)}, where {files} has hidden_size="
-            f"{' + '.join(map(str, widths))}; take UNet and text encoder of one model"
+            f"{short(' + '.join(map(str, widths)))}; take UNet and text encoder of one model"
         )
     if second := texts.get("text_encoder_2"):
         told, each = unet.get("projection_class_embeddings_input_dim"), unet.get("addition_time_embed_dim")
         pooled = second.get("projection_dim", 512)
-        if not isinstance(each, int) or told != pooled + TIME_IDS * each:
+        if not (isinstance(each, int) and isinstance(pooled, int)) or told != pooled + TIME_IDS * each:
             raise UserError(
-                f"{where}: projection_class_embeddings_input_dim={told}: expected projection_dim of "
-                f"text_encoder_2/config.json and {TIME_IDS} times addition_time_embed_dim, {pooled} + {TIME_IDS} x "
-                f"{each}; give the base model, not a refiner"
+                f"{where}: projection_class_embeddings_input_dim={short(told)}: expected projection_dim of "
+                f"text_encoder_2/config.json and {TIME_IDS} times addition_time_embed_dim, {short(pooled)} + "
+                f"{TIME_IDS} x {short(each)}; give the base model, not a refiner"
             )
 
 
@@ -233,13 +308,20 @@ def _check_class(folder: Path, name: str, found: str | None) -> None:
 @contextmanager
 def reading(folder: Path, part: str) -> Iterator[None]:
     """Turn what libraries raise on missing or damaged files into a `UserError` that names the part of the pipeline."""
+    with reading_of(model_path(folder), part, AGAIN, f"{folder}/"):
+        yield
+
+
+@contextmanager
+def reading_of(said: str, part: str, remedy: str, hidden: str = "\0") -> Iterator[None]:
+    """The same for what the setting and path `said` name; their message is quoted without `hidden`."""
     try:
         yield
     except (UserError, MemoryError):
         raise
     except Exception as error:  # of half a dozen libraries
-        said = first_line(error).replace(f"{folder}/", "")[:120]
-        raise UserError(f"{model_path(folder)}: cannot be loaded: {part} ({said}); {AGAIN}") from error
+        reason = first_line(error).replace(hidden, "")[:120]
+        raise UserError(f"{said}: cannot be loaded: {part} ({reason}); {remedy}") from error
 
 
 def read_config(folder: Path, name: str) -> dict[str, Any]:
@@ -289,35 +371,45 @@ def read_network(folder: Path, name: str, dtype: torch.dtype) -> nn.Module:
     }
     with reading(folder, name):
         network, report = network_class.from_pretrained(folder / name, **options)
-    if missing := sorted(report["missing_keys"]):
-        raise UserError(
-            f"{model_path(folder)}: the weights of {name} lack {len(missing)} tensors, first {missing[0]}; {AGAIN}"
-        )
+    check_weights(network, report["missing_keys"], model_path(folder), name, dtype, AGAIN)
     if adapters := [key for key in report["unexpected_keys"] if ".lora_" in key]:
         raise UserError(
             f"{model_path(folder)}: {name} has a LoRA beside its weights, first {short(adapters[0])}, which would not "
             "act; fuse it (pipe.fuse_lora()) and save the model again"
         )
+    return network
+
+
+def check_weights(
+    network: nn.Module, missing: Collection[str], said: str, name: str, dtype: torch.dtype, remedy: str
+) -> None:
+    """Raise a `UserError` unless the network called `name` has all its weights, and finite ones."""
+    if missing:
+        raise UserError(f"{said}: the weights of {name} lack {len(missing)} tensors, first {min(missing)}; {remedy}")
     for tensor_name, weight in network.named_parameters():
         if weight.numel() and not torch.stack(weight.aminmax()).isfinite().all():  # in one pass, without a copy
             raise UserError(
-                f"{model_path(folder)}: weights of {name} are not finite in {dtype}, first {short(tensor_name)}; "
-                f"{AGAIN}, or take one from before its training diverged"
+                f"{said}: weights of {name} are not finite in {dtype}, first {short(tensor_name)}; {remedy}, or take "
+                "one from before its training diverged"
             )
-    return network
 
 
 def _refuse_quantised(folder: Path, name: str) -> None:
     """Raise a `UserError` for weights of whole numbers: without what they are scaled by they are none."""
     for file in weight_files(folder / name)[0]:
         with safe_open(file, "pt") as tensors:
-            for key in tensors.keys():  # noqa: SIM118  # no mapping
-                kind = tensors.get_slice(key).get_dtype()
-                if "F" not in kind and not key.endswith("position_ids"):
-                    raise UserError(
-                        f"{model_path(folder)}: {name} is quantised ({short(key)} is of type {kind}), which is not "
-                        "supported; give its weights in float16 or float32"
-                    )
+            types = {key: tensors.get_slice(key).get_dtype() for key in tensors.keys()}  # noqa: SIM118  # no mapping
+        refuse_quantised(types, model_path(folder), name)
+
+
+def refuse_quantised(types: Mapping[str, str], said: str, name: str) -> None:
+    """Raise a `UserError` if any of the weights of the network `name`, given by their `types`, is a whole number."""
+    for key, kind in types.items():
+        if "F" not in kind and not key.endswith("position_ids"):
+            raise UserError(
+                f"{said}: {name} is quantised ({short(key)} is of type {kind}), which is not supported; give its "
+                "weights in float16 or float32"
+            )
 
 
 def read_tokenizer(folder: Path, name: str = "tokenizer") -> CLIPTokenizer:

@@ -151,7 +151,7 @@ def sample(
     steps: int,
     guidance_scale: float,
     sampler: Sampler,
-    resolution: int | None = None,
+    resolution: int | tuple[int, int] | None = None,
     init_image: InitialImage | None = None,
     negative_prompt: str = "",
     on_latents: Callable[[Tensor], None] | None = None,
@@ -168,7 +168,7 @@ def sample(
     Args:
         guidance_scale: diffusers' form, ``uncond + g (cond - uncond)``; at most 1 means no guidance and one pass. A
             sampler that tells the network of it tells ``w = g - 1``.
-        resolution: H = W in pixels; the model's own if None.
+        resolution: H = W in pixels, or (H, W); the model's own square if None.
         init_image: to start from in place of noise, with H and W of its own; `resolution` must be None.
         on_latents: called with the final latents [B, C, h, w] of each batch, float32 on the model's device.
         batch_size: images at a time; all at once if None.
@@ -187,6 +187,7 @@ def sample(
     if len(prompts) != len(seeds):
         raise ValueError(f"{len(prompts)} prompts but {len(seeds)} seeds")
     height, width = _sides(model, resolution, init_image)
+    beginning = (height, width) if init_image is None else init_image
     if init_image is not None:
         init_image.skipped(steps)  # refused before anything is encoded
     check_guidance(model, sampler, guidance_scale)
@@ -206,7 +207,7 @@ def sample(
         ended("text_encoding")
         generators = [torch.Generator().manual_seed(seed) for seed in seeds[start : start + batch_size]]
         with evaluating(model.unet):
-            latents = _denoise(model, sampler, condition, generators, steps, guidance_scale, init_image or height)
+            latents = _denoise(model, sampler, condition, generators, steps, guidance_scale, beginning)
         ended("denoising")
         images.append(model.decode_latents(latents, preview=preview).cpu())
         ended("vae_decoding")
@@ -217,12 +218,16 @@ def sample(
     return torch.cat(images) if images else torch.empty(0, 3, height, width)
 
 
-def _sides(model: LatentDiffusionModel, resolution: int | None, init_image: InitialImage | None) -> tuple[int, int]:
+def _sides(
+    model: LatentDiffusionModel, resolution: int | tuple[int, int] | None, init_image: InitialImage | None
+) -> tuple[int, int]:
     """Height and width of what is drawn; a `UserError` unless the model takes them."""
     if init_image is not None and resolution is not None:
         raise ValueError("an init_image has a size of its own: leave resolution out")
-    side = model.default_resolution if resolution is None else resolution
-    height, width = (side, side) if init_image is None else init_image.pixel_values.shape[1:]
+    resolution = model.default_resolution if resolution is None else resolution
+    height, width = (resolution, resolution) if isinstance(resolution, int) else resolution
+    if init_image is not None:
+        height, width = init_image.pixel_values.shape[1:]
     model.check_resolution(height)
     model.check_resolution(width)
     return height, width
@@ -258,18 +263,18 @@ def _denoise(
     generators: list[torch.Generator],
     steps: int,
     guidance_scale: float,
-    start: InitialImage | int,
+    start: InitialImage | tuple[int, int],
 ) -> Tensor:
     """Latents [B, C, h, w], float32, by `sampler`; of B conditions, or 2 B if guided, unconditional first.
 
-    They start from an image, or from noise for images of so many pixels a side.
+    They start from an image, or from noise for images of that height and width.
     """
     scheduler: Any = make_scheduler(sampler, model.scheduler_config)
     scheduler.set_timesteps(steps)
     if isinstance(start, InitialImage):
         latents, timesteps = _noised(model, scheduler, start, generators, steps)
     else:
-        latents = _normal(model.latent_shape(start), generators, model.device) * scheduler.init_noise_sigma
+        latents = _normal(model.latent_shape(*start), generators, model.device) * scheduler.init_noise_sigma
         timesteps = scheduler.timesteps
     passes = len(condition) // len(latents)
     noise = {"generator": generators, "eta": sampler.settings.get("eta", 0.0)}

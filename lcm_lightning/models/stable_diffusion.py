@@ -13,31 +13,29 @@ from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from lcm_lightning.diffusion.consistency import guidance_embedding
-from lcm_lightning.diffusion.schedule import unsupported_schedule
+from lcm_lightning.diffusion.schedule import PredictionType, unsupported_schedule
 from lcm_lightning.errors import UserError, first_line, short
 from lcm_lightning.hub import hub_answers
 from lcm_lightning.models.architectures import build_sd15, build_sdxl
 from lcm_lightning.models.condition import Condition
 from lcm_lightning.models.deferred import Deferred, deferred_encoders, deferred_random_encoders
 from lcm_lightning.models.latent_diffusion import LatentDiffusionModel
+from lcm_lightning.models.other_vae import check_vae, open_vae
 from lcm_lightning.models.pipeline_files import (
     SAMPLE_SIZE,
     TIME_IDS,
     XL_PIPELINE,
     XL_SAMPLE_SIZE,
-    check_networks,
-    is_xl,
+    NetworkFiles,
     locate_pipeline,
     model_path,
-    read_config,
-    read_index,
-    read_network,
-    read_scheduler_config,
-    read_tokenizer,
-    text_encoders,
+    open_folder,
 )
+from lcm_lightning.models.single_file import open_single_file
 
 log = logging.getLogger(__name__)
+
+XL_HALF_VAE = "madebyollin/sdxl-vae-fp16-fix"  # SDXL's VAE, made to compute in float16
 
 
 class StableDiffusion(LatentDiffusionModel):
@@ -49,7 +47,7 @@ class StableDiffusion(LatentDiffusionModel):
     Attributes:
         text_encoder, vae: None before `load_encoders` where they are deferred.
         vae_dtype: what the VAE is stored and computes in, of most models `dtype`.
-        folder: the pipeline's folder on this machine; None for networks that come from no file.
+        files: where the networks were read from, by their names; None for networks that come from no file.
         known_texts: conditions of single captions for which the text encoder need not run.
     """
 
@@ -72,7 +70,7 @@ class StableDiffusion(LatentDiffusionModel):
         name_or_path: str,
         dtype: torch.dtype,
         vae_dtype: torch.dtype | None = None,
-        folder: Path | None = None,
+        files: Mapping[str, NetworkFiles] | None = None,
         preview_vae: AutoencoderTiny | None = None,
     ) -> None:
         super().__init__()
@@ -83,7 +81,7 @@ class StableDiffusion(LatentDiffusionModel):
         self.memory_format: torch.memory_format | None = None
         self._hold(text_encoder=text_encoder, vae=vae)
         self.unet = unet
-        self.folder = folder
+        self.files = files
         self.known_texts: dict[str, Condition] = {}
         self.scheduler_config = dict(scheduler_config)
         self.name_or_path = name_or_path
@@ -229,10 +227,10 @@ class StableDiffusion(LatentDiffusionModel):
     def _no_autocast(self) -> torch.autocast:
         return torch.autocast(self.device.type, enabled=False)
 
-    def latent_shape(self, resolution: int) -> tuple[int, int, int]:
+    def latent_shape(self, height: int, width: int | None = None) -> tuple[int, int, int]:
         """See `LatentDiffusionModel`."""
-        side = resolution // self.vae_scale_factor
-        return (self.unet.config.in_channels, side, side)
+        width = height if width is None else width
+        return (self.unet.config.in_channels, height // self.vae_scale_factor, width // self.vae_scale_factor)
 
 
 class StableDiffusionXL(StableDiffusion):
@@ -314,12 +312,15 @@ def load_stable_diffusion(
     defer_encoders: bool = False,
     compile: bool = False,
     fused: bool = True,
+    vae: str | None = None,
+    prediction_type: PredictionType | None = None,
     preview_vae: str | None = None,
 ) -> StableDiffusion:
-    """Read a `StableDiffusionPipeline` or `StableDiffusionXLPipeline` from a local folder or the Hugging Face hub.
+    """Read a `StableDiffusionPipeline` or `StableDiffusionXLPipeline` from a folder, a single file or the hub.
 
     Args:
-        path: folder with `model_index.json`, or a hub id such as `stable-diffusion-v1-5/stable-diffusion-v1-5`.
+        path: folder with `model_index.json`, a `.safetensors` checkpoint in the original layout, or a hub id such as
+            `stable-diffusion-v1-5/stable-diffusion-v1-5`.
         dtype: storage and compute type of the frozen weights.
         unet_init: "random" and "random_xl" read nothing and build the exact architecture of SD v1-5, or SDXL, with
             random weights.
@@ -331,6 +332,8 @@ def load_stable_diffusion(
             on first use: minutes at the size of Stable Diffusion, which only long runs win back.
         fused: train through layers of our own, faster and keeping less, where diffusers and peft are of versions these
             were made for; else through theirs.
+        vae: folder, hub id or `.safetensors` file of an `AutoencoderKL` that takes the place of the model's own.
+        prediction_type: what the UNet predicts, in place of what its files say, if they do.
         preview_vae: folder or hub id of an `AutoencoderTiny` for the same latents, such as `madebyollin/taesd`, to
             decode previews with.
 
@@ -343,7 +346,7 @@ def load_stable_diffusion(
     elif unet_init == "random_xl":
         model = build_sdxl(dtype, deferred_random_encoders(dtype, xl=True) if defer_encoders else {})
     elif unet_init == "pretrained":
-        model = _read_pipeline(path, dtype, revision, defer_encoders)
+        model = _read_pipeline(path, dtype, revision, defer_encoders, vae, prediction_type)
     else:
         raise UserError(f"model.unet_init={unet_init}: expected pretrained, random or random_xl")
     kind = StableDiffusionXL if "text_encoder_2" in model else StableDiffusion
@@ -373,34 +376,46 @@ def _read_preview_vae(path: str | None, dtype: torch.dtype) -> AutoencoderTiny |
         ) from error
 
 
-def _read_pipeline(path: str, dtype: torch.dtype, revision: str | None, defer_encoders: bool) -> dict[str, Any]:
-    folder = locate_pipeline(path, revision)
-    check_networks(folder)
-    more = _read_xl_settings(folder, dtype) if is_xl(folder) else {}
-    encoders = deferred_encoders(folder, dtype, text_encoders(folder), more.get("vae_dtype"))
+def _read_pipeline(
+    path: str,
+    dtype: torch.dtype,
+    revision: str | None,
+    defer_encoders: bool,
+    vae: str | None,
+    prediction_type: PredictionType | None,
+) -> dict[str, Any]:
+    place = locate_pipeline(path, revision)
+    if place.is_file():
+        pipeline = open_single_file(place, prediction_type, other_vae=vae is not None)
+    else:
+        pipeline = open_folder(place)
+    files = dict(pipeline.networks)
+    if vae is not None:
+        files["vae"] = open_vae(vae, files["vae"].config())
+        check_vae(vae, files["vae"].config(), files["unet"].config())
+    more: dict[str, Any] = {}
+    if pipeline.is_xl:
+        more = {"empty_is_zero": pipeline.empty_is_zero, "vae_dtype": _xl_vae_dtype(files["vae"], dtype, path, vae)}
+    predicts = {} if prediction_type is None else {"prediction_type": prediction_type}
+    encoders = deferred_encoders(files, dtype, more.get("vae_dtype"))
     return {
-        "tokenizer": read_tokenizer(folder),
-        "scheduler_config": read_scheduler_config(folder),
+        **pipeline.tokenizers,
+        "scheduler_config": {**pipeline.scheduler_config, **predicts},
         **more,
         **(encoders if defer_encoders else {name: encoder.read() for name, encoder in encoders.items()}),
-        "unet": read_network(folder, "unet", dtype),
+        "unet": files["unet"].read(dtype),
         "name_or_path": path,
-        "folder": folder,
+        "files": files,
     }
 
 
-def _read_xl_settings(folder: Path, dtype: torch.dtype) -> dict[str, Any]:
-    """What `StableDiffusionXL` takes beside what `StableDiffusion` does. Raises `UserError`."""
-    return {
-        "tokenizer_2": read_tokenizer(folder, "tokenizer_2"),
-        "empty_is_zero": bool(read_index(folder, folder).get("force_zeros_for_empty_prompt", True)),
-        "vae_dtype": _xl_vae_dtype(folder, dtype),
-    }
-
-
-def _xl_vae_dtype(folder: Path, dtype: torch.dtype) -> torch.dtype:
+def _xl_vae_dtype(files: NetworkFiles, dtype: torch.dtype, path: str, vae: str | None) -> torch.dtype:
     """float32 where the VAE overflows in `dtype`: SDXL's does in float16, as `force_upcast` in its config says."""
-    if dtype != torch.float16 or not read_config(folder, "vae").get("force_upcast", True):
+    if dtype != torch.float16 or not files.config().get("force_upcast", True):
         return dtype
-    log.warning("%s: its VAE overflows in float16 and computes in float32, slower", model_path(folder))
+    log.warning(
+        "%s: its VAE overflows in float16 and computes in float32, slower; model.vae=%s does not",
+        model_path(path) if vae is None else f"model.vae={short(vae, 80)}",
+        XL_HALF_VAE,
+    )
     return torch.float32

@@ -51,20 +51,20 @@ def labelled_grid(columns: Sequence[Tensor], headings: Sequence[str], captions: 
 
     Images below 128 px are enlarged by a whole factor, pixel by pixel, so that what is seen is what was drawn.
     """
-    side = columns[0].shape[-1]
-    cell = side * max(1, SMALLEST_CELL // side)
+    enlarged = max(1, SMALLEST_CELL // columns[0].shape[-1])
+    tall, wide = (side * enlarged for side in columns[0].shape[-2:])
     font = ImageFont.load_default(14)
-    width = CAPTION + len(columns) * (cell + GAP) + GAP
-    wrapped = ["\n".join(textwrap.fill(line, max(1, cell // 8)) for line in text.split("\n")) for text in headings]
+    width = CAPTION + len(columns) * (wide + GAP) + GAP
+    wrapped = ["\n".join(textwrap.fill(line, max(1, wide // 8)) for line in text.split("\n")) for text in headings]
     top = HEADING + HEADING_LINE * max((heading.count("\n") for heading in wrapped), default=0)
-    grid = Image.new("RGB", (width, top + len(captions) * (cell + GAP)), "white")
+    grid = Image.new("RGB", (width, top + len(captions) * (tall + GAP)), "white")
     draw = ImageDraw.Draw(grid)
     for j, (images, heading) in enumerate(zip(columns, wrapped, strict=True)):
-        left = CAPTION + GAP + j * (cell + GAP)
-        draw.multiline_text((left + cell // 2, top // 2), heading, "black", font, anchor="mm", align="center")
+        left = CAPTION + GAP + j * (wide + GAP)
+        draw.multiline_text((left + wide // 2, top // 2), heading, "black", font, anchor="mm", align="center")
         for i, image in enumerate(images):
-            grid.paste(to_pil(image).resize((cell, cell), Image.Resampling.NEAREST), (left, top + i * (cell + GAP)))
+            grid.paste(to_pil(image).resize((wide, tall), Image.Resampling.NEAREST), (left, top + i * (tall + GAP)))
     for i, caption in enumerate(captions):
-        lines = "\n".join(textwrap.wrap(caption, 26)[: max(1, cell // 18)])
-        draw.multiline_text((GAP, top + i * (cell + GAP) + 4), lines, "black", font)
+        lines = "\n".join(textwrap.wrap(caption, 26)[: max(1, tall // 18)])
+        draw.multiline_text((GAP, top + i * (tall + GAP) + 4), lines, "black", font)
     return grid

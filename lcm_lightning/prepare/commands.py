@@ -30,7 +30,8 @@ def main(config: DictConfig) -> None:
         from lcm_lightning.prepare.latents import prepare_latents
 
         output = prepare_latents(config, console)
-        place = [f"data.source={output}", *overrides_of("model", "data.resolution", "data.flip_probability")]
+        own = ("model", "data.resolution", "data.bucket", "data.flip_probability")
+        place = [f"data.source={output}", *overrides_of(*own)]
     for line in next_lines(config.data.name, place):
         console.print(line, soft_wrap=True)
 

@@ -24,15 +24,9 @@ from PIL import Image
 from safetensors.numpy import save
 from torch import Tensor
 
+from lcm_lightning.data.buckets import Size, bucket_sizes, nearest_buckets
 from lcm_lightning.data.downloads import is_url
-from lcm_lightning.data.images import (
-    ImageFault,
-    crop_square,
-    decode_image,
-    normalise,
-    resize_shorter_side,
-    time_ids,
-)
+from lcm_lightning.data.images import ImageFault, crop, decode_image, normalise, resize_to_cover, time_ids
 from lcm_lightning.data.latents import MOMENTS, with_transform
 from lcm_lightning.data.plan import stable_hash
 from lcm_lightning.data.records import INDEX_NAME, PARTS_NAME, STARTED_NAME
@@ -99,7 +93,7 @@ class CacheSettings:
 
 @dataclass(frozen=True)
 class Prepared:
-    """A sample before the networks: captions, and of its crops and mirror images pixels, float32 [V, 3, R, R] in
+    """A sample before the networks: captions, and of its crops and mirror images pixels, float32 [V, 3, H, W] in
     [-1, 1], and `time_ids`.
     """
 
@@ -137,6 +131,7 @@ def cache_latents(
     model: LatentDiffusionModel,
     key: Mapping[str, str],
     settings: CacheSettings,
+    bucket_step: int | None = None,
     batch_size: int = 8,
     workers: int | None = None,
     cache_dir: str | None = None,
@@ -152,6 +147,7 @@ def cache_latents(
         images: path or address `index` was found at, for those who need the images themselves.
         model: whose VAE and text encoder run, where the model is.
         key: from `lcm_lightning.models.identity.cache_key`.
+        bucket_step: px; crops are of buckets whose sides are multiples of it, instead of squares.
         batch_size: images, and images' captions, at a time.
         workers: threads that decode; None for one per core.
         on_samples: called with the number of samples after each batch.
@@ -164,14 +160,15 @@ def cache_latents(
         UserError: `output` holds something else, or not one image can be used.
     """
     check_whole_number("cache.batch_size", batch_size, 1, advice="try 8")
-    key = with_transform(key)
+    key, resolution = with_transform(key, bucket_step), int(key["resolution"])
+    sizes = ((resolution, resolution),) if bucket_step is None else bucket_sizes(resolution, bucket_step)
     replaceable = check_output(index, output, key)
     started = {"key": key, "shards": sorted(replaceable)}
     write_atomic(output / PARTS_NAME / STARTED_NAME, json.dumps(started).encode())
     written = []
     for shard, task, of_split in plan_shards(index, key, settings, cache_dir):
         kept = kept_shard(task, output)
-        encoder = Encoder(model, int(key["resolution"]), of_split, batch_size, workers or os.cpu_count() or 1)
+        encoder = Encoder(model, sizes, of_split, batch_size, workers or os.cpu_count() or 1)
         written.append(kept or write_latents(task, output, encoder.encode(shard), on_samples))
         if on_shard is not None:
             on_shard(written[-1], kept is not None)
@@ -181,10 +178,12 @@ def cache_latents(
         "key": key,
         "crops": settings.crops,
         "flips": settings.flips,
-        "latent_shape": model.latent_shape(int(key["resolution"])),
+        "latent_shape": model.latent_shape(resolution),
         "empty_caption": EMPTY_CAPTION,
         "images": images,
     }
+    if bucket_step is not None:
+        latents["latent_sizes"] = [model.latent_shape(height, width)[:0:-1] for width, height in sizes]
     return write_index(output, index.name, "the images'", settings, written, [], {"latents": latents})
 
 
@@ -242,7 +241,7 @@ class Encoder:
     """VAE and text encoder over the samples of a shard, with threads that decode ahead of them."""
 
     model: LatentDiffusionModel
-    resolution: int
+    sizes: tuple[Size, ...]
     settings: CacheSettings
     batch_size: int
     workers: int
@@ -279,14 +278,15 @@ class Encoder:
 
     def variants(self, image: Image.Image, name: str) -> Iterator[tuple[Image.Image, tuple[int, ...]]]:
         """Crops and mirror images and their `time_ids`, in the order of `lcm_lightning.data.latents`."""
-        resized = resize_shorter_side(image, self.resolution)
-        for crop in range(self.settings.crops):
-            place = np.random.default_rng(stable_hash("crop", name, crop)).random(2) if crop else (0.5, 0.5)
-            square = crop_square(resized, self.resolution, *place)
-            yield square, time_ids(image.size, resized.size, square.size, *place, mirrored=False)
+        size = self.sizes[nearest_buckets(np.array([image.size]), self.sizes)[0]]
+        resized = resize_to_cover(image, *size)
+        for number in range(self.settings.crops):
+            place = np.random.default_rng(stable_hash("crop", name, number)).random(2) if number else (0.5, 0.5)
+            cropped = crop(resized, *size, *place)
+            yield cropped, time_ids(image.size, resized.size, size, *place, mirrored=False)
             if self.settings.flips:
-                mirrored = square.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-                yield mirrored, time_ids(image.size, resized.size, square.size, *place, mirrored=True)
+                mirrored = cropped.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+                yield mirrored, time_ids(image.size, resized.size, size, *place, mirrored=True)
 
     def encode_batch(
         self, samples: Sequence[Prepared], shard: str
@@ -294,17 +294,12 @@ class Encoder:
         """Tar members of each sample, or why it has none."""
         if not samples:
             return
-        pixel_values = torch.from_numpy(np.concatenate([sample.pixel_values for sample in samples]))
-        moments = [
-            torch.stack(self.model.posterior(part.to(self.model.device)), dim=1)
-            for part in pixel_values.split(self.batch_size)
-        ]
+        moments = self.moments(samples)
         condition = self.model.encode_text([caption for sample in samples for caption in sample.captions]).map(to_half)
-        of_samples = to_half(torch.cat(moments)).split([len(sample.pixel_values) for sample in samples])
         first = 0
-        for sample, sample_moments in zip(samples, of_samples, strict=True):
+        for sample, sample_moments in zip(samples, moments, strict=True):
             captions = slice(first, first + len(sample.captions))
-            tensors = {MOMENTS: sample_moments.numpy(), **rows(condition, captions)}
+            tensors = {MOMENTS: sample_moments, **rows(condition, captions)}
             first = captions.stop
             if all(np.isfinite(tensor).all() for tensor in tensors.values()):
                 described = {"captions": sample.captions, "image_shard": shard, "time_ids": sample.time_ids}
@@ -312,6 +307,26 @@ class Encoder:
                 yield sample.key, [("json", content), ("safetensors", save(tensors))]
             else:
                 yield Skipped(sample.key, shard, "", "latents not finite", f"in {self.settings.dtype}")
+
+    def moments(self, samples: Sequence[Prepared]) -> list[np.ndarray]:
+        """Mean and standard deviation of the posterior of each sample's images, float16 [V, 2, C, h, w].
+
+        Images of one shape go through the VAE together.
+        """
+        of_shapes: dict[tuple[int, ...], list[int]] = {}
+        for number, sample in enumerate(samples):
+            of_shapes.setdefault(sample.pixel_values.shape[1:], []).append(number)
+        found: dict[int, np.ndarray] = {}
+        for numbers in of_shapes.values():
+            alike = [samples[number].pixel_values for number in numbers]
+            pixel_values = torch.from_numpy(np.concatenate(alike))
+            moments = [
+                torch.stack(self.model.posterior(part.to(self.model.device)), dim=1)
+                for part in pixel_values.split(self.batch_size)
+            ]
+            of_samples = to_half(torch.cat(moments)).split([len(images) for images in alike])
+            found |= {number: part.numpy() for number, part in zip(numbers, of_samples, strict=True)}
+        return [found[number] for number in range(len(samples))]
 
 
 def rows(condition: Condition, chosen: int | slice) -> dict[str, np.ndarray]:

@@ -6,6 +6,7 @@ from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 from omegaconf import DictConfig
 from rich.console import Console
 
@@ -15,6 +16,8 @@ from lcm_lightning.prepare.summary import write_with_progress
 
 if TYPE_CHECKING:
     from lcm_lightning.data.records import Source
+
+SD_RESOLUTION, SD_BUCKET_STEP = 512, 64  # px, of Stable Diffusion v1: shards know no model
 
 
 def prepare_images(config: DictConfig, console: Console) -> Path:
@@ -51,7 +54,25 @@ def prepare_images(config: DictConfig, console: Console) -> Path:
             ) from error
 
     write_with_progress(write, output, console, key="prepare.output", doing="writing shards", total=source.samples)
+    resolution, bucket_step = config.data.resolution or SD_RESOLUTION, config.data.bucket_step or SD_BUCKET_STEP
+    if config.data.buckets and resolution % bucket_step == 0:  # otherwise another model's: it is known in training
+        console.print(kept_line(output, resolution, bucket_step), soft_wrap=True)
     return output
+
+
+def kept_line(shards: Path, resolution: int, bucket_step: int) -> str:
+    """What share of the photos' pixels training sees, in buckets and in squares: the mean over all photos."""
+    from lcm_lightning.data.buckets import bucket_sizes, kept_shares, nearest_buckets
+    from lcm_lightning.data.sizes import image_sizes
+
+    sizes = np.array([size for shard in sorted(shards.glob("*.tar")) for size in image_sizes(shard)])
+    buckets = bucket_sizes(resolution, bucket_step)
+    kept, square = kept_shares(sizes, buckets).max(axis=1).mean(), kept_shares(sizes, [(1, 1)]).mean()
+    used = len(np.unique(nearest_buckets(sizes, buckets)))
+    return (
+        f"of a photo {kept:.1%} is kept in {used} buckets of data.resolution={resolution} data.bucket_step="
+        f"{bucket_step}, {square:.1%} in squares (data.buckets=false)"
+    )
 
 
 def check_output(source: Source, location: str, output: Path) -> None:

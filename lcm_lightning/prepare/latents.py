@@ -11,6 +11,7 @@ from rich.console import Console
 
 from lcm_lightning.config.instantiate import find_device, instantiate_group, parse_dtype
 from lcm_lightning.config.quiet import quiet_known_warnings
+from lcm_lightning.data.buckets import bucket_sizes
 from lcm_lightning.data.datamodule import locate_images
 from lcm_lightning.data.downloads import is_url
 from lcm_lightning.data.layouts import recognise
@@ -41,6 +42,8 @@ def prepare_latents(config: DictConfig, console: Console) -> Path:
     model: StableDiffusion = instantiate_group(config, "model", dtype=parse_dtype(options.dtype))
     resolution = model.default_resolution if data.resolution is None else data.resolution
     model.check_resolution(resolution)
+    bucket_step = bucket_step_of(data.buckets, data.bucket_step, model, resolution)
+    data.resolution, data.bucket_step = resolution, bucket_step
     if options.teacher_lora is not None:
         fuse_lora(model, options.teacher_lora, key="cache.teacher_lora")
     key = cache_key(model, resolution, options.teacher_lora)
@@ -59,6 +62,7 @@ def prepare_latents(config: DictConfig, console: Console) -> Path:
             model=model,
             key=key,
             settings=settings,
+            bucket_step=bucket_step,
             batch_size=options.batch_size,
             workers=config.prepare.workers,
             cache_dir=data.cache_dir,
@@ -69,6 +73,20 @@ def prepare_latents(config: DictConfig, console: Console) -> Path:
     shown: dict[str, Any] = {"key": "cache.output", "doing": "caching latents", "total": samples, "by_sample": True}
     write_with_progress(write, output, console, **shown)
     return output
+
+
+def bucket_step_of(buckets: bool, step: int | None, model: StableDiffusion, resolution: int) -> int | None:
+    """Pixels that the sides of buckets are multiples of, the model's own unless `step` says; None without buckets.
+
+    Raises:
+        UserError: the model does not take such sides, or they don't divide `resolution`.
+    """
+    if not buckets:
+        return None
+    step = model.resolution_multiple if step is None else step
+    model.check_resolution(step, "data.bucket_step")
+    bucket_sizes(resolution, step)
+    return step
 
 
 def image_shards(config: DictConfig, console: Console) -> str:

@@ -1,0 +1,98 @@
+"""``python -m lcm_lightning.summarize``: what a sweep has found."""
+
+from __future__ import annotations
+
+import csv
+import sys
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from lcm_lightning import summarize
+
+
+def save_run(folder: Path, overrides: list[str], values: dict[str, list[tuple[int, float]]]) -> None:
+    folder.mkdir(parents=True)
+    (folder / "overrides.yaml").write_text("".join(f"- {override}\n" for override in overrides))
+    with (folder / "metrics.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, ["epoch", "step", *values])
+        writer.writeheader()
+        for name, pairs in values.items():
+            for step, value in pairs:
+                writer.writerow({"epoch": 0, "step": step, name: value})
+
+
+def command(*arguments: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["summarize", *arguments])
+    summarize.main()
+
+
+@pytest.fixture
+def sweep(tmp_path: Path) -> Path:
+    losses = {"4": (0.5, 0.3), "8": (0.2, 0.4), "16": (0.6, float("nan"))}
+    for place, (rank, (first, second)) in enumerate(losses.items()):
+        overrides = ["experiment=x", f"method.lora.rank={rank}", "optimizer.lr=1e-4"]
+        values = {"train/loss": [(9, 1.0)], "val/loss": [(99, first), (199, second)]}
+        save_run(tmp_path / "sweep" / str(place), overrides, values)
+    return tmp_path / "sweep"
+
+
+def test_the_best_run_comes_first_with_the_step_it_was_best_at(
+    sweep: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    command(str(sweep), monkeypatch=monkeypatch)
+    with (sweep / "summary.csv").open(newline="") as file:
+        found = list(csv.DictReader(file))
+    assert [(row["method.lora.rank"], row["val/loss"], row["step"], row["last"]) for row in found] == [
+        ("8", "0.2", "100", "0.4"),
+        ("4", "0.3", "200", "0.3"),
+        ("16", "0.6", "100", "nan"),
+    ]
+    assert "optimizer.lr" not in found[0]  # all have the same
+    assert Image.open(sweep / "summary.png").width > 200
+    assert "at step" in capsys.readouterr().out
+
+
+def test_a_run_that_has_no_validation_yet_is_named_and_left_out(
+    sweep: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    save_run(sweep / "3", ["method.lora.rank=32"], {"train/loss": [(9, 1.0)]})
+    command(str(sweep), monkeypatch=monkeypatch)
+    assert f"{sweep / '3'}: has no val/loss yet" in capsys.readouterr().out
+    command(str(sweep), "--metric", "train/loss", monkeypatch=monkeypatch)
+    assert (sweep / "summary.csv").read_text().count("\n") == 5
+
+
+def test_the_quality_of_pictures_goes_before_the_loss_where_all_have_it(tmp_path: Path):
+    for place in ("0", "1"):
+        save_run(tmp_path / place, [f"seed={place}"], {"val/loss": [(9, 1.0)], "val/student_cmmd": [(9, 0.1)]})
+    assert summarize.read_sweep(tmp_path, None)[0] == "val/student_cmmd"
+
+
+def test_a_setting_in_words_is_plotted_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    for loss in ("huber", "l2"):
+        save_run(tmp_path / loss, [f"method.distillation.loss={loss}"], {"val/loss": [(9, 1.0)]})
+    command(str(tmp_path), monkeypatch=monkeypatch)
+    assert (tmp_path / "summary.png").is_file()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((), "holds no run; give the folder of a sweep"),
+        (("--metric", "val/nothing"), "--metric=val/nothing: no run has"),
+    ],
+)
+def test_what_cannot_be_summarized_is_refused(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    arguments: tuple[str, ...],
+    message: str,
+):
+    if arguments:
+        save_run(tmp_path / "0", ["seed=0"], {"val/loss": [(9, 1.0)]})
+    with pytest.raises(SystemExit) as end:
+        command(str(tmp_path), *arguments, monkeypatch=monkeypatch)
+    assert end.value.code == 2 and message in capsys.readouterr().err
