@@ -202,6 +202,30 @@ def test_validation_is_cropped_at_the_centre_of_its_bucket(data: Any, shards: Pa
                 torch.testing.assert_close(batch["pixel_values"][row], expected, atol=1e-6, rtol=0)
 
 
+def test_the_sizes_told_are_of_the_photo_its_crop_and_its_bucket(data: Any, shards: Path):
+    """The crop is found in the photo, or in its mirror image, by them alone."""
+    originals = {sample.key: sample.image for sample in iterate_split(str(shards), "train")}
+    mirrored = 0
+    for batch in epoch(data(shards, flip_probability=0.5).train_dataloader()):
+        for row, key in enumerate(valid_keys(batch)):
+            photo_height, photo_width, top, left, height, width = map(int, batch["time_ids"][row])
+            assert (photo_width, photo_height) == originals[key].size
+            assert (height, width) == batch["pixel_values"].shape[-2:]
+            resized = resize_to_cover(originals[key], width, height)
+            found = [
+                np.array_equal(np.asarray(side.crop((left, top, left + width, top + height))), pixels_of(batch, row))
+                for side in (resized, resized.transpose(Image.Transpose.FLIP_LEFT_RIGHT))
+            ]
+            assert any(found)
+            mirrored += not found[0]
+    assert 0 < mirrored < 43
+
+
+def pixels_of(batch: dict[str, Any], row: int) -> np.ndarray:
+    """Bytes [H, W, 3]."""
+    return ((batch["pixel_values"][row].permute(1, 2, 0) + 1) * 127.5).round().to(torch.uint8).numpy()
+
+
 def test_crops_are_the_same_in_every_epoch_at_the_centre_and_others_at_random(data: Any, shards: Path):
     for crop, distinct in (("center", 1), ("random", 6)):
         loader = data(shards, crop=crop, flip_probability=0.0).train_dataloader()
@@ -327,6 +351,7 @@ def test_cached_latents_are_those_of_the_crops_in_the_same_steps(
         strict=True,
     ):
         assert images["keys"] == cached["keys"] and images["captions"] == cached["captions"]
+        assert torch.equal(images["time_ids"], cached["time_ids"])
         assert torch.equal(images["seed"], cached["seed"]) and torch.equal(images["weight"], cached["weight"])
         moments = torch.stack(tiny_model.posterior(images["pixel_values"]), dim=1)
         torch.testing.assert_close(cached["moments"].float(), moments, rtol=FLOAT16, atol=1e-5)
