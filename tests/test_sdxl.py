@@ -266,13 +266,33 @@ METHODS: dict[str, Callable[..., Any]] = {
 }
 
 
-@pytest.mark.parametrize("name", METHODS)
-def test_every_method_trains_on_captions_and_sizes(sdxl_folder: Path, name: str):
-    """Sizes change what each part of a step makes of the same photo, and gradients reach all that trains."""
-    module = METHODS[name](load_stable_diffusion(str(sdxl_folder)))
+def method_of(name: str, folder: Path, **options: Any) -> Any:
+    """A method on a model, outside of a training."""
+    torch.manual_seed(0)  # of the discriminator
+    module = METHODS[name](load_stable_diffusion(str(folder), **options))
     module.log = lambda *_, **__: None
     module._trainer = SimpleNamespace(global_step=0, strategy=None)
     randomise(module, seed=7)
+    return module
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_activations_computed_anew_are_those_of_the_adapters_that_acted(sdxl_folder: Path, name: str):
+    """Teacher, student, critic and discriminator share one UNet: each has the gradient it has without checkpointing."""
+    plain, anew = (method_of(name, sdxl_folder, gradient_checkpointing=on) for on in (False, True))
+    batch = random_batch(1, 2)
+    for turn, adapter in enumerate(reversed(plain.adapters)):
+        for module in (plain, anew):
+            module._trainer.global_step = turn
+            module.training_step(batch, 0).backward()
+        for expected, found in zip(plain.trained_by(adapter), anew.trained_by(adapter), strict=True):
+            torch.testing.assert_close(found.grad, expected.grad, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_every_method_trains_on_captions_and_sizes(sdxl_folder: Path, name: str):
+    """Sizes change what each part of a step makes of the same photo, and gradients reach all that trains."""
+    module = method_of(name, sdxl_folder)
     small, large = ([[side, side, 0, 0, 32, 32]] * 2 for side in (40, 900))
     found: dict[str, list[float]] = {}
     for turn, adapter in enumerate(reversed(module.adapters)):  # the critic before the generator

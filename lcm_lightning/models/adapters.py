@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from lcm_lightning.errors import UserError, short
+from lcm_lightning.models.checkpointing import adapter_states, set_adapter_states
 from lcm_lightning.models.dropout import SampleDropout
 from lcm_lightning.models.latent_diffusion import LatentDiffusionModel
 from lcm_lightning.models.lora_files import LayerUpdate, adaptable_layers, fit, kohya_name, locate_lora, read_lora
@@ -167,7 +168,7 @@ def active_adapters(module: nn.Module, names: Sequence[str]) -> Iterator[None]:
     Distillation enters it every step. peft's own switch also walks over every parameter to set what trains: 12 ms a
     step on the embedded pipeline, and twice as many layers on Stable Diffusion; this one sets two attributes a layer.
     """
-    before = [(layer, layer._active_adapter, layer._disable_adapters) for layer in lora_layers(module)]
+    before = adapter_states(module)
     unet = module.unet if isinstance(module, LatentDiffusionModel) else None
     if isinstance(module, LatentDiffusionModel):
         module.let_act(names)
@@ -178,8 +179,7 @@ def active_adapters(module: nn.Module, names: Sequence[str]) -> Iterator[None]:
     try:
         yield
     finally:
-        for layer, active, disabled in before:
-            layer._active_adapter, layer._disable_adapters = active, disabled
+        set_adapter_states(before)
         if isinstance(module, LatentDiffusionModel):
             module.unet = unet
 

@@ -17,6 +17,7 @@ from lcm_lightning.diffusion.schedule import PredictionType, unsupported_schedul
 from lcm_lightning.errors import UserError, first_line, short
 from lcm_lightning.hub import hub_answers
 from lcm_lightning.models.architectures import build_sd15, build_sdxl
+from lcm_lightning.models.checkpointing import checkpointed
 from lcm_lightning.models.condition import Condition
 from lcm_lightning.models.deferred import Deferred, deferred_encoders, deferred_random_encoders
 from lcm_lightning.models.latent_diffusion import LatentDiffusionModel
@@ -357,7 +358,7 @@ def load_stable_diffusion(
     if channels_last:
         wrapped.set_memory_format(torch.channels_last)
     if gradient_checkpointing:
-        wrapped.unet.enable_gradient_checkpointing()
+        wrapped.unet.enable_gradient_checkpointing(checkpointed)
     if compile:
         wrapped.unet.compile(dynamic=False)
     return wrapped
