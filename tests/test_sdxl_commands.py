@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import sys
 from pathlib import Path
@@ -12,7 +13,8 @@ import torch
 from diffusers import LCMScheduler, StableDiffusionXLPipeline
 from PIL import Image
 
-from helpers.commands import SMALL, in_process
+from helpers.commands import SMALL, SMALLER, in_process
+from lcm_lightning.config.resolvers import package_file
 from lcm_lightning.inspect import main as inspect
 
 EVALUATION = (
@@ -65,6 +67,53 @@ def test_an_experiment_is_trained_drawn_from_and_evaluated(
         said = " ".join(capsys.readouterr().out.split())
         assert "refused" not in said
         assert ("lcm (LCM-LoRA)" in said and "unused none" in said) if place == "run" else XL in said
+
+
+METHODS = {
+    "lora": (),
+    "lcm_lora": (),
+    "lcm": ("method.guidance_dimension=16", "optimizer.lr=1e-4"),
+    "kd_lora": ("method.teacher_lcm=teacher",),
+    "tcd_lora": (),
+    "pcm_lora": ("method.adversarial_weight=0.1",),
+    "dmd2_lora": ("method.adversarial_weight=0.1", "method.critic_steps=1"),
+}
+QUALITY = (
+    "callbacks=student_quality",
+    f"callbacks.student_quality.clip={package_file('assets/tiny_clip')}",
+    "callbacks.student_quality.num_images=4",
+    "callbacks.student_quality.teacher_steps=2",
+    "callbacks.student_quality.bootstrap_samples=2",
+)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_trains_measures_its_pictures_and_draws(
+    method: str, sdxl_folder: Path, flickr_shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+
+    def train(name: str, run: str, *more: str) -> None:
+        places = (f"model.path={sdxl_folder}", f"data.source={flickr_shards}", f"hydra.run.dir={run}")
+        rank = () if name == "lcm" else ("method.lora.rank=4",)
+        chosen = ("experiment=lcm_sdxl_flickr30k", f"method={name}", "data.buckets=true", "data.bucket_step=8")
+        in_process("train", *chosen, *places, *SMALLER, *rank, *METHODS[name], "trainer=debug", "logger=csv", *more)
+
+    if method == "kd_lora":
+        train("lcm", "teacher", "callbacks.samples=null")
+    is_student = method != "lora"
+    train(method, "run", *(QUALITY if is_student else ()))
+    with (tmp_path / "run" / "metrics.csv").open() as file:
+        found = {name: float(value) for row in csv.DictReader(file) for name, value in row.items() if value}
+    losses = [value for name, value in found.items() if name.startswith("train/") and name.endswith("loss")]
+    assert losses and np.isfinite([*losses, found["val/loss"]]).all() and found["step"] == 1
+    assert not is_student or np.isfinite(found["val/student_cmmd"])
+    assert not (tmp_path / "run" / "faults").exists()  # no step was left out
+    size = ("width=48", "height=32", "accelerator=cpu", "dtype=float32")
+    in_process("lcm_lightning.generate", "run=run", "prompt=dog", "num_images=1", "output=drawn", *size)
+    with Image.open(tmp_path / "drawn" / "dog-0.png") as drawn:
+        assert drawn.size == (48, 32) and np.asarray(drawn).std() > 0
 
 
 XL = "pipeline StableDiffusionXLPipeline"
