@@ -153,7 +153,7 @@ def networks_of(place: Path) -> dict[str, nn.Module]:
     """UNet and text encoders of a model's folder or single file, without memory behind their weights."""
     if place.is_file():
         return networks_by(architecture_of(read_header(place, f"--model {short(place, 80)}")))
-    names = [name for name in ("text_encoder", "text_encoder_2") if (place / name).is_dir()]
+    names = ["text_encoder", *(["text_encoder_2"] if (place / "text_encoder_2").is_dir() else [])]
     unet, *texts = (read_json(place / name / "config.json") for name in ("unet", *names))
     return build(unet, dict(zip(names, texts, strict=True)))
 

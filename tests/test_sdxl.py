@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import logging
+import re
 import shutil
 from collections.abc import Callable
 from functools import partial
@@ -151,6 +152,14 @@ def test_pictures_are_those_of_diffusers(sdxl, pipeline, sampler, scheduler, gui
     assert not torch.allclose(found[0], found[1], atol=100 * EQUAL)
 
 
+def test_a_picture_of_another_shape_is_told_its_own_size(sdxl, pipeline):
+    pipeline.scheduler = LCMScheduler.from_config(pipeline.scheduler.config)
+    generators = [torch.Generator().manual_seed(seed) for seed in SEEDS]
+    shape = {"height": 32, "width": 48, "generator": generators, "output_type": "pt"}
+    expected = pipeline(PROMPTS, num_inference_steps=4, guidance_scale=1.0, **shape).images
+    torch.testing.assert_close(drawn(sdxl, resolution=(32, 48)), expected, atol=EQUAL, rtol=0)
+
+
 def test_encoders_that_are_read_on_first_use_draw_the_same(sdxl, sdxl_folder: Path):
     deferred = load_stable_diffusion(str(sdxl_folder), defer_encoders=True)
     assert deferred.text_encoder is deferred.text_encoder_2 is deferred.vae is None
@@ -162,7 +171,7 @@ def test_a_vae_that_overflows_in_half_precision_computes_in_single(sdxl_folder: 
     """As diffusers decodes by `force_upcast`; the VAE without it, as madebyollin/sdxl-vae-fp16-fix, stays in half."""
     with caplog.at_level(logging.WARNING):
         model = load_stable_diffusion(str(sdxl_folder), dtype=torch.float16)
-    assert "its VAE overflows in float16 and computes in float32" in caplog.text
+    assert re.search(r"model\.path=\S+ its VAE overflows in float16 and computes in float32, slower; mod", caplog.text)
     assert model.vae.dtype == model.vae_dtype == torch.float32 and model.unet.dtype == torch.float16
     latents = torch.randn(1, 4, 8, 8)
     whole = load_stable_diffusion(str(sdxl_folder))
@@ -174,6 +183,19 @@ def test_a_vae_that_overflows_in_half_precision_computes_in_single(sdxl_folder: 
     fixed = changed(sdxl_folder, tmp_path / "fixed", "vae/config.json", force_upcast=False)
     caplog.clear()
     assert load_stable_diffusion(str(fixed), dtype=torch.float16).vae.dtype == torch.float16 and not caplog.text
+
+
+def test_a_vae_in_its_place_computes_in_what_it_can(sdxl_folder: Path, tmp_path: Path, caplog):
+    fixed = changed(sdxl_folder, tmp_path / "fixed", "vae/config.json", force_upcast=False)
+    half = {"dtype": torch.float16, "defer_encoders": True}
+    model = load_stable_diffusion(str(sdxl_folder), vae=str(fixed / "vae"), **half)
+    model.load_encoders()
+    assert model.vae.dtype == model.vae_dtype == torch.float16 and not caplog.text
+    model = load_stable_diffusion(str(fixed), vae=str(sdxl_folder / "vae"), **half)
+    assert model.vae_dtype == torch.float32
+    assert re.search(
+        r"model\.vae=\S+ its VAE overflows .*model\.vae=madebyollin/sdxl-vae-fp16-fix does not", caplog.text
+    )
 
 
 # ---- what is refused -----------------------------------------------------------------------------------------------

@@ -139,7 +139,7 @@ REFUSED: dict[str, tuple[str, Change, str]] = {
     "SDXL's second text encoder cut short": (
         "xl_base",
         without("conditioner.embedders.1.model.text_projection"),
-        "weights of text_encoder_2 are missing; download it again|weights of text_encoder_2 lack 1 tensors",
+        "weights of text_encoder_2 lack 1 tensors, first text_projection.weight; download it again",
     ),
     "SDXL for inpainting": (
         "xl_base",
@@ -412,9 +412,11 @@ def file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return written("v1", of_type(torch.float16), tmp_path)
 
 
-def test_pictures_of_a_file_are_those_of_its_folder(file: Path, tmp_path: Path):
-    half = build_pipeline(TINY["v1"]).to(torch.float16)
-    half.save_pretrained(tmp_path / "folder")
+@pytest.mark.parametrize("kind", ["v1", "xl_base"])
+def test_pictures_of_a_file_are_those_of_its_folder(kind: str, tmp_path: Path):
+    half = build_tiny_sdxl() if kind == "xl_base" else build_pipeline(TINY[kind])
+    half.to(torch.float16).save_pretrained(tmp_path / "folder")
+    file = written(kind, of_type(torch.float16), tmp_path)
     one, other = (load_stable_diffusion(str(place)) for place in (file, tmp_path / "folder"))
     pictures = [
         sample(model, ["a dog"], seeds=[0], steps=2, guidance_scale=1.0, sampler=DDIM, resolution=32)
@@ -450,3 +452,7 @@ def test_inspect_says_what_a_file_is_and_why_it_is_refused(file: Path, tmp_path:
     ((_, rows),) = inspect.describe(file)
     assert dict(rows)["vae"] == "none" and "has no VAE" in dict(rows)["refused"]
     assert inspect.networks_of(file).keys() == {"unet", "text_encoder"}
+    of_xl = written("xl_base", lambda tensors: tensors, tmp_path)
+    ((_, rows),) = inspect.describe(of_xl)
+    assert dict(rows)["text encoder 2"].endswith("tensors of F32") and "refused" not in dict(rows)
+    assert inspect.networks_of(of_xl).keys() == {"unet", "text_encoder", "text_encoder_2"}

@@ -354,7 +354,9 @@ def load_stable_diffusion(
     wrapped = kind(**model, dtype=dtype, preview_vae=_read_preview_vae(preview_vae, dtype))
     wrapped.fused = fused
     if reason := unsupported_schedule(wrapped.scheduler_config):
-        raise UserError(f"{model_path(path)}: scheduler_config.json: {reason}; give a Stable Diffusion v1 or v2 model")
+        raise UserError(
+            f"{model_path(path)}: scheduler_config.json: {reason}; give one of Stable Diffusion v1, v2 or XL"
+        )
     if channels_last:
         wrapped.set_memory_format(torch.channels_last)
     if gradient_checkpointing:
