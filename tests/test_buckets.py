@@ -58,9 +58,13 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def latents(shards: Path, pipeline_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What the tiny pipeline makes of `shards`: centre crops in buckets, and their mirror images."""
-    folder = tmp_path_factory.mktemp("latents")
-    model = load_stable_diffusion(str(pipeline_folder))
+    """What the tiny pipeline makes of `shards`."""
+    return bucketed_latents(shards, pipeline_folder, tmp_path_factory.mktemp("latents"))
+
+
+def bucketed_latents(shards: Path, model_folder: Path, folder: Path) -> Path:
+    """What a model makes of shards: centre crops in buckets, and their mirror images."""
+    model = load_stable_diffusion(str(model_folder))
     cache_latents(
         find_shards(str(shards)),
         folder,
@@ -357,11 +361,14 @@ def test_cached_latents_are_those_of_the_crops_in_the_same_steps(
         torch.testing.assert_close(cached["moments"].float(), moments, rtol=FLOAT16, atol=1e-5)
 
 
+@pytest.mark.parametrize("model_folder", ["pipeline_folder", "sdxl_folder"])
 def test_a_training_step_takes_any_shape_from_images_as_from_latents(
-    data: Any, shards: Path, latents: Path, pipeline_folder: Path
+    data: Any, shards: Path, tmp_path: Path, request: pytest.FixtureRequest, model_folder: str
 ):
+    folder = request.getfixturevalue(model_folder)
+    latents = bucketed_latents(shards, folder, tmp_path / "latents")
     lora = LoraSettings(rank=4, alpha=4, target_modules="attention")
-    method = LoraFinetuning(load_stable_diffusion(str(pipeline_folder)), lora=lora, optimizer=torch.optim.AdamW)
+    method = LoraFinetuning(load_stable_diffusion(str(folder)), lora=lora, optimizer=torch.optim.AdamW)
     shapes = set()
     for images, cached in zip(
         epoch(data(shards, crop="center").train_dataloader()), epoch(data(latents).train_dataloader()), strict=True
