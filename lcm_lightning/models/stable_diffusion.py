@@ -355,7 +355,7 @@ def load_stable_diffusion(
     wrapped.fused = fused
     if reason := unsupported_schedule(wrapped.scheduler_config):
         raise UserError(
-            f"{model_path(path)}: scheduler_config.json: {reason}; give one of Stable Diffusion v1, v2 or XL"
+            f"{model_path(path)}: scheduler_config.json: {reason}; give a model of Stable Diffusion v1, v2 or XL"
         )
     if channels_last:
         wrapped.set_memory_format(torch.channels_last)
