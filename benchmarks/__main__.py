@@ -13,7 +13,7 @@ import hydra
 import torch
 from omegaconf import DictConfig, OmegaConf
 
-from benchmarks import cases, report
+from benchmarks import cases, quality, report
 from benchmarks.cases import Case, add_turn, run_child
 from benchmarks.inputs import random_pipeline, random_shards
 from benchmarks.limits import step_flops
@@ -24,9 +24,10 @@ from lcm_lightning.evaluation.latency import machine_info, matrix_peak, package_
 
 register_resolvers()
 
-PARTS = ("tiny", "sd15", "drawing", "growth")
+PARTS = ("tiny", "sd15", "drawing", "growth", "quality")
 BENCH_KEYS = ("peer", "pipeline", "parts", "rounds", "steps", "resolution", "batch_size", "rank", "cached")
 BENCH_KEYS += ("student_steps", "teacher_steps", "drawings", "growth_model", "minutes", "work", "output")
+BENCH_KEYS += ("quality_steps", "quality_images")
 GROWTH = {
     "batch_size": (1, 2, 4, 8),
     "resolution": {"tiny": (32, 64, 128), "sd15": (256, 512, 768)},
@@ -92,13 +93,18 @@ def ours(
     return cases.ours(name, model, pipeline(cfg, model), shards, trainer=trainer(), steps=cfg.steps + 1, **shape)
 
 
-def peer(cfg: DictConfig, shards: Path) -> Case:
-    """diffusers' script at the same work."""
-    script = Path(cfg.peer).expanduser()
+def peer_script(cfg: DictConfig) -> Path:
+    """diffusers' script."""
+    script = Path(cfg.peer).expanduser().absolute()
     if not script.is_file():
         raise UserError(f"peer={cfg.peer}: no such file; give diffusers' train_lcm_distill_lora_sd_wds.py")
+    return script
+
+
+def peer(cfg: DictConfig, shards: Path) -> Case:
+    """diffusers' script at the same work."""
     shape = {"resolution": cfg.resolution, "batch_size": cfg.batch_size, "rank": cfg.rank}
-    return cases.peer(script, pipeline(cfg, "sd15"), shards, Path(cfg.work), steps=cfg.steps + 1, **shape)
+    return cases.peer(peer_script(cfg), pipeline(cfg, "sd15"), shards, Path(cfg.work), steps=cfg.steps + 1, **shape)
 
 
 def measure_sd15(cfg: DictConfig, bench: Bench) -> None:
@@ -158,7 +164,21 @@ def measure_growth(cfg: DictConfig, bench: Bench) -> None:
         bench.train(f"growth/{axis}", cases, 1)
 
 
-MEASURES = {"tiny": measure_tiny, "sd15": measure_sd15, "drawing": measure_drawing, "growth": measure_growth}
+def measure_quality(cfg: DictConfig, bench: Bench) -> None:
+    """FID on the embedded pipeline against processor seconds of training, ours and the peer's."""
+    script = None if cfg.peer is None else peer_script(cfg)
+    work = (Path(cfg.work) / "quality").absolute()
+    bench.results["quality"] = quality.measure(script, work, cfg.quality_steps, cfg.quality_images)
+    bench.save()
+
+
+MEASURES = {
+    "tiny": measure_tiny,
+    "sd15": measure_sd15,
+    "drawing": measure_drawing,
+    "growth": measure_growth,
+    "quality": measure_quality,
+}
 
 
 @hydra.main(config_path="../conf", config_name="bench", version_base="1.3")

@@ -6,8 +6,6 @@ Trains on the embedded pipeline, evaluates all students in one report, and write
 from __future__ import annotations
 
 import json
-import os
-import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -20,10 +18,10 @@ import hydra
 from omegaconf import DictConfig, OmegaConf
 
 from benchmarks import methods_page
+from benchmarks.embedded import COST, ROOT, Run, evaluate, train
 from lcm_lightning.config.checks import resolve
 from lcm_lightning.errors import UserError, report_user_errors
 
-ROOT = Path(__file__).parent.parent
 KEYS = (
     "passes",
     "seeds",
@@ -36,7 +34,6 @@ KEYS = (
     "work",
     "page",
 )
-COST = "cost.json"
 
 
 @dataclass(frozen=True)
@@ -90,6 +87,10 @@ class Training:
             f"hydra.run.dir={self.folder}",
         ]
 
+    def run(self, common: Sequence[str]) -> Run:
+        """Of train.py."""
+        return Run(self.name, (sys.executable, str(ROOT / "train.py"), *self.overrides(common)), self.folder)
+
 
 def recipes(methods: Mapping[str, Any], only: Sequence[str] | None) -> list[Recipe]:
     """Those of a configuration. Raises a `UserError` for an unknown name, or one whose teacher is left out."""
@@ -103,37 +104,6 @@ def recipes(methods: Mapping[str, Any], only: Sequence[str] | None) -> list[Reci
     return [Recipe(name, m["title"], m["passes"], tuple(m["overrides"]), m.get("after")) for name, m in chosen.items()]
 
 
-def train(training: Training, common: Sequence[str]) -> None:
-    """Run train.py on one core, unless it has been; its costs go to `COST` in its folder once it has ended well."""
-    settings = training.overrides(common)
-    done = training.folder / COST
-    if done.is_file() and json.loads(done.read_text())["overrides"] == settings:
-        print(f"{training.name}: trained before", flush=True)
-        return
-    print(f"{training.name}: {training.steps} steps", flush=True)
-    training.folder.mkdir(parents=True, exist_ok=True)
-    log = training.folder / "output.log"
-    with log.open("w") as output:
-        process = subprocess.Popen(
-            [sys.executable, str(ROOT / "train.py"), *settings],
-            stdout=output,
-            stderr=subprocess.STDOUT,
-            env=os.environ | {"OMP_NUM_THREADS": "1"},
-        )
-        _, status, usage = os.wait4(process.pid, 0)
-        process.returncode = os.waitstatus_to_exitcode(status)
-    if process.returncode != 0:
-        raise UserError(f"{training.name}: train.py ended with status {process.returncode}; see {log}")
-    cost = {
-        "overrides": settings,
-        "steps": training.steps,
-        "processor_seconds": usage.ru_utime + usage.ru_stime,
-        "peak_memory_mb": usage.ru_maxrss / 1024,
-    }
-    done.write_text(json.dumps(cost, indent=1))
-    print(f"{training.name}: {cost['processor_seconds']:.0f} processor s", flush=True)
-
-
 def train_all(trainings: Sequence[Training], common: Sequence[str], jobs: int) -> None:
     """`train` each, so many at a time, a teacher before its student."""
     started: dict[Path, Future[None]] = {}
@@ -141,33 +111,13 @@ def train_all(trainings: Sequence[Training], common: Sequence[str], jobs: int) -
     def train_after(training: Training) -> None:
         if training.recipe.after is not None:
             started[training.beside(training.recipe.after)].result()
-        train(training, common)
+        train(training.run(common))
 
     with ThreadPoolExecutor(jobs) as pool:
         for training in trainings:
             started[training.folder] = pool.submit(train_after, training)
         for future in started.values():
             future.result()
-
-
-def evaluate(trainings: Sequence[Training], cfg: DictConfig) -> dict[str, Any]:
-    """The metrics.json of one evaluation of them all, with their teacher."""
-    folder = Path(cfg.work, "evaluation")
-    models = ",".join(f"run:{training.folder}" for training in trainings)
-    options = [
-        f"models=[{models}]",
-        "data=noto_emoji",
-        "evaluation=quick",
-        f"evaluation.num_images={cfg.num_images}",
-        f"evaluation.lineup.student_steps={list(cfg.student_steps)}".replace(" ", ""),
-        "logger=csv",
-        "accelerator=cpu",
-        f"devices={cfg.jobs}",
-        "evaluation.latency_repeats=1",  # how fast each draws is not asked here
-        f"run_dir={folder}",
-    ]
-    subprocess.run([sys.executable, str(ROOT / "evaluate.py"), *options], check=True)
-    return json.loads((folder / "metrics.json").read_text())
 
 
 def rows(trainings: Sequence[Training], metrics: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -193,7 +143,7 @@ def rows(trainings: Sequence[Training], metrics: Mapping[str, Any]) -> list[dict
                 "seed": training.seed,
                 **measured,
                 "distance_to_teacher": model["to_teacher"]["perceptual"],
-                "training_steps": cost["steps"],
+                "training_steps": training.steps,
                 "training_seconds": cost["processor_seconds"],
                 "training_peak_memory_mb": cost["peak_memory_mb"],
             }
@@ -213,7 +163,13 @@ def main(cfg: DictConfig) -> None:
         for recipe in chosen
     ]
     train_all(trainings, cfg.common, cfg.jobs)
-    metrics = evaluate(trainings, cfg)
+    metrics = evaluate(
+        [f"run:{training.folder}" for training in trainings],
+        Path(cfg.work, "evaluation"),
+        num_images=cfg.num_images,
+        student_steps=cfg.student_steps,
+        processes=cfg.jobs,
+    )
     results = {
         "date": datetime.now(UTC).date().isoformat(),
         "passes": cfg.passes,

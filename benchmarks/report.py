@@ -81,6 +81,48 @@ def drawing_table(drawing: dict[str, Any]) -> list[str]:
     ]
 
 
+def quality_table(found: dict[str, Any]) -> list[str]:
+    """Markdown lines: FID of every training's student, and when ours is as good as the best that the peer's end in."""
+    counts = list(found["rows"][0]["fid"])
+    lines = [
+        f"FID over {found['n_images']} pictures, in {', '.join(counts)} steps; the guided teacher's in 50 is "
+        f"{fid(found['teacher'])}.",
+        "",
+        "| | training steps | processor, s | peak memory, MB | " + " | ".join(f"FID, {n}" for n in counts) + " |",
+        "| --- | --- | --- | --- |" + " --- |" * len(counts),
+    ]
+    for row in found["rows"]:
+        distances = " | ".join(fid(row["fid"][count]) for count in counts)
+        lines.append(
+            f"| {row['trainer']} | {row['steps']} | {row['processor_seconds']:.0f} | {row['peak_memory_mb']:,.0f} "
+            f"| {distances} |"
+        )
+    return [*lines, "", *overtaken(found["rows"])]
+
+
+def overtaken(rows: list[dict[str, Any]]) -> list[str]:
+    """Sentences: in what share of the time of each peer's longest training ours has its FID."""
+    lines = []
+    ours = sorted((row for row in rows if row["trainer"] == "ours"), key=lambda row: row["processor_seconds"])
+    for trainer in dict.fromkeys(row["trainer"] for row in rows if row["trainer"] != "ours"):
+        last = max((row for row in rows if row["trainer"] == trainer), key=lambda row: row["steps"])
+        goal, seconds = best_fid(last), last["processor_seconds"]
+        first = next((row for row in ours if best_fid(row) <= goal), None)
+        share = "never" if first is None else f"in {first['processor_seconds'] / seconds:.2f} x of its processor time"
+        lines.append(f"- {trainer}, {last['steps']} steps: FID {goal:.1f} at its best, which ours reaches {share}.")
+    return lines
+
+
+def best_fid(row: dict[str, Any]) -> float:
+    """Of the numbers of steps that a student was drawn in."""
+    return min(estimate["value"] for estimate in row["fid"].values())
+
+
+def fid(estimate: dict[str, Any]) -> str:
+    """With its interval."""
+    return f"{estimate['value']:.1f} [{estimate['low']:.1f}, {estimate['high']:.1f}]"
+
+
 def markdown(results: dict[str, Any]) -> str:
     """All tables, under what they were measured on."""
     peak = results["matrix_peak"]
@@ -98,6 +140,13 @@ def markdown(results: dict[str, Any]) -> str:
             lines += training_table(results[part], results) + ratio_table(results[part])
     if "drawing" in results:
         lines += ["", "### Drawing", "", *drawing_table(results["drawing"])]
+    if "quality" in results:
+        lines += [
+            "",
+            "### Quality against processor time: the embedded pipeline",
+            "",
+            *quality_table(results["quality"]),
+        ]
     for part in growth_parts(results):
         lines += ["", f"### {TITLES[part.removeprefix('growth/')]} (growth, {results['settings']['growth_model']})", ""]
         lines += training_table(results[part], results)
@@ -130,16 +179,38 @@ def plot_growth(results: dict[str, Any], path: Path) -> None:
     plt.close(figure)
 
 
+def plot_quality(results: dict[str, Any], path: Path) -> None:
+    """The best FID of each training over its processor time, a line a trainer."""
+    if "quality" not in results:
+        return
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    found = results["quality"]
+    figure, axis = plt.subplots(figsize=(5, 3.5), layout="constrained")
+    for trainer in dict.fromkeys(row["trainer"] for row in found["rows"]):
+        rows = [row for row in found["rows"] if row["trainer"] == trainer]
+        axis.plot([row["processor_seconds"] for row in rows], [best_fid(row) for row in rows], "o-", label=trainer)
+    axis.axhline(found["teacher"]["value"], color="gray", linestyle=":", label="teacher, 50 guided steps")
+    axis.set(xlabel="processor seconds of training", ylabel="FID at the best number of steps", yscale="log")
+    axis.legend()
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
 def write(results: dict[str, Any], folder: Path) -> str:
-    """Write benchmarks.md, and benchmarks.png where growth was measured, into `folder`; the Markdown."""
+    """Write benchmarks.md, and pictures of what was measured of growth and quality, into `folder`; the Markdown."""
     text = markdown(results)
     (folder / "benchmarks.md").write_text(text)
     plot_growth(results, folder / "benchmarks.png")
+    plot_quality(results, folder / "quality.png")
     return text
 
 
 def insert(runs: Sequence[dict[str, Any]], page: Path) -> None:
-    """Put the tables of `runs` between the page's lines `BEGIN` and `END`, and the plot of growth beside the page.
+    """Put the tables of `runs` between the page's lines `BEGIN` and `END`, and the plots beside the page.
 
     Raises:
         ValueError: the page has no such lines.
@@ -149,6 +220,10 @@ def insert(runs: Sequence[dict[str, Any]], page: Path) -> None:
     for results in runs:
         plot_growth(results, plot)
         picture = f"\n![Seconds a step as one thing grows]({plot.name})\n" if growth_parts(results) else ""
+        if "quality" in results:
+            curves = page.with_name(f"{page.stem}_quality.png")
+            plot_quality(results, curves)
+            picture += f"\n![FID against processor seconds of training]({curves.name})\n"
         found.append(markdown(results) + picture)
     replace_figures(page, "\n".join(found))
 

@@ -21,7 +21,7 @@ from lcm_lightning.output.files import write_atomic
 from lcm_lightning.runs.folders import OVERRIDES
 
 METRICS = "metrics.csv"
-PREFERRED = ("val/student_cmmd", "val/loss")  # the metric unless one is named: the first that every run has
+PREFERRED = ("val/student_cmmd", "val/loss")  # the metric unless one is named: the first that any run has
 PANELS = 4  # of settings in a row of the plot
 
 
@@ -71,7 +71,7 @@ def read_sweep(folder: Path, metric: str | None) -> tuple[str, list[Run]]:
         raise UserError(f"{folder}: holds no run; give the folder of a sweep, such as outputs/<name>/<date_time>")
     known = {name for found in columns.values() for name in found}
     if metric is None:
-        metric = next((m for m in PREFERRED if all(m in found for found in columns.values())), PREFERRED[-1])
+        metric = next((m for m in PREFERRED if any(m in found for found in columns.values())), PREFERRED[-1])
     runs = [
         summary(str(run.relative_to(folder)), read_overrides(run / OVERRIDES), found[metric])
         for run, found in columns.items()

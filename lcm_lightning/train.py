@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -67,11 +68,18 @@ def main(cfg: DictConfig) -> float | None:
 
 
 def optimized_value(metrics: Mapping[str, torch.Tensor], name: str) -> float | None:
-    """The value of a metric; None where nothing was validated. Raises a `UserError` for one that is not logged."""
+    """The value of a metric; None where nothing was validated. Raises a `UserError` for one that is not logged.
+
+    NaN, which a student has whose pictures are not finite, becomes infinity: the worst there is, where Optuna takes NaN
+    for an error.
+    """
     validated = sorted(key for key in metrics if key.startswith("val/"))
     if validated and name not in metrics:
         raise UserError(f"optimized_metric={name}: not logged by this run; expected one of {', '.join(validated)}")
-    return metrics[name].item() if name in metrics else None
+    if name not in metrics:
+        return None
+    value = metrics[name].item()
+    return math.inf if math.isnan(value) else value
 
 
 if __name__ == "__main__":

@@ -8,11 +8,14 @@ import sys
 from pathlib import Path
 
 import pytest
+import webdataset as wds
 from omegaconf import OmegaConf
 
 import benchmarks.__main__ as benchmarks
+from benchmarks import quality
 from benchmarks.limits import step_flops
-from benchmarks.report import BEGIN, END, insert, markdown
+from benchmarks.report import BEGIN, END, insert, markdown, write
+from lcm_lightning.errors import UserError
 
 ROOT = Path(__file__).parent.parent
 # As diffusers' script looks from outside: it takes --max_train_steps and steps an optimizer of torch.
@@ -152,3 +155,80 @@ def test_every_key_of_the_configuration_is_listed_once():
     assert sorted(benchmarks.BENCH_KEYS) == sorted(
         set(OmegaConf.load(ROOT / "conf" / "bench.yaml")) - {"defaults", "hydra"}
     )
+
+
+def quality_row(trainer: str, steps: int, seconds: float, *distances: float) -> dict[str, object]:
+    estimates = {
+        str(n): {"value": fid, "low": fid - 1, "high": fid + 1} for n, fid in zip((1, 2), distances, strict=True)
+    }
+    return {
+        "trainer": trainer,
+        "steps": steps,
+        "processor_seconds": seconds,
+        "peak_memory_mb": 1000.0,
+        "fid": estimates,
+    }
+
+
+def test_quality_is_told_by_when_ours_is_as_good_as_the_peer_s_last(tmp_path: Path):
+    rows = [
+        quality_row("ours", 25, 30.0, 60.0, 50.0),
+        quality_row("ours", 50, 60.0, 40.0, 30.0),
+        quality_row("ours", 400, 300.0, 20.0, 20.0),
+        quality_row("peer", 50, 80.0, 90.0, 95.0),
+        quality_row("peer", 400, 400.0, 31.0, 35.0),
+        quality_row("peer, our settings", 400, 400.0, 10.0, 11.0),
+    ]
+    results = {
+        "date": "2026-01-01",
+        "machine": {"cpu": "a processor", "gpu": None, "threads": 2},
+        "versions": {"torch": "2"},
+        "settings": {},
+        "matrix_peak": {"bfloat16": 2e12, "float32": 1e12},
+        "quality": {"rows": rows, "teacher": {"value": 12.0, "low": 11.0, "high": 13.0}, "n_images": 300},
+    }
+    text = write(results, tmp_path)
+    assert "| ours | 50 | 60 | 1,000 | 40.0 [39.0, 41.0] | 30.0 [29.0, 31.0] |" in text
+    assert "- peer, 400 steps: FID 31.0 at its best, which ours reaches in 0.15 x of its processor time." in text
+    assert "- peer, our settings, 400 steps: FID 10.0 at its best, which ours reaches never." in text
+    assert (tmp_path / "quality.png").stat().st_size > 1000
+
+
+SCRIPT = """MAX_SEQ_LENGTH = 77
+ids = tokenizer([""], max_length=77
+)
+"""
+
+
+def test_the_peer_s_script_is_fitted_to_the_embedded_pipeline_s_captions(tmp_path: Path):
+    (tmp_path / "peer.py").write_text(SCRIPT)
+    fitted = quality.fitted_script(tmp_path / "peer.py", tmp_path / "work")
+    assert fitted.read_text() == SCRIPT.replace("77", "24")
+    (tmp_path / "peer.py").write_text("print()")
+    with pytest.raises(UserError, match=r"peer\.py: no 'MAX_SEQ_LENGTH = 77' in it"):
+        quality.fitted_script(tmp_path / "peer.py", tmp_path / "work")
+
+
+def test_the_peer_reads_noto_s_pictures_with_all_their_captions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(quality, "SAMPLES", 3000)
+    pictures: dict[bytes, set[str]] = {}
+    for sample in wds.WebDataset(str(quality.peer_shard(tmp_path / "train-000000.tar")), shardshuffle=False):
+        pictures.setdefault(sample["png"], set()).add(sample["txt"].decode())
+    assert len(pictures) > 1400 and sum(len(captions) > 1 for captions in pictures.values()) > 1000
+
+
+def test_students_of_all_trainings_are_told_apart(tmp_path: Path):
+    points = [quality.our_point(25, tmp_path), quality.peer_point("peer", tmp_path, tmp_path, 25, tmp_path)]
+    points += [quality.peer_point("peer, our settings", tmp_path, tmp_path, 25, tmp_path)]
+    for number, point in enumerate(points):
+        point.run.folder.mkdir()
+        cost = {"command": [], "processor_seconds": float(number), "peak_memory_mb": 1.0}
+        (point.run.folder / "cost.json").write_text(json.dumps(cost))
+    models = [{"role": "student", "source": str(number), "steps": 1, "fid": number} for number in range(3)]
+    base = {"role": "base", "fid": 9, "n_images": 7}
+    sources = [{"name": str(number), "spec": point.model} for number, point in enumerate(points)]
+    found = quality.summary(points, {"models": [*models[::-1], base], "sources": sources})
+    assert (
+        [row["fid"]["1"] for row in found["rows"]] == [row["processor_seconds"] for row in found["rows"]] == [0, 1, 2]
+    )
+    assert found["teacher"] == 9 and found["n_images"] == 7

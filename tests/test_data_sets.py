@@ -349,6 +349,10 @@ REFUSED: dict[str, tuple[Files, str]] = {
         metadata('{"file_name": "0.jpg", "te', "metadata.jsonl"),
         r"metadata\.jsonl cannot be read",
     ),
+    "a row in 100,000 objects": (
+        metadata('{"a":' * 100_000, "metadata.jsonl"),
+        r"metadata\.jsonl cannot be read",
+    ),
     "no column of captions": (
         metadata("file_name,width\n0.jpg,40\n1.jpg,40\n"),
         r"metadata\.csv: none of its columns file_name, width holds captions; call one",

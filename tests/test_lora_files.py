@@ -18,6 +18,8 @@ import pytest
 import torch
 from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 from diffusers.loaders.single_file_utils import convert_ldm_unet_checkpoint
+from huggingface_hub import HfApi
+from huggingface_hub.errors import EntryNotFoundError
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -848,6 +850,24 @@ def test_without_the_hub_the_only_lora_of_a_cached_repository_is_taken(tmp_path,
         (snapshot / "second.safetensors").touch()
         with pytest.raises(UserError, match=r"lora=owner/name: expected .* one \.safetensors file there, found \["):
             locate_lora("owner/name")
+
+
+@pytest.mark.parametrize("file", [LORA_FILE, "adapter_model.safetensors"])
+def test_the_settings_that_lie_beside_a_lora_on_the_hub_are_fetched_with_it(tmp_path, monkeypatch, file: str):
+    """They have the alpha of files that peft wrote."""
+    fetched = []
+
+    def download(repository: str, name: str, **_: object) -> str:
+        if name not in (file, PEFT_CONFIG):
+            raise EntryNotFoundError(name)
+        fetched.append(name)
+        return str(tmp_path / name)
+
+    monkeypatch.setattr("lcm_lightning.models.lora_files.hf_hub_download", download)
+    monkeypatch.setattr("lcm_lightning.models.lora_files.hub_answers", lambda: True)
+    monkeypatch.setattr(HfApi, "list_repo_files", lambda *_: [file, PEFT_CONFIG])
+    assert locate_lora("owner/name") == tmp_path / file
+    assert sorted(fetched) == sorted([file, PEFT_CONFIG])
 
 
 def test_without_the_hub_and_a_cached_copy_that_is_said(tmp_path, monkeypatch):

@@ -17,7 +17,7 @@ from lcm_lightning.models.condition import Condition
 from lcm_lightning.models.lora_files import LORA_FILE, save_lora
 from lcm_lightning.models.sampling import Sampler, make_scheduler
 from lcm_lightning.models.stable_diffusion import StableDiffusion, load_stable_diffusion
-from lcm_lightning.runs.contents import Adapter, read_manifest, write_manifest
+from lcm_lightning.runs.contents import Adapter, check_teacher_lora, read_manifest, write_manifest
 from lcm_lightning.runs.loading import load_run
 
 
@@ -109,6 +109,19 @@ def test_a_manifest_of_names_alone_is_read_by_what_the_methods_say(tmp_path: Pat
     (tmp_path / "lora" / "adapters.json").write_text(json.dumps(old))
     with pytest.raises(UserError, match="no method here trains 'nonesuch'"):
         read_manifest(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("names", "found"),
+    [(["lcm"], "LCM-LoRA"), (["finetuned", "tcd"], "TCD-LoRA on fine-tuned"), ([], "no adapter")],
+)
+def test_a_students_run_is_not_taken_for_a_teacher_s_lora(tmp_path: Path, names: list[str], found: str):
+    write_manifest(tmp_path / "lora", [Adapter(adapter_kinds()[name]) for name in names])
+    with pytest.raises(UserError, match=rf"^teacher=.*: a run of {found}; give a run of method=lora"):
+        check_teacher_lora(str(tmp_path), "teacher")
+    write_manifest(tmp_path / "lora", [Adapter(adapter_kinds()["finetuned"])])
+    check_teacher_lora(str(tmp_path), "teacher")
+    check_teacher_lora("owner/name", "teacher")
 
 
 @pytest.mark.parametrize("scheduler", ["SchedulerMixin", "StableDiffusionPipeline", "nothing"])

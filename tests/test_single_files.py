@@ -308,6 +308,7 @@ def vaes(tmp_path_factory: pytest.TempPathFactory) -> Path:
     save(only(VAE, cut=VAE)(checkpoint(whole)), folder / "original.safetensors")
     shutil.copy(folder / "folder" / "diffusion_pytorch_model.safetensors", folder / "network.safetensors")
     AutoencoderKL(**{**TINY_VAE, "latent_channels": 16}).save_pretrained(folder / "other_latents")
+    AutoencoderKL(**{**TINY_VAE, "scaling_factor": 0.13025}).save_pretrained(folder / "other_scale")
     UNet2DConditionModel(**TINY["v1"].unet).save_pretrained(folder / "unet")
     return folder
 
@@ -339,6 +340,7 @@ def test_another_vae_takes_the_place_of_the_model_s_own(vaes: Path, tmp_path: Pa
         ("nowhere", "cannot be loaded .*; give a folder, hub id or .safetensors file"),
         ("unet", "is of class UNet2DConditionModel, expected AutoencoderKL; give"),
         ("other_latents", "its latents have 16 channels, the UNet's 4; give one for these"),
+        ("other_scale", "its scaling_factor is 0.13025, that of the model's own 0.18215: .*; give one"),
         ("vae.pt", CAN_RUN_CODE.format("pt")),
         ("lora.safetensors", "holds no VAE, its first key is x.lora_A.weight; give one"),
     ],

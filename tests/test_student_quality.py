@@ -302,6 +302,15 @@ def test_an_export_goes_on_from_the_best_only_where_that_is_in_its_folder(tmp_pa
     assert export.state_dict()["best_value"] == kept
 
 
+@pytest.mark.parametrize(("there", "kept"), [(True, 0.5), (False, np.inf)])
+def test_checkpoints_go_on_from_the_best_only_where_that_is_in_their_folder(tmp_path: Path, there: bool, kept: float):
+    if there:
+        (tmp_path / "best.ckpt").touch()
+    checkpoints = Checkpoints(str(tmp_path), best_by="val/student_cmmd")
+    checkpoints.load_state_dict({"best_value": 0.5})
+    assert checkpoints.state_dict()["best_value"] == kept
+
+
 def test_a_step_that_is_none_is_refused(tmp_path: Path, pipeline_folder: Path):
     kind = LcmLoraDistillation.kind.to_json()
     (tmp_path / "lora").mkdir()

@@ -64,10 +64,14 @@ def test_a_run_that_has_no_validation_yet_is_named_and_left_out(
     assert (sweep / "summary.csv").read_text().count("\n") == 5
 
 
-def test_the_quality_of_pictures_goes_before_the_loss_where_all_have_it(tmp_path: Path):
-    for place in ("0", "1"):
-        save_run(tmp_path / place, [f"seed={place}"], {"val/loss": [(9, 1.0)], "val/student_cmmd": [(9, 0.1)]})
-    assert summarize.read_sweep(tmp_path, None)[0] == "val/student_cmmd"
+def test_the_quality_of_pictures_goes_before_the_loss_where_any_run_has_it(tmp_path: Path):
+    """A trial that was killed before it was measured stays in the folder of a search."""
+    for place, quality in (("0", 0.2), ("1", 0.1)):
+        save_run(tmp_path / place, [f"seed={place}"], {"val/loss": [(9, quality)], "val/student_cmmd": [(9, quality)]})
+    save_run(tmp_path / "2", ["seed=2"], {"train/loss": [(9, 1.0)]})
+    save_run(tmp_path / "3", ["seed=3"], {"val/loss": [(9, 0.05)]})
+    metric, runs = summarize.read_sweep(tmp_path, None)
+    assert metric == "val/student_cmmd" and [run.name for run in runs] == ["1", "0"]
 
 
 def test_a_setting_in_words_is_plotted_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

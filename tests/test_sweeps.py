@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import signal
 import subprocess
@@ -47,6 +48,8 @@ def search(log: Path, *more: str) -> subprocess.Popen[bytes]:
 def trials(storage: str) -> list[optuna.trial.FrozenTrial]:
     """Those of the study; none where it isn't there yet."""
     with contextlib.suppress(KeyError):
+        if not Path("outputs").is_dir():
+            return []
         return optuna.load_study(study_name="searched", storage=storage).trials
     return []
 
@@ -54,7 +57,6 @@ def trials(storage: str) -> list[optuna.trial.FrozenTrial]:
 @pytest.mark.slow
 def test_a_search_that_was_killed_goes_on_with_what_it_has_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "outputs").mkdir()
     storage, complete = "sqlite:///outputs/searched_search.db", optuna.trial.TrialState.COMPLETE
     first = search(tmp_path / "first.log", "hydra.sweeper.n_trials=50")
     deadline = time.monotonic() + 300
@@ -77,9 +79,20 @@ def test_a_search_that_was_killed_goes_on_with_what_it_has_found(tmp_path: Path,
     assert len(list((tmp_path / "outputs" / "searched" / "search").glob("*/quality/quality.png"))) >= len(after)
 
 
+@pytest.mark.slow
+def test_a_trial_whose_student_draws_nothing_finite_is_the_worst_and_no_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.chdir(tmp_path)
+    done = search(tmp_path / "log", "hydra.sweeper.n_trials=2", "optimizer.lr=choice(1e36,1e37)")
+    assert done.wait(timeout=300) == 0, (tmp_path / "log").read_text()
+    assert [trial.value for trial in trials("sqlite:///outputs/searched_search.db")] == [math.inf] * 2
+
+
 def test_a_sweeper_is_given_the_metric_that_was_chosen():
     metrics = {"val/loss": torch.tensor(2.0), "val/student_cmmd": torch.tensor(0.5)}
     assert optimized_value(metrics, "val/student_cmmd") == 0.5
     assert optimized_value({}, "val/loss") is None
+    assert optimized_value({"val/loss": torch.tensor(math.nan)}, "val/loss") == math.inf
     with pytest.raises(UserError, match=r"^optimized_metric=val/nothing: .*one of val/loss, val/student_cmmd$"):
         optimized_value(metrics, "val/nothing")

@@ -78,8 +78,9 @@ class Checkpoints(Checkpoint):
         return {"best_value": self.lowest.value}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on from `state_dict`."""
-        self.lowest = Lowest(state_dict["best_value"])
+        """Go on from `state_dict` where its best checkpoint is still in the folder; else the next one is the best."""
+        if (self.folder / BEST).is_file():
+            self.lowest = Lowest(state_dict["best_value"])
 
     def on_load_checkpoint(self, trainer: L.Trainer, module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         """Make Lightning's counters those of this run's batches, which may be larger or smaller than the former."""

@@ -27,6 +27,12 @@ def fused_adamw(precision: str) -> bool:
     return precision != "16-mixed"
 
 
+def made_folder(name: str) -> str:
+    """A folder that is made where it is missing: a database makes its file, but not the folder around it."""
+    Path(name).mkdir(parents=True, exist_ok=True)
+    return name
+
+
 def mul(a: int, b: int) -> int:
     """Product of two whole numbers."""
     return a * b
@@ -60,6 +66,7 @@ def register_resolvers() -> None:
     OmegaConf.register_new_resolver("evaluation_folder", evaluation_folder, replace=True)
     OmegaConf.register_new_resolver("fused_adamw", fused_adamw, replace=True)
     OmegaConf.register_new_resolver("generated_folder", generated_folder, replace=True)
+    OmegaConf.register_new_resolver("made_folder", made_folder, replace=True)
     OmegaConf.register_new_resolver("mul", mul, replace=True)
     OmegaConf.register_new_resolver("package_file", package_file, replace=True)
     OmegaConf.register_new_resolver("sweep_time", sweep_time, replace=True, use_cache=True)

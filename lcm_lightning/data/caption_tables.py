@@ -33,7 +33,7 @@ def reading(path: Path, expected: str) -> Iterator[None]:
     """Turn what parsers say of a damaged caption file into a `UserError` that names the file."""
     try:
         yield
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, csv.Error) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, csv.Error) as error:
         found = f"no {error}" if isinstance(error, KeyError) else first_line(error)[:60]
         raise UserError(
             f"data.source: {short(path, 100)} cannot be read ({found}); expected {expected}, in UTF-8"

@@ -171,7 +171,10 @@ def _download_lora(hub_id: str, key: str) -> Path:
     cached = not hub_answers()
     try:
         with suppress(EntryNotFoundError):
-            return Path(hf_hub_download(hub_id, LORA_FILE, local_files_only=cached))
+            file = hf_hub_download(hub_id, LORA_FILE, local_files_only=cached)
+            with suppress(EntryNotFoundError):  # it has the alpha of some files, and is looked for beside them
+                hf_hub_download(hub_id, PEFT_CONFIG, local_files_only=cached)
+            return Path(file)
         names = _cached_files(hub_id) if cached else HfApi().list_repo_files(hub_id)
         files = [name for name in names if name.endswith(".safetensors")]
         if len(files) == 1:

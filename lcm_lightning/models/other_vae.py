@@ -38,13 +38,24 @@ def open_vae(path: str, own: Mapping[str, Any]) -> NetworkFiles:
     return PublishedVae(path, path, None, local=not hub_answers())
 
 
-def check_vae(path: str, vae: Mapping[str, Any], unet: Mapping[str, Any]) -> None:
-    """Raise a `UserError` unless the latents of the VAE from `path` have the channels of the UNet's."""
+def check_vae(path: str, vae: Mapping[str, Any], own: Mapping[str, Any], unet: Mapping[str, Any]) -> None:
+    """Raise a `UserError` unless the latents of the VAE from `path` are what the UNet was trained on.
+
+    Args:
+        vae, own, unet: configs of that VAE, of the one whose place it takes, and of the UNet.
+    """
     latents, channels = vae.get("latent_channels", 4), unet.get("in_channels", 4)
     if latents != channels:
         raise UserError(
             f"{_said(path)}: its latents have {latents} channels, the UNet's {channels}; give one for these"
         )
+    for name, usual in (("scaling_factor", 0.18215), ("shift_factor", None)):
+        found, expected = (usual if config.get(name) is None else config[name] for config in (vae, own))
+        if found != expected:
+            raise UserError(
+                f"{_said(path)}: its {name} is {found}, that of the model's own {expected}: its latents are of another "
+                "kind; give one that was made for this model"
+            )
 
 
 def _said(path: str) -> str:

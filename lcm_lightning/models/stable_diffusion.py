@@ -394,8 +394,9 @@ def _read_pipeline(
         pipeline = open_folder(place)
     files = dict(pipeline.networks)
     if vae is not None:
-        files["vae"] = open_vae(vae, files["vae"].config())
-        check_vae(vae, files["vae"].config(), files["unet"].config())
+        own = files["vae"].config()
+        files["vae"] = open_vae(vae, own)
+        check_vae(vae, files["vae"].config(), own, files["unet"].config())
     more: dict[str, Any] = {}
     if pipeline.is_xl:
         more = {"empty_is_zero": pipeline.empty_is_zero, "vae_dtype": _xl_vae_dtype(files["vae"], dtype, path, vae)}

@@ -24,6 +24,7 @@ from lcm_lightning.models.stable_diffusion import StableDiffusion
 from lcm_lightning.prepare.encoding import CacheSettings, cache_latents, cached_splits
 from lcm_lightning.prepare.images import prepare_images
 from lcm_lightning.prepare.summary import write_with_progress
+from lcm_lightning.runs.contents import check_teacher_lora
 
 
 def prepare_latents(config: DictConfig, console: Console) -> Path:
@@ -45,6 +46,7 @@ def prepare_latents(config: DictConfig, console: Console) -> Path:
     bucket_step = bucket_step_of(data.buckets, data.bucket_step, model, resolution)
     data.resolution, data.bucket_step = resolution, bucket_step
     if options.teacher_lora is not None:
+        check_teacher_lora(options.teacher_lora, "cache.teacher_lora")
         fuse_lora(model, options.teacher_lora, key="cache.teacher_lora")
     key = cache_key(model, resolution, options.teacher_lora)
     images = image_shards(config, console)
