@@ -15,10 +15,10 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 from torch import nn
-from transformers import CLIPTextConfig, CLIPTextModel
+from transformers import CLIPTextConfig
 
 from lcm_lightning.errors import UserError, first_line, program, report_user_errors, short
-from lcm_lightning.models.architectures import SD1, SD2
+from lcm_lightning.models.architectures import SD1, SD2, SDXL, Architecture
 from lcm_lightning.models.lora_files import (
     BASE_MODELS,
     LORA_FILE,
@@ -29,7 +29,7 @@ from lcm_lightning.models.lora_files import (
     match_layers,
     read_lora,
 )
-from lcm_lightning.models.pipeline_files import locate_pipeline, model_path, open_folder
+from lcm_lightning.models.pipeline_files import NETWORKS, locate_pipeline, model_path, open_folder
 from lcm_lightning.models.single_file import (
     PREFIXES,
     architecture_of,
@@ -125,8 +125,6 @@ def scale_rows(file: LoraFile) -> list[tuple[str, str]]:
 
 def fitting(file: LoraFile, networks: Mapping[str, nn.Module] | None, said: str) -> tuple[str, str]:
     """Keys that no layer takes, of `networks` or of the base model that the file tells; or why it does not fit."""
-    if file.base_model == "SDXL":
-        return "unused", "all, as LoRAs for SDXL are not read"
     known = networks or networks_like(file.base_model)
     if known is None:
         return "unused", f"{listed(list(file.unused))}; --model FOLDER compares with a model's layers"
@@ -146,26 +144,31 @@ def listed(texts: list[str]) -> str:
 
 
 def networks_like(base_model: str | None) -> dict[str, nn.Module] | None:
-    """UNet and text encoder of a base model, without memory behind their weights."""
-    known = next((one for one in (SD1, SD2) if one.title == base_model), None)
-    return None if known is None else build(known.unet, known.text_encoder)
+    """UNet and text encoders of a base model, without memory behind their weights."""
+    known = next((one for one in (SD1, SD2, SDXL) if one.title == base_model), None)
+    return None if known is None else networks_by(known)
 
 
 def networks_of(place: Path) -> dict[str, nn.Module]:
-    """UNet and text encoder of a model's folder or single file, without memory behind their weights."""
+    """UNet and text encoders of a model's folder or single file, without memory behind their weights."""
     if place.is_file():
-        architecture = architecture_of(read_header(place, f"--model {short(place, 80)}"))
-        return build(architecture.unet, architecture.text_encoder)
-    unet, text = (read_json(place / name / "config.json") for name in ("unet", "text_encoder"))
-    return build(unet, text)
+        return networks_by(architecture_of(read_header(place, f"--model {short(place, 80)}")))
+    names = ["text_encoder", *(["text_encoder_2"] if (place / "text_encoder_2").is_dir() else [])]
+    unet, *texts = (read_json(place / name / "config.json") for name in ("unet", *names))
+    return build(unet, dict(zip(names, texts, strict=True)))
 
 
-def build(unet: Mapping[str, Any], text: Mapping[str, Any]) -> dict[str, nn.Module]:
-    """Both networks by their configs."""
+def networks_by(architecture: Architecture) -> dict[str, nn.Module]:
+    """UNet and text encoders of an architecture."""
+    return build(architecture.unet, architecture.text_encoders)
+
+
+def build(unet: Mapping[str, Any], texts: Mapping[str, Mapping[str, Any]]) -> dict[str, nn.Module]:
+    """The networks by their configs, text encoders by name."""
     try:
         with torch.device("meta"):
-            text_encoder = CLIPTextModel(CLIPTextConfig(**text))
-            return {"unet": UNet2DConditionModel.from_config(dict(unet)), "text_encoder": text_encoder}
+            encoders = {name: NETWORKS[name][0](CLIPTextConfig(**text)) for name, text in texts.items()}
+            return {"unet": UNet2DConditionModel.from_config(dict(unet)), **encoders}
     except Exception as error:  # whatever such a value does where it is first used
         raise UserError(f"--model: its configs are of no Stable Diffusion ({first_line(error)[:100]})") from error
 
@@ -202,6 +205,8 @@ def checkpoint_rows(path: Path) -> list[tuple[str, str]]:
     ]
     for network, prefixes in PREFIXES.items():
         types = Counter(header.types[name] for name in header.of(*prefixes))
+        if network == "text_encoder_2" and not types:  # of SDXL alone; what lacks it is refused below
+            continue
         held = ", ".join(f"{number} tensors of {kind}" for kind, number in types.most_common())
         rows.append((network.replace("_", " "), held or "none"))
     rows.append(("predicts", said(predicted(header) or "not told")))

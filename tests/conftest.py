@@ -14,7 +14,7 @@ import torch
 
 from helpers.commands import ROOT
 from helpers.photos import cached_latents, cached_teacher_steps, noise_jpeg, spoil_one_sample
-from helpers.pipelines import build_tiny_pipeline, save_full_lcm
+from helpers.pipelines import build_tiny_pipeline, build_tiny_sdxl, save_full_lcm
 from helpers.stoppable import COMMON, LORA, SETTINGS, Command, Start
 from lcm_lightning.data.records import Record
 from lcm_lightning.data.writing import ShardSettings, write_shards
@@ -45,6 +45,14 @@ def saved_pipeline(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Pa
 def pipeline_folder(saved_pipeline: Callable[..., Path]) -> Path:
     """A saved `StableDiffusionPipeline` folder (epsilon prediction)."""
     return saved_pipeline()
+
+
+@pytest.fixture(scope="session")
+def sdxl_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A saved `StableDiffusionXLPipeline` folder."""
+    folder = tmp_path_factory.mktemp("sdxl")
+    build_tiny_sdxl().save_pretrained(folder)
+    return folder
 
 
 @pytest.fixture

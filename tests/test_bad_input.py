@@ -91,7 +91,7 @@ experiment=nonesuch
 experiment=8 -> experiment=8: there is no such file in conf/experiment; there are .*quickstart
 trainer=gpu method.teacher_lora=W/nowhere -> method\.teacher_lora=.*/nowhere: no such file
 trainer=gpu method.w_min=-1 -> method\.w_min=-1
-model=true -> model=true: there is no such file in conf/model; there are sd15, tiny
+model=true -> model=true: there is no such file in conf/model; there are sd15, sdxl, tiny
 method=nonesuch -> method=nonesuch: .*there are .*lcm_lora, lora
 data=nonesuch
 trainer=nonesuch

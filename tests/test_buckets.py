@@ -58,9 +58,13 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def latents(shards: Path, pipeline_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What the tiny pipeline makes of `shards`: centre crops in buckets, and their mirror images."""
-    folder = tmp_path_factory.mktemp("latents")
-    model = load_stable_diffusion(str(pipeline_folder))
+    """What the tiny pipeline makes of `shards`."""
+    return bucketed_latents(shards, pipeline_folder, tmp_path_factory.mktemp("latents"))
+
+
+def bucketed_latents(shards: Path, model_folder: Path, folder: Path) -> Path:
+    """What a model makes of shards: centre crops in buckets, and their mirror images."""
+    model = load_stable_diffusion(str(model_folder))
     cache_latents(
         find_shards(str(shards)),
         folder,
@@ -202,6 +206,30 @@ def test_validation_is_cropped_at_the_centre_of_its_bucket(data: Any, shards: Pa
                 torch.testing.assert_close(batch["pixel_values"][row], expected, atol=1e-6, rtol=0)
 
 
+def test_the_sizes_told_are_of_the_photo_its_crop_and_its_bucket(data: Any, shards: Path):
+    """The crop is found in the photo, or in its mirror image, by them alone."""
+    originals = {sample.key: sample.image for sample in iterate_split(str(shards), "train")}
+    mirrored = 0
+    for batch in epoch(data(shards, flip_probability=0.5).train_dataloader()):
+        for row, key in enumerate(valid_keys(batch)):
+            photo_height, photo_width, top, left, height, width = map(int, batch["time_ids"][row])
+            assert (photo_width, photo_height) == originals[key].size
+            assert (height, width) == batch["pixel_values"].shape[-2:]
+            resized = resize_to_cover(originals[key], width, height)
+            found = [
+                np.array_equal(np.asarray(side.crop((left, top, left + width, top + height))), pixels_of(batch, row))
+                for side in (resized, resized.transpose(Image.Transpose.FLIP_LEFT_RIGHT))
+            ]
+            assert any(found)
+            mirrored += not found[0]
+    assert 0 < mirrored < 43
+
+
+def pixels_of(batch: dict[str, Any], row: int) -> np.ndarray:
+    """Bytes [H, W, 3]."""
+    return ((batch["pixel_values"][row].permute(1, 2, 0) + 1) * 127.5).round().to(torch.uint8).numpy()
+
+
 def test_crops_are_the_same_in_every_epoch_at_the_centre_and_others_at_random(data: Any, shards: Path):
     for crop, distinct in (("center", 1), ("random", 6)):
         loader = data(shards, crop=crop, flip_probability=0.0).train_dataloader()
@@ -327,16 +355,20 @@ def test_cached_latents_are_those_of_the_crops_in_the_same_steps(
         strict=True,
     ):
         assert images["keys"] == cached["keys"] and images["captions"] == cached["captions"]
+        assert torch.equal(images["time_ids"], cached["time_ids"])
         assert torch.equal(images["seed"], cached["seed"]) and torch.equal(images["weight"], cached["weight"])
         moments = torch.stack(tiny_model.posterior(images["pixel_values"]), dim=1)
         torch.testing.assert_close(cached["moments"].float(), moments, rtol=FLOAT16, atol=1e-5)
 
 
+@pytest.mark.parametrize("model_folder", ["pipeline_folder", "sdxl_folder"])
 def test_a_training_step_takes_any_shape_from_images_as_from_latents(
-    data: Any, shards: Path, latents: Path, pipeline_folder: Path
+    data: Any, shards: Path, tmp_path: Path, request: pytest.FixtureRequest, model_folder: str
 ):
+    folder = request.getfixturevalue(model_folder)
+    latents = bucketed_latents(shards, folder, tmp_path / "latents")
     lora = LoraSettings(rank=4, alpha=4, target_modules="attention")
-    method = LoraFinetuning(load_stable_diffusion(str(pipeline_folder)), lora=lora, optimizer=torch.optim.AdamW)
+    method = LoraFinetuning(load_stable_diffusion(str(folder)), lora=lora, optimizer=torch.optim.AdamW)
     shapes = set()
     for images, cached in zip(
         epoch(data(shards, crop="center").train_dataloader()), epoch(data(latents).train_dataloader()), strict=True

@@ -77,11 +77,12 @@ def same(first, second):
 
 def test_a_batch_has_the_promised_shapes_types_and_ranges(shards):
     for batch in epoch(data(shards).train_dataloader()):
-        assert set(batch) == {"pixel_values", "captions", "keys", "seed", "weight"}
+        assert set(batch) == {"pixel_values", "captions", "keys", "seed", "weight", "time_ids"}
         assert batch["pixel_values"].shape == (4, 3, 32, 32) and batch["pixel_values"].dtype == torch.float32
         assert -1 <= batch["pixel_values"].min() < -0.9 and 0.9 < batch["pixel_values"].max() <= 1
         assert batch["seed"].shape == (4,) and batch["seed"].dtype == torch.int64 and (batch["seed"] >= 0).all()
         assert batch["weight"].shape == (4,) and batch["weight"].dtype == torch.float32
+        assert batch["time_ids"].shape == (4, 6) and batch["time_ids"].dtype == torch.float32
         assert len(batch["captions"]) == len(batch["keys"]) == 4
 
 

@@ -18,6 +18,7 @@ from lcm_lightning.data.images import (
     decode_image,
     normalise,
     resize_shorter_side,
+    time_ids,
     to_rgb,
     to_srgb_transform,
 )
@@ -177,3 +178,20 @@ def test_pixels_are_normalised_to_minus_one_to_one_channels_first():
     pixels = normalise(image)
     assert pixels.dtype == np.float32 and pixels.shape == (3, 2, 4)
     np.testing.assert_allclose(pixels[:, 0, 0], [-1.0, 1.0, -0.6], atol=1e-6)
+
+
+@pytest.mark.parametrize("mirrored", [False, True])
+@pytest.mark.parametrize("size", [(50, 33), (33, 50), (40, 40)])
+def test_the_sizes_told_are_those_of_the_photo_and_where_the_crop_lies_in_it(size, mirrored):
+    """Each pixel of the resized photo says in its colours where it is: so does the first of the crop."""
+    resized = tuple(20 * side // min(size) for side in size)
+    places = np.stack([*np.meshgrid(range(resized[0]), range(resized[1])), np.zeros(resized[::-1])], axis=-1)
+    image = Image.fromarray(places.astype(np.uint8))
+    crop = crop_square(image, 16, 0.3, 0.9)
+    found = time_ids(size, resized, crop.size, 0.3, 0.9, mirrored=mirrored)
+    if mirrored:  # the same crop, cut out of the mirrored photo
+        image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+        crop = crop.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+    height, width, top, left, *target = found
+    assert (width, height) == size and target == [16, 16]
+    assert np.array_equal(np.asarray(image)[top : top + 16, left : left + 16], np.asarray(crop))

@@ -577,7 +577,16 @@ def test_a_damaged_header_costs_one_sample(
 
 @pytest.mark.parametrize(
     "description",
-    [b"", b"[" * 100_000, b"[]", b'{"captions": []}', b'{"captions": [3], "image_shard": "a"}', b" " * (2 << 20)],
+    [
+        b"",
+        b"[" * 100_000,
+        b"[]",
+        b'{"captions": []}',
+        b'{"captions": [3], "image_shard": "a"}',
+        b'{"captions": ["a", "b", "c"], "image_shard": "a", "time_ids": [[1, 2], [1, 2]]}',
+        b'{"captions": ["a", "b", "c"], "image_shard": "a", "time_ids": 6}',
+        b" " * (2 << 20),
+    ],
 )
 def test_a_damaged_description_costs_one_sample(square_latents: Path, tmp_path: Path, description: bytes):
     folder = shutil.copytree(square_latents, tmp_path / "copy")

@@ -10,6 +10,7 @@ import torch
 from omegaconf import OmegaConf
 from safetensors.torch import load_file
 
+from lcm_lightning.config.teacher_lora import check_teacher_lora
 from lcm_lightning.errors import UserError
 from lcm_lightning.methods import adapter_kinds
 from lcm_lightning.models.adapters import LoraSettings, active_adapters, add_lora, lora_parameters, lora_state_dict
@@ -17,7 +18,7 @@ from lcm_lightning.models.condition import Condition
 from lcm_lightning.models.lora_files import LORA_FILE, save_lora
 from lcm_lightning.models.sampling import Sampler, make_scheduler
 from lcm_lightning.models.stable_diffusion import StableDiffusion, load_stable_diffusion
-from lcm_lightning.runs.contents import Adapter, check_teacher_lora, read_manifest, write_manifest
+from lcm_lightning.runs.contents import Adapter, read_manifest, write_manifest
 from lcm_lightning.runs.loading import load_run
 
 

@@ -10,12 +10,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import AutoencoderKL, StableDiffusionPipeline, StableDiffusionXLPipeline, UNet2DConditionModel
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from helpers.commands import SMALL, in_process
-from helpers.single_files import TINY, TINY_VAE, averaged, build_pipeline, checkpoint, save, unet_tensors
+from helpers.pipelines import TINY_VAE, build_tiny_sdxl
+from helpers.single_files import TINY, averaged, build_pipeline, checkpoint, save, unet_tensors
 from lcm_lightning import inspect
 from lcm_lightning.errors import UserError, short
 from lcm_lightning.models import single_file
@@ -30,6 +31,7 @@ Tensors = dict[str, Tensor]
 Change = Callable[[Tensors], Tensors]
 UNET, VAE, TEXT = "model.diffusion_model.", "first_stage_model.", "cond_stage_model."
 FIRST = f"{UNET}input_blocks.0.0.weight"
+XL_LAYER = "conditioner.embedders.1.model.transformer.resblocks.9.mlp.c_proj.bias"  # that diffusers knows SDXL by
 CAN_RUN_CODE = r"a \.{} can run code when it is read.*from_single_file.*save_pretrained"
 
 
@@ -41,8 +43,8 @@ def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @cache
-def pipeline(kind: str) -> StableDiffusionPipeline:
-    return build_pipeline(TINY[kind])
+def pipeline(kind: str) -> StableDiffusionPipeline | StableDiffusionXLPipeline:
+    return build_tiny_sdxl() if kind == "xl_base" else build_pipeline(TINY[kind])
 
 
 def without(*prefixes: str) -> Change:
@@ -95,6 +97,10 @@ LOADED: dict[str, tuple[str, Change, dict, str]] = {
     "version 2 by its header": ("v2", lambda t: t, {"modelspec.prediction_type": "v"}, "v_prediction"),
     "version 2 by the header of a base model": ("v2", lambda t: t, {"modelspec.prediction_type": "epsilon"}, "epsilon"),
     "version 2, its moving averages alone": ("v2", average_alone, {"prediction_type": "epsilon"}, "epsilon"),
+    "SDXL": ("xl_base", lambda tensors: tensors, {}, "epsilon"),
+    "SDXL, pruned to half precision": ("xl_base", of_type(torch.float16), {}, "epsilon"),
+    "SDXL without text_model in its names": ("xl_base", renamed("text_model.", ""), {}, "epsilon"),
+    "SDXL trained on to predict velocity": ("xl_base", added(v_pred=torch.zeros(0)), {}, "v_prediction"),
 }
 
 # What is changed of a file of version 1 or 2, and what is said of it.
@@ -102,7 +108,7 @@ REFUSED: dict[str, tuple[str, Change, str]] = {
     "inpainting": (
         "v1",
         replaced(FIRST, torch.zeros(32, 9, 3, 3)),
-        "is Stable Diffusion 1 for inpainting, which is not supported yet; give a text-to-image",
+        "is Stable Diffusion 1 for inpainting, which is not supported; give a text-to-image",
     ),
     "inpainting by version 2": (
         "v2",
@@ -116,15 +122,35 @@ REFUSED: dict[str, tuple[str, Change, str]] = {
         added(model__diffusion_model__time_embed__cond_proj__weight=torch.zeros(32, 256)),
         "told more than timestep and caption .*as a full LCM's.*give the checkpoint it was made from",
     ),
-    "SDXL": (
-        "v1",
-        added(conditioner__embedders__1__model__transformer__resblocks__9__mlp__c_proj__bias=torch.zeros(1280)),
-        "is Stable Diffusion XL, which is not supported yet; give a text-to-image checkpoint",
+    "SDXL's UNet and VAE alone": (
+        "xl_base",
+        lambda tensors: {
+            key: torch.zeros(64, 2048) if key.endswith("attn2.to_k.weight") else tensor
+            for key, tensor in without("conditioner.")(tensors).items()
+        },
+        "its cross-attention is 2048 wide, expected 80 of SDXL; give a complete checkpoint",
     ),
-    "SDXL's UNet alone": (
-        "v1",
-        lambda tensors: {f"{UNET}input_blocks.4.1.transformer_blocks.0.attn2.to_k.weight": torch.zeros(640, 2048)},
-        "is Stable Diffusion XL, which",
+    "SDXL without its first text encoder": (
+        "xl_base",
+        without("conditioner.embedders.0."),
+        r"has no text encoder \(conditioner\.embedders\.0\..*; give a complete",
+    ),
+    "SDXL without VAE": ("xl_base", without(VAE), r"has no VAE .*give the one it was made for as model\.vae, such as"),
+    "SDXL's second text encoder cut short": (
+        "xl_base",
+        without("conditioner.embedders.1.model.text_projection"),
+        "weights of text_encoder_2 lack 1 tensors, first text_projection.weight; download it again",
+    ),
+    "SDXL for inpainting": (
+        "xl_base",
+        lambda tensors: tensors | {FIRST: torch.zeros(32, 9, 3, 3), XL_LAYER: torch.zeros(48)},
+        "is Stable Diffusion XL for inpainting, which is not supported; give a text-to-image",
+    ),
+    "Playground 2.5": ("xl_base", added(edm_mean=torch.zeros(4), edm_std=torch.ones(4)), "is Playground 2.5, which"),
+    "a full LCM of SDXL": (
+        "xl_base",
+        added(model__diffusion_model__time_embed__cond_proj__weight=torch.zeros(32, 256)),
+        "told more than timestep and caption .*as a full LCM's.*give the checkpoint it was made from",
     ),
     "SDXL's refiner": (
         "v1",
@@ -190,7 +216,8 @@ def written(kind: str, change: Change, folder: Path, **metadata: str) -> Path:
 
 def assert_equal(model: StableDiffusion, expected: StableDiffusionPipeline, dtype: torch.dtype = torch.float32) -> None:
     """The same bits in all networks, in `dtype` as in the file."""
-    for name in ("unet", "vae", "text_encoder"):
+    second = ["text_encoder_2"] * hasattr(expected, "text_encoder_2")
+    for name in ("unet", "vae", "text_encoder", *second):
         found, wanted = getattr(model, name).state_dict(), getattr(expected, name).state_dict()
         assert found.keys() == wanted.keys()
         assert [key for key in found if not torch.equal(found[key], wanted[key].to(dtype).to(found[key].dtype))] == []
@@ -387,9 +414,11 @@ def file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return written("v1", of_type(torch.float16), tmp_path)
 
 
-def test_pictures_of_a_file_are_those_of_its_folder(file: Path, tmp_path: Path):
-    half = build_pipeline(TINY["v1"]).to(torch.float16)
-    half.save_pretrained(tmp_path / "folder")
+@pytest.mark.parametrize("kind", ["v1", "xl_base"])
+def test_pictures_of_a_file_are_those_of_its_folder(kind: str, tmp_path: Path):
+    half = build_tiny_sdxl() if kind == "xl_base" else build_pipeline(TINY[kind])
+    half.to(torch.float16).save_pretrained(tmp_path / "folder")
+    file = written(kind, of_type(torch.float16), tmp_path)
     one, other = (load_stable_diffusion(str(place)) for place in (file, tmp_path / "folder"))
     pictures = [
         sample(model, ["a dog"], seeds=[0], steps=2, guidance_scale=1.0, sampler=DDIM, resolution=32)
@@ -425,3 +454,7 @@ def test_inspect_says_what_a_file_is_and_why_it_is_refused(file: Path, tmp_path:
     ((_, rows),) = inspect.describe(file)
     assert dict(rows)["vae"] == "none" and "has no VAE" in dict(rows)["refused"]
     assert inspect.networks_of(file).keys() == {"unet", "text_encoder"}
+    of_xl = written("xl_base", lambda tensors: tensors, tmp_path)
+    ((_, rows),) = inspect.describe(of_xl)
+    assert dict(rows)["text encoder 2"].endswith("tensors of F32") and "refused" not in dict(rows)
+    assert inspect.networks_of(of_xl).keys() == {"unet", "text_encoder", "text_encoder_2"}

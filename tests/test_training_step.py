@@ -13,7 +13,12 @@ import lightning as L
 import numpy as np
 import pytest
 import torch
-from diffusers import LatentConsistencyModelPipeline, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import (
+    LatentConsistencyModelPipeline,
+    StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
+    UNet2DConditionModel,
+)
 from lightning.pytorch.plugins import MixedPrecision
 from peft import LoraConfig, get_peft_model_state_dict, set_peft_model_state_dict
 from torch import Tensor, nn
@@ -289,6 +294,61 @@ def test_distillation_step_is_algorithm_1(
     assert_same_gradients(gradients(module.model.unet, "lcm"), *expected_gradients.values())
     frozen = [p for name, p in module.named_parameters() if ".lcm." not in name]
     assert all(p.grad is None and not p.requires_grad for p in frozen)
+
+
+class XLReference(Reference):
+    """diffusers' SDXL pipeline; its conditions are text and what the UNet is told beside it."""
+
+    def __init__(self, folder: Path, dtype: torch.dtype, time_ids: Tensor) -> None:
+        self.pipeline = StableDiffusionXLPipeline.from_pretrained(folder, add_watermarker=False).to(dtype)
+        for network in (self.pipeline.text_encoder, self.pipeline.text_encoder_2, self.pipeline.vae):
+            network.requires_grad_(False)
+        self.dtype, self.time_ids = dtype, time_ids
+
+    def text(self, captions: list[str]) -> tuple[Tensor, dict[str, Tensor]]:
+        """No caption is zeros, as in the unconditional branch of the pipeline."""
+        text, _, pooled, _ = self.pipeline.encode_prompt(captions, do_classifier_free_guidance=False)
+        some = torch.tensor([caption != "" for caption in captions])
+        told = {"text_embeds": pooled * some[:, None], "time_ids": self.time_ids}
+        return text * some[:, None, None], told
+
+    def network(self, unet: UNet2DConditionModel) -> Callable[..., SimpleNamespace]:
+        return lambda x, t, condition: unet(x, t, condition[0], added_cond_kwargs=condition[1])
+
+
+@pytest.mark.parametrize("known", [True, False], ids=["sizes of photos", "whole images"])
+def test_distillation_step_of_sdxl_is_algorithm_1(
+    sdxl_folder: Path, monkeypatch: pytest.MonkeyPatch, batch: dict[str, object], known: bool
+):
+    sizes = [[333, 500, 0, 9, 32, 32], [500, 333, 13, 0, 32, 32], [3024, 4032, 0, 2, 32, 32], [32, 32, 0, 0, 32, 32]]
+    time_ids = torch.tensor(sizes if known else [[32, 32, 0, 0, 32, 32]] * 4, dtype=torch.float32)
+    module = distillation_module(sdxl_folder)
+    randomise(module, seed=7)
+    draws = FixedDraws(
+        normals=[POSTERIOR_NOISE, NOISE], unit=torch.tensor([0.0, 0.25, 0.5, 0.99]), integers=torch.tensor(ODE_STEPS)
+    )
+    monkeypatch.setattr(adapter_training, "SampleRandomness", draws)
+    found = module.training_step(batch | ({"time_ids": time_ids} if known else {}), 0)
+    found.backward()
+
+    expected, expected_gradients = {}, {}
+    for dtype in (torch.float32, torch.float64):
+        reference = XLReference(sdxl_folder, dtype, time_ids)
+        student = reference.unet(lcm=(ALPHA, adapter_weights(module)))
+        expected[dtype] = lcm_loss(
+            reference,
+            reference.network(student),
+            reference.network(reference.unet()),
+            batch,
+            step_index=draws.integers,
+            w=W_MIN + (W_MAX - W_MIN) * draws.unit,
+            prediction_type="epsilon",
+            loss="huber",
+        )
+        expected[dtype].backward()
+        expected_gradients[dtype] = gradients(student, "lcm")
+    assert_same_loss(found, *expected.values())
+    assert_same_gradients(gradients(module.model.unet, "lcm"), *expected_gradients.values())
 
 
 def test_distillation_of_zero_terminal_snr_steps_from_pure_noise(

@@ -143,14 +143,15 @@ class ExportLora(Export):
     def write(self, collected: dict[str, Tensor], module: Training, step: int) -> Adapter:
         """Both files."""
         save_lora(collected, self.folder / LORA_FILE, step=str(step))
-        save_lora(kohya_state_dict(collected), self.folder / KOHYA_FILE, step=str(step))
+        save_lora(kohya_state_dict(collected, module.model.unet), self.folder / KOHYA_FILE, step=str(step))
         return Adapter(module.kind, step=step)
 
 
 class ExportPipeline(Export):
     """Write a model whose whole UNet was trained (into a run's `pipeline/`).
 
-    The folder loads with diffusers' LatentConsistencyModelPipeline. For the rest see `Export`.
+    The folder loads with diffusers' LatentConsistencyModelPipeline, of SDXL with StableDiffusionXLPipeline. For the
+    rest see `Export`.
     """
 
     artifact = "model"

@@ -10,6 +10,7 @@ from hydra.errors import InstantiationException
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
+from lcm_lightning.config.teacher_lora import check_teacher_lora
 from lcm_lightning.errors import SHOW_KEYS, UserError, first_line, innermost
 
 if TYPE_CHECKING:
@@ -67,6 +68,8 @@ def check_settings(cfg: DictConfig) -> None:
     method = instantiate_group(cfg, "method", _partial_=True)
     if hasattr(method.func, "check_settings"):
         method.func.check_settings(**method.keywords)
+    if (teacher_lora := cfg.method.get("teacher_lora")) is not None:
+        check_teacher_lora(teacher_lora, "method.teacher_lora")
 
 
 def build_module(cfg: DictConfig, precision: str, cache: LatentCache | None = None) -> L.LightningModule:

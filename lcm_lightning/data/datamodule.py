@@ -107,11 +107,12 @@ class CaptionedImages(LightningDataModule):
         keys          list of B str, the samples' names
         seed          int64 [B], 63-bit hash of (seed, epoch, sample): source of all random numbers of the sample
         weight        float32 [B], 1 in full steps; see `lcm_lightning.data.plan.valid_weight` for the last one
+        time_ids      float32 [B, 6], sizes of photo and crop; see `lcm_lightning.data.images.time_ids`
 
     From cached latents (`lcm_lightning.data.latents`) the same, with, in place of `pixel_values`:
 
         moments       float16 [B, 2, C, h, w], mean and standard deviation of the VAE's posterior, unscaled
-        text          float16 [B, L, D], embeddings of the captions
+        text          float16 [B, L, D], embeddings of the captions, and what else the model takes of them
 
     and, of a cache of the teacher's steps (`lcm_lightning.data.teacher_steps`) once `take_teacher_steps` was called:
 

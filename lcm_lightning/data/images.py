@@ -195,6 +195,20 @@ def crop_square(image: Image.Image, resolution: int, u: float = 0.5, v: float = 
     return crop(image, resolution, resolution, u, v)
 
 
+def time_ids(
+    photo: tuple[int, int], resized: tuple[int, int], crop: tuple[int, int], u: float, v: float, *, mirrored: bool
+) -> tuple[int, ...]:
+    """What SDXL is told of a crop, in pixels: height and width of the photo, top and left of the crop in what the photo
+    was resized to, height and width of the crop (Podell et al. 2023, arXiv 2307.01952, section 2.2).
+
+    A mirror image is a crop of the mirrored photo. Sizes are (width, height); u and v as in `crop_square`.
+    """
+    left, top = round((resized[0] - crop[0]) * u), round((resized[1] - crop[1]) * v)
+    if mirrored:
+        left = resized[0] - crop[0] - left
+    return (*photo[::-1], top, left, *crop[::-1])
+
+
 def normalise(image: Image.Image) -> np.ndarray:
     """RGB image to float32 [3, H, W] in [-1, 1]."""
     pixels = np.asarray(image, dtype=np.float32).transpose(2, 0, 1)

@@ -1,6 +1,7 @@
 """Shards of cached latents and text embeddings, read in place of images and captions.
 
-A sample is two tar members: `<key>.json` with its captions and the file name of the shard its image lies in, and
+A sample is two tar members: `<key>.json` with its captions, the file name of the shard its image lies in and the
+`time_ids` of V crops and mirror images (`lcm_lightning.data.images.time_ids`; earlier caches have none), and
 `<key>.safetensors` with, in float16,
 
     moments  [V, 2, C, h, w]  mean and standard deviation of the VAE's posterior, unscaled, of V crops and mirror
@@ -152,13 +153,16 @@ def latent_cache(index: ShardIndex, source: str) -> LatentCache | None:
 
 @dataclass(frozen=True)
 class LatentExample:
-    """One training example: moments float16 [2, C, h, w], embeddings of its caption by name, caption, key, seed."""
+    """One training example: moments float16 [2, C, h, w], embeddings of its caption by name, caption, key and seed, and
+    its `time_ids`, None where the cache has none.
+    """
 
     moments: np.ndarray
     condition: Mapping[str, np.ndarray]
     caption: str
     key: str
     seed: int
+    time_ids: tuple[int, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -190,8 +194,9 @@ class LatentChoice:
         width, height = self.sizes[bucket]
         return (self.channels, height, width)
 
-    def __call__(self, sample: Mapping[str, Any], captions: Sequence[str], seed: int) -> LatentExample:
+    def __call__(self, sample: Mapping[str, Any], described: Description, seed: int) -> LatentExample:
         """Read what was chosen of the sample `PlaceReader` has placed. Raises `ImageFault` when it is damaged."""
+        captions = described.captions
         choice, dropout, flip, place, _ = augmentation_draws(seed)
         if not self.random:
             choice, place = 0.0, 0.0
@@ -205,7 +210,26 @@ class LatentChoice:
         other = [name for name, tensor in condition.items() if tensor.shape != self.empty[name].shape]
         if moments.shape[1:] != self.latent_shape(sample["__bucket__"]) or other:
             raise ImageFault("damaged latents: shapes other than the index says")
-        return LatentExample(moments, condition, "" if dropped else captions[caption], sample["__key__"], seed)
+        chosen = "" if dropped else captions[caption]
+        return LatentExample(moments, condition, chosen, sample["__key__"], seed, described.time_ids_of(row))
+
+
+@dataclass(frozen=True)
+class Description:
+    """Captions of a sample, the file name of its image's shard, and the `time_ids` of its crops and mirror images."""
+
+    captions: list[str]
+    image_shard: str
+    time_ids: Sequence[Any] | None = None
+
+    def time_ids_of(self, row: int) -> tuple[int, ...] | None:
+        """Those of one of them; None where there are none of any. Raises `ImageFault` when they are damaged."""
+        if self.time_ids is None:
+            return None
+        found = self.time_ids[row] if isinstance(self.time_ids, list) and row < len(self.time_ids) else None
+        if not isinstance(found, list) or len(found) != 6 or not all(type(number) is int for number in found):
+            raise ImageFault("damaged description: sizes that are none")
+        return tuple(found)
 
 
 def read_rows(path: str | Path, offset: int, rows: Mapping[str, int]) -> dict[str, np.ndarray]:
@@ -315,19 +339,19 @@ def place(key: str, sample: Mapping[str, Member]) -> Place:
     return Place(key, sample["json"].offset, sample["json"].size, sample["safetensors"].offset)
 
 
-def parse_description(sample: Mapping[str, Any]) -> tuple[list[str], str]:
-    """Captions of a sample, and the file name of its image's shard. Raises `ImageFault` when it is damaged."""
+def parse_description(sample: Mapping[str, Any]) -> Description:
+    """What a sample's JSON says. Raises `ImageFault` when it is damaged."""
     if "__fault__" in sample:
         raise ImageFault(sample["__fault__"])
     try:
         content = json.loads(sample["json"])
-        captions, image_shard = content["captions"], content["image_shard"]
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        captions, image_shard, sizes = content["captions"], content["image_shard"], content.get("time_ids")
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ImageFault(f"damaged description: {first_line(error)}") from error
     texts = isinstance(captions, list) and all(isinstance(text, str) for text in [*captions, image_shard])
     if not texts or not captions:
         raise ImageFault("damaged description: no captions, or no shard of its image")
-    return captions, image_shard
+    return Description(captions, image_shard, sizes)
 
 
 def decode_latents(
@@ -354,9 +378,12 @@ def collate_latents(
     zeros = LatentExample(np.zeros((2, *choice.latent_shape(plan.bucket)), np.float16), choice.empty, "", "", 0)
     source = list(valid) or [zeros]
     rows = [source[index % len(source)] for index in range(batch_size)]
+    sizes = [row.time_ids for row in rows]
+    known = {} if None in sizes else {"time_ids": torch.tensor(sizes, dtype=torch.float32)}
     return {
         "moments": torch.from_numpy(np.stack([row.moments for row in rows])),
         **{name: torch.from_numpy(np.stack([row.condition[name] for row in rows])) for name in choice.empty},
+        **known,
         "captions": [row.caption for row in rows],
         "keys": [row.key for row in rows],
         "seed": torch.tensor([row.seed for row in rows], dtype=torch.int64),
@@ -376,9 +403,9 @@ class LatentStream(ShardStream):
 
     def example(self, epoch: int, sample: Mapping[str, Any]) -> LatentExample:
         """What becomes of a sample in an epoch. Raises `ImageFault` when it is damaged."""
-        captions, image_shard = parse_description(sample)
+        described = parse_description(sample)
         # As from images: by the name of the shard the image lies in.
-        return self.augment(sample, captions, stable_hash(self.seed, epoch, image_shard, sample["__key__"]))
+        return self.augment(sample, described, stable_hash(self.seed, epoch, described.image_shard, sample["__key__"]))
 
     def collate(self) -> Any:
         """What stage 3 makes batches with."""

@@ -18,7 +18,7 @@ from PIL import Image
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from lcm_lightning.data.buckets import Size
-from lcm_lightning.data.images import ImageFault, crop, decode_image, normalise, resize_to_cover
+from lcm_lightning.data.images import ImageFault, crop, decode_image, normalise, resize_to_cover, time_ids
 from lcm_lightning.data.plan import (
     PlannedBatch,
     StreamPlan,
@@ -55,12 +55,13 @@ class Fault:
 
 @dataclass(frozen=True)
 class Example:
-    """One training example: pixels float32 [3, H, W] in [-1, 1], its caption, key and seed."""
+    """One training example: pixels float32 [3, H, W] in [-1, 1], its caption, key and seed, and its `time_ids`."""
 
     pixel_values: np.ndarray
     caption: str
     key: str
     seed: int
+    time_ids: tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -88,11 +89,14 @@ class Augmentation:
             choice = 0.0
         if not self.random_crop:
             u, v = 0.5, 0.5
-        image = crop(resize_to_cover(image, *self.sizes[bucket]), *self.sizes[bucket], u, v)
-        if flip < self.flip_probability:
-            image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+        size, mirrored = self.sizes[bucket], bool(flip < self.flip_probability)
+        resized = resize_to_cover(image, *size)
+        cropped = crop(resized, *size, u, v)
+        sizes = time_ids(image.size, resized.size, size, u, v, mirrored=mirrored)
+        if mirrored:
+            cropped = cropped.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
         caption = "" if dropout < self.caption_dropout else captions[int(choice * len(captions))]
-        return Example(normalise(image), caption, key, seed)
+        return Example(normalise(cropped), caption, key, seed, sizes)
 
 
 def augmentation_draws(seed: int) -> np.ndarray:
@@ -171,7 +175,7 @@ def collate(valid: Sequence[Example], plan: PlannedBatch, batch_size: int, sizes
     With no example at all the filling is a grey image without caption.
     """
     width, height = sizes[plan.bucket]
-    grey = Example(np.zeros((3, height, width), dtype=np.float32), "", "", 0)
+    grey = Example(np.zeros((3, height, width), dtype=np.float32), "", "", 0, (height, width, 0, 0, height, width))
     source = list(valid) or [grey]
     rows = [source[index % len(source)] for index in range(batch_size)]
     return {
@@ -179,6 +183,7 @@ def collate(valid: Sequence[Example], plan: PlannedBatch, batch_size: int, sizes
         "captions": [row.caption for row in rows],
         "keys": [row.key for row in rows],
         "seed": torch.tensor([row.seed for row in rows], dtype=torch.int64),
+        "time_ids": torch.tensor([row.time_ids for row in rows], dtype=torch.float32),
         "weight": weights(len(valid), plan, batch_size),
     }
 

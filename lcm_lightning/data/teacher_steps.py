@@ -113,13 +113,13 @@ class TeacherStream(LatentStream):
 
     def example(self, epoch: int, sample: Mapping[str, Any]) -> TeacherExample:
         """See `LatentStream`; damaged steps are a fault of the sample."""
-        captions, image_shard = parse_description(sample)
-        own = stable_hash(self.seed, epoch, image_shard, sample["__key__"])
+        described = parse_description(sample)
+        own = stable_hash(self.seed, epoch, described.image_shard, sample["__key__"])
         if stable_hash("fresh draw", own) < self.fresh_fraction * 2**63:
-            return TeacherExample(**vars(self.augment(sample, captions, own)))
+            return TeacherExample(**vars(self.augment(sample, described, own)))
         draw = epoch % self.draws.draws
-        seed = stable_hash(self.draws.seed, draw, image_shard, sample["__key__"])
-        chosen = self.augment(sample, captions, seed)
+        seed = stable_hash(self.draws.seed, draw, described.image_shard, sample["__key__"])
+        chosen = self.augment(sample, described, seed)
         x_s = read_rows(sample["__shard__"], sample["offset"], {TEACHER: draw})[TEACHER]
         if x_s.shape != chosen.moments.shape[1:]:
             raise ImageFault("damaged latents: a teacher's step of another shape")

@@ -78,7 +78,7 @@ class Drawn:
 
     Attributes:
         images: one entry a contender, by role.
-        token_embeddings: digest of each model's, by name of its source.
+        token_embeddings: digests of each model's text encoders, by name of its source.
         dtype: of weights and activations.
     """
 
@@ -108,7 +108,9 @@ def draw_models(
         loaded = loader.load(source)
         model, identities = loaded.model, loaded.identities()
         model.check_resolution(drawing.resolution)
-        token_embeddings[source.name] = token_embeddings_digest(model.text_encoder, model.dtype)
+        token_embeddings[source.name] = " ".join(
+            token_embeddings_digest(encoder, model.dtype) for encoder in model.text_encoders.values()
+        )
         for contender in lineup.contenders(loaded.adapters, taught=loaded.taught):
             weights = " ".join(identities[name] for name in ("", *contender.adapters))
             folder = image_folder(root, contender, drawing, weights, model.device.type, model.dtype)

@@ -122,7 +122,7 @@ def describe(images: ModelImages, number: int) -> dict[str, Any]:
 def sharing_text_tower(drawn: Drawn, clip: Clip) -> list[str]:
     """The models that read captions by the text tower that computes the CLIP score."""
     own = token_embeddings_digest(clip.model.text_model, drawn.dtype)
-    return [name for name, digest in drawn.token_embeddings.items() if digest == own]
+    return [name for name, digests in drawn.token_embeddings.items() if own in digests.split()]
 
 
 def _warnings(

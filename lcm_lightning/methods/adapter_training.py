@@ -41,10 +41,10 @@ def propagate_faults(loss: Tensor) -> Tensor:
 class Training(FusedClipping, ABC):
     """Train what `kind` says on a frozen model, and with it what is called `helpers`.
 
-    A batch holds `pixel_values` float32 [B, 3, H, W] in [-1, 1], `captions` (B strings), `seed` int64 [B] and `weight`
-    float32 [B]; or, in place of `pixel_values`, what VAE and text encoder have made of images and captions: `moments`
-    [B, 2, C, h, w] and the tensors of a `Condition`. See `lcm_lightning.data`. The mean of weight times loss over all
-    ranks is the mean over the step's samples, each once.
+    A batch holds `pixel_values` float32 [B, 3, H, W] in [-1, 1], `captions` (B strings), `seed` int64 [B], `weight`
+    float32 [B] and, where they are known, the `time_ids` of a `Condition`; or, in place of `pixel_values`, what VAE and
+    text encoder have made of images and captions: `moments` [B, 2, C, h, w] and the tensors of a `Condition`. See
+    `lcm_lightning.data`. The mean of weight times loss over all ranks is the mean over the step's samples, each once.
 
     A method that reads no images (`reads_images`) is given standard normal noise in the place of their latents.
 
@@ -205,8 +205,9 @@ class Training(FusedClipping, ABC):
         elif self.reads_images:
             latents = self.model.encode_images(batch["pixel_values"], latents)
         if cached:
-            return latents, Condition.of_batch(batch).to(self.model.dtype), randomness
-        return latents, self.model.encode_text(batch["captions"]), randomness
+            return latents, Condition.of_batch(batch).to(dtype=self.model.dtype), randomness
+        condition = self.model.encode_text(batch["captions"]).with_sizes(batch.get("time_ids"))
+        return latents, condition, randomness
 
     def optimizer_step(self, epoch: int, batch_index: int, optimizer: Any, optimizer_closure: Any = None) -> None:
         """Step, and free the gradients at once: Lightning would keep them while the next step's activations pile up."""

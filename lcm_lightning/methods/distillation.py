@@ -18,7 +18,6 @@ from lcm_lightning.models.kinds import AdapterKind
 from lcm_lightning.models.latent_diffusion import LatentDiffusionModel
 from lcm_lightning.models.lora_files import locate_lora
 from lcm_lightning.models.stable_diffusion import StableDiffusion
-from lcm_lightning.runs.contents import check_teacher_lora
 
 W_MIN, W_MAX = 5.0, 15.0  # of the paper's experiments
 
@@ -42,7 +41,7 @@ class GuidedDistillation(Training):
         teacher_lora: str | None = None,
         **training: Any,
     ) -> None:
-        GuidedDistillation.check_settings(w_min=w_min, w_max=w_max, teacher_lora=teacher_lora)
+        GuidedDistillation.check_settings(w_min=w_min, w_max=w_max)
         if teacher_lora is not None:
             fuse_lora(cast(StableDiffusion, model), teacher_lora, key="method.teacher_lora")
         super().__init__(model, **training)
@@ -64,7 +63,6 @@ class GuidedDistillation(Training):
             )
         if teacher_lora is not None:
             locate_lora(teacher_lora, "method.teacher_lora")
-            check_teacher_lora(teacher_lora, "method.teacher_lora")
         super().check_settings(**training)
 
     @property

@@ -21,7 +21,7 @@ from lcm_lightning.errors import UserError, short
 from lcm_lightning.models.checkpointing import adapter_switches, set_adapter_switches
 from lcm_lightning.models.dropout import SampleDropout
 from lcm_lightning.models.latent_diffusion import LatentDiffusionModel
-from lcm_lightning.models.lora_files import LayerUpdate, adaptable_layers, fit, locate_lora, read_lora
+from lcm_lightning.models.lora_files import LayerUpdate, adaptable_layers, fit, kohya_name, locate_lora, read_lora
 from lcm_lightning.models.lora_layers import FUSED_LAYERS
 from lcm_lightning.models.sampling import DDIM, make_scheduler
 from lcm_lightning.models.stable_diffusion import StableDiffusion
@@ -195,9 +195,9 @@ def load_lora(model: StableDiffusion, source: str | Path, name: str, key: str = 
     """
     said = f"{key}={short(source, 80)}"
     file = read_lora(locate_lora(source, key), said)
-    if any(network == "text_encoder" for network, _ in file.updates):
-        model.load_encoders("text_encoder")
-    networks = {"unet": model.unet, "text_encoder": model.text_encoder}
+    if named := [name for name in model.text_encoders if any(network == name for network, _ in file.updates)]:
+        model.load_encoders(*named)
+    networks = {"unet": model.unet, **model.text_encoders}
     for network, updates in fit(file, networks, said, model.name_or_path).items():
         scaled = {layer: replace(update, alpha=scale * update.alpha) for layer, update in updates.items()}
         _add_frozen(networks[network], name, scaled)
@@ -304,12 +304,15 @@ def lora_state_dict(unet: UNet2DConditionModel, name: str) -> dict[str, Tensor]:
     return tensors
 
 
-def kohya_state_dict(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
-    """A `lora_state_dict` under the keys of kohya's scripts, which ComfyUI and A1111 read, with alpha spelled out."""
+def kohya_state_dict(state_dict: dict[str, Tensor], unet: UNet2DConditionModel) -> dict[str, Tensor]:
+    """A `lora_state_dict` of `unet` under the keys of kohya's scripts, which ComfyUI and A1111 read.
+
+    Alpha is spelled out.
+    """
     tensors = {}
     for key, tensor in state_dict.items():
         layer, side, _ = key.removeprefix("unet.").rsplit(".", 2)
-        prefix = "lora_unet_" + layer.replace(".", "_")
+        prefix = "lora_unet_" + kohya_name(layer, unet.config).replace(".", "_")
         tensors[f"{prefix}.{'lora_down' if side == 'lora_A' else 'lora_up'}.weight"] = tensor
         if side == "lora_A":
             tensors[f"{prefix}.alpha"] = torch.tensor(float(tensor.shape[0]))
@@ -318,15 +321,7 @@ def kohya_state_dict(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
 
 def as_pipeline(model: StableDiffusion) -> StableDiffusionPipeline:
     """The model's own networks (no copies) as a diffusers pipeline; without those that are still deferred."""
-    from diffusers import StableDiffusionPipeline  # late: it takes a second that drawing does not need
+    import diffusers  # late: its pipelines take a second that drawing does not need
 
-    return StableDiffusionPipeline(
-        vae=model.vae,
-        text_encoder=model.text_encoder,
-        tokenizer=model.tokenizer,
-        unet=model.unet,
-        scheduler=make_scheduler(DDIM, model.scheduler_config),
-        safety_checker=None,
-        feature_extractor=None,
-        requires_safety_checker=False,
-    )
+    pipeline: type[StableDiffusionPipeline] = getattr(diffusers, model.pipeline)
+    return pipeline(**model.pipeline_parts(), scheduler=make_scheduler(DDIM, model.scheduler_config))

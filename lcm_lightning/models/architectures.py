@@ -1,4 +1,4 @@
-"""Stable Diffusion's architectures in figures: what single files go by, and v1-5 with random weights."""
+"""Stable Diffusion's architectures in figures: what single files go by, and v1-5 and SDXL with random weights."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from tokenizers.pre_tokenizers import ByteLevel
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 CLIP_MERGES = Path(__file__).parents[1] / "assets" / "clip_tokenizer" / "merges.txt"
 SD15_UNET: dict[str, Any] = {
@@ -61,8 +61,34 @@ SD15_SCHEDULER = {
     "steps_offset": 1,
     "timestep_spacing": "leading",
 }
-
-
+# SDXL base 1.0 (Podell et al. 2023, arXiv 2307.01952); its first text encoder, noise schedule and VAE's networks are
+# those of v1-5.
+SDXL_UNET: dict[str, Any] = {
+    "sample_size": 128,
+    "in_channels": 4,
+    "out_channels": 4,
+    "block_out_channels": (320, 640, 1280),
+    "layers_per_block": 2,
+    "down_block_types": ("DownBlock2D",) + ("CrossAttnDownBlock2D",) * 2,
+    "up_block_types": ("CrossAttnUpBlock2D",) * 2 + ("UpBlock2D",),
+    "transformer_layers_per_block": (1, 2, 10),
+    "cross_attention_dim": 2048,
+    "attention_head_dim": (5, 10, 20),
+    "use_linear_projection": True,
+    "addition_embed_type": "text_time",
+    "addition_time_embed_dim": 256,
+    "projection_class_embeddings_input_dim": 2816,
+}
+SDXL_VAE: dict[str, Any] = {**SD15_VAE, "sample_size": 1024, "scaling_factor": 0.13025, "force_upcast": True}
+SDXL_TEXT_2: dict[str, Any] = {
+    **SD15_TEXT,
+    "hidden_size": 1280,
+    "intermediate_size": 5120,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 20,
+    "hidden_act": "gelu",
+    "projection_dim": 1280,
+}
 # What differs in v2: OpenCLIP's ViT-H/14 up to its last layer but one, and wider heads where the UNet is wider.
 SD2_UNET: dict[str, Any] = {
     **SD15_UNET,
@@ -86,8 +112,9 @@ class Architecture:
 
     Attributes:
         title: what people call it.
-        unet, vae, text_encoder, scheduler: as diffusers and transformers write them.
-        tokenizer: makes it.
+        unet, vae, text_encoder, text_encoder_2, scheduler: as diffusers and transformers write them; a second text
+            encoder has SDXL alone.
+        tokenizer, tokenizer_2: make them.
         prediction_type: what every model of it predicts; None: some predict noise, some velocity.
     """
 
@@ -98,6 +125,19 @@ class Architecture:
     prediction_type: str | None
     vae: Mapping[str, Any] = field(default_factory=lambda: SD15_VAE)
     scheduler: Mapping[str, Any] = field(default_factory=lambda: SD15_SCHEDULER)
+    text_encoder_2: Mapping[str, Any] | None = None
+    tokenizer_2: Callable[[], CLIPTokenizer] | None = None
+
+    @property
+    def text_encoders(self) -> dict[str, Mapping[str, Any]]:
+        """By name, as a pipeline calls them."""
+        second = {} if self.text_encoder_2 is None else {"text_encoder_2": self.text_encoder_2}
+        return {"text_encoder": self.text_encoder, **second}
+
+    def make_tokenizers(self) -> dict[str, CLIPTokenizer]:
+        """By name, as a pipeline calls them."""
+        second = {} if self.tokenizer_2 is None else {"tokenizer_2": self.tokenizer_2()}
+        return {"tokenizer": self.tokenizer(), **second}
 
 
 @contextmanager
@@ -117,10 +157,16 @@ def build_text_encoder(dtype: torch.dtype) -> CLIPTextModel:
         return CLIPTextModel(CLIPTextConfig(**SD15_TEXT))
 
 
-def build_vae(dtype: torch.dtype) -> AutoencoderKL:
-    """SD v1-5's VAE with random weights, 83,653,863 parameters."""
+def build_text_encoder_2(dtype: torch.dtype) -> CLIPTextModelWithProjection:
+    """SDXL's second text encoder with random weights, 694,659,840 parameters."""
     with default_dtype(dtype):
-        return AutoencoderKL(**SD15_VAE)
+        return CLIPTextModelWithProjection(CLIPTextConfig(**SDXL_TEXT_2))
+
+
+def build_vae(dtype: torch.dtype, config: Mapping[str, Any] = SD15_VAE) -> AutoencoderKL:
+    """SD v1-5's VAE, or SDXL's, with random weights, 83,653,863 parameters."""
+    with default_dtype(dtype):
+        return AutoencoderKL(**config)
 
 
 def build_sd15(dtype: torch.dtype, encoders: Mapping[str, Any]) -> dict[str, Any]:
@@ -142,13 +188,33 @@ def build_sd15(dtype: torch.dtype, encoders: Mapping[str, Any]) -> dict[str, Any
     }
 
 
+def build_sdxl(dtype: torch.dtype, encoders: Mapping[str, Any]) -> dict[str, Any]:
+    """As `build_sd15` of SDXL, whose UNet has 2,567,463,684 parameters; for `StableDiffusionXL`."""
+    encoders = encoders or {
+        "text_encoder": build_text_encoder(dtype),
+        "text_encoder_2": build_text_encoder_2(dtype),
+        "vae": build_vae(dtype, SDXL_VAE),
+    }
+    with default_dtype(dtype):
+        unet = UNet2DConditionModel(**SDXL_UNET)
+    length = SD15_TEXT["max_position_embeddings"]
+    return {
+        "tokenizer": byte_tokenizer(SD15_TEXT["vocab_size"], length),
+        "tokenizer_2": byte_tokenizer(SDXL_TEXT_2["vocab_size"], length),
+        **encoders,
+        "unet": unet,
+        "scheduler_config": dict(SD15_SCHEDULER),
+        "name_or_path": "random/stable-diffusion-xl-base-1.0",
+    }
+
+
 def byte_tokenizer(vocab_size: int, max_length: int) -> CLIPTokenizer:
     """A `CLIPTokenizer` without merges: one token a byte, begin and end at the last two ids of the vocabulary."""
     return _tokenizer([], vocab_size, model_max_length=max_length)
 
 
 def clip_tokenizer(pad_token: str) -> CLIPTokenizer:
-    """The tokenizer of CLIP and OpenCLIP (Radford et al. 2021), which all of Stable Diffusion 1 and 2 was trained with.
+    """The tokenizer of CLIP and OpenCLIP (Radford et al. 2021), which Stable Diffusion 1, 2 and XL were trained with.
 
     It ships as its 48,894 merges, in the order of their ids: the vocabulary is the bytes, the bytes at a word's end,
     what each merge makes, and the two marks.
@@ -176,5 +242,16 @@ def _printable_bytes() -> list[str]:
     return sorted(ByteLevel.alphabet())
 
 
-SD1 = Architecture("Stable Diffusion 1", SD15_UNET, SD15_TEXT, partial(clip_tokenizer, "<|endoftext|>"), "epsilon")
-SD2 = Architecture("Stable Diffusion 2", SD2_UNET, SD2_TEXT, partial(clip_tokenizer, "!"), None)
+CLIP_L, OPENCLIP = partial(clip_tokenizer, "<|endoftext|>"), partial(clip_tokenizer, "!")
+SD1 = Architecture("Stable Diffusion 1", SD15_UNET, SD15_TEXT, CLIP_L, "epsilon")
+SD2 = Architecture("Stable Diffusion 2", SD2_UNET, SD2_TEXT, OPENCLIP, None)
+SDXL = Architecture(
+    "SDXL",
+    SDXL_UNET,
+    SD15_TEXT,
+    CLIP_L,
+    "epsilon",
+    vae=SDXL_VAE,
+    text_encoder_2=SDXL_TEXT_2,
+    tokenizer_2=OPENCLIP,
+)

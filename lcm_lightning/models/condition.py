@@ -19,8 +19,9 @@ class Condition:
     Attributes:
         text: of each token [B, L, D].
         pooled: of a caption as a whole [B, P]; None where the model takes none.
-        time_ids: original size, crop corner and target size in pixels [B, 6] (Podell et al. 2023, arXiv 2307.01952,
-            section 2.2); None where the model takes none.
+        time_ids: of each image height and width before it was resized, top and left of its crop, height and width of
+            that, in pixels [B, 6], float32 (Podell et al. 2023, arXiv 2307.01952, section 2.2). None where nothing is
+            known of them; a model that is told them then takes what is drawn for a whole image.
         guidance_scale: w [B], float32, in LCM's form (`diffusion.solver.guide`), that a full LCM is told; None for
             networks that are not.
     """
@@ -49,9 +50,11 @@ class Condition:
         """`function` of each tensor."""
         return Condition(**{name: function(tensor) for name, tensor in self.tensors().items()})
 
-    def to(self, *to: Any) -> Condition:
-        """All tensors on a device, in a type, or both, as `Tensor.to` takes them."""
-        return self.map(lambda tensor: tensor.to(*to))
+    def to(self, device: torch.device | None = None, dtype: torch.dtype | None = None) -> Condition:
+        """All tensors on a device, and the embeddings in a type: sizes and scales are numbers, which it would round."""
+        types = {"text": dtype, "pooled": dtype}
+        tensors = self.tensors().items()
+        return Condition(**{name: tensor.to(device=device, dtype=types.get(name)) for name, tensor in tensors})
 
     def expand(self, batch_size: int) -> Condition:
         """One condition for each of `batch_size` samples, without a copy."""
@@ -60,6 +63,10 @@ class Condition:
     def with_caption(self, caption: Condition) -> Condition:
         """The same sizes under one caption, such as the empty one of guidance's unconditional branch."""
         return replace(caption.expand(len(self)), time_ids=self.time_ids)
+
+    def with_sizes(self, time_ids: Tensor | None) -> Condition:
+        """The same of images of other sizes."""
+        return replace(self, time_ids=time_ids)
 
     def with_guidance(self, guidance_scale: Tensor) -> Condition:
         """The same, told `guidance_scale` [B] in LCM's form."""

@@ -11,7 +11,13 @@ import torch
 from diffusers import AutoencoderKL
 from torch import nn
 
-from lcm_lightning.models.architectures import SD15_VAE, build_text_encoder, build_vae
+from lcm_lightning.models.architectures import (
+    SD15_VAE,
+    SDXL_VAE,
+    build_text_encoder,
+    build_text_encoder_2,
+    build_vae,
+)
 from lcm_lightning.models.pipeline_files import NetworkFiles
 
 
@@ -23,17 +29,24 @@ class Deferred:
     read: Callable[[], nn.Module]
 
 
-def deferred_encoders(files: Mapping[str, NetworkFiles] | None, dtype: torch.dtype) -> dict[str, Deferred]:
-    """VAE and text encoder of a pipeline's `files`, or None: of SD v1-5's architecture with random weights."""
-    if files is None:
-        return {
-            "text_encoder": Deferred(None, partial(build_text_encoder, dtype)),
-            "vae": Deferred(vae_config(SD15_VAE), partial(build_vae, dtype)),
-        }
+def deferred_encoders(
+    files: Mapping[str, NetworkFiles], dtype: torch.dtype, vae_dtype: torch.dtype | None = None
+) -> dict[str, Deferred]:
+    """VAE and text encoders of a pipeline's `files`; the VAE in a type of its own if given."""
+    texts = [name for name in files if name.startswith("text_encoder")]
     return {
-        "text_encoder": Deferred(None, partial(files["text_encoder"].read, dtype)),
-        "vae": Deferred(vae_config(files["vae"].config()), partial(files["vae"].read, dtype)),
+        **{name: Deferred(None, partial(files[name].read, dtype)) for name in texts},
+        "vae": Deferred(vae_config(files["vae"].config()), partial(files["vae"].read, vae_dtype or dtype)),
     }
+
+
+def deferred_random_encoders(dtype: torch.dtype, *, xl: bool = False) -> dict[str, Deferred]:
+    """Those of SD v1-5's architecture, or SDXL's, with random weights."""
+    text = {"text_encoder": Deferred(None, partial(build_text_encoder, dtype))}
+    if xl:
+        text["text_encoder_2"] = Deferred(None, partial(build_text_encoder_2, dtype))
+    config = SDXL_VAE if xl else SD15_VAE
+    return {**text, "vae": Deferred(vae_config(config), partial(build_vae, dtype, config))}
 
 
 def vae_config(given: dict[str, Any]) -> Any:

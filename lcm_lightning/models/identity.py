@@ -35,14 +35,19 @@ def encoder_key(model: StableDiffusion, teacher_lora: str | None = None) -> dict
     Raises:
         UserError: the files of VAE or text encoder are missing.
     """
-    key = {"vae": "random", "text_encoder": "random", "tokenizer": tokenizer_digest(model.tokenizer)}
+    key = {"vae": "random", "text_encoder": "random", "tokenizer": tokenizers_digest(model)}
     if model.files is not None:
-        config = model.files["text_encoder"].config()
         key["vae"] = weights_digest(model.files["vae"])
-        text = [weights_digest(model.files["text_encoder"]), *(str(config.get(name)) for name in TEXT_CONFIG)]
+        text = [part for name in model.text_encoders for part in _text_encoder_parts(model.files[name])]
+        text += ["zeros"] * model.empty_is_zero
         key["text_encoder"] = hashlib.sha256(" ".join(text).encode()).hexdigest()[:DIGITS]
     lora = None if teacher_lora is None else text_lora_digest(teacher_lora)
     return key if lora is None else {**key, "text_encoder": f"{key['text_encoder']}+lora-{lora}"}
+
+
+def _text_encoder_parts(files: NetworkFiles) -> list[str]:
+    config = files.config()
+    return [weights_digest(files), *(str(config.get(name)) for name in TEXT_CONFIG)]
 
 
 def cache_key(model: StableDiffusion, resolution: int, teacher_lora: str | None) -> dict[str, str]:
@@ -72,9 +77,11 @@ def model_digest(model: StableDiffusion) -> str:
     """
     model.load_encoders()
     with active_adapters(model, ()):
-        configs = [model.unet.config, model.vae.config, model.text_encoder.config.to_dict(), model.scheduler_config]
+        texts = [encoder.config.to_dict() for encoder in model.text_encoders.values()]  # type: ignore[operator,union-attr]
+        configs = [model.unet.config, model.vae.config, *texts, model.scheduler_config]
         own = {k: v for k, v in model.state_dict().items() if ".lora_" not in k and not k.startswith("variants.")}
-    content = [[_without_origin(config) for config in configs], tokenizer_digest(model.tokenizer)]
+    content = [[_without_origin(config) for config in configs], tokenizers_digest(model)]
+    content += ["zeros"] * model.empty_is_zero
     tensors = {k.replace(".base_layer.", "."): v for k, v in own.items()}
     return tensors_digest(sorted(tensors.items()), json.dumps(content, sort_keys=True, default=str))
 
@@ -105,12 +112,17 @@ def text_lora_digest(source: str) -> str | None:
     key = "teacher_lora"
     file = read_lora(locate_lora(source, key), f"{key}={short(source, 80)}")
     part = {
-        f"{name.replace('.', '_').removeprefix('text_model_')} {side}": tensor
+        f"{network.removeprefix('text_encoder')}{name.replace('.', '_').removeprefix('text_model_')} {side}": tensor
         for (network, name), update in file.updates.items()
-        if network == "text_encoder"
+        if network.startswith("text_encoder")
         for side, tensor in (("down", update.down.float()), ("up", update.scale * update.up.float()))
     }
     return tensors_digest(sorted(part.items()))[:DIGITS] if part else None
+
+
+def tokenizers_digest(model: StableDiffusion) -> str:
+    """`tokenizer_digest` of a model's tokenizers, one after the other."""
+    return " ".join(tokenizer_digest(tokenizer) for tokenizer in model.tokenizers.values())
 
 
 def tokenizer_digest(tokenizer: CLIPTokenizer) -> str:

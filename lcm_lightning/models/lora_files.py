@@ -34,6 +34,7 @@ log = logging.getLogger(__name__)
 
 PEFT_FILE = "adapter_model.safetensors"
 PEFT_CONFIG = "adapter_config.json"
+LORA_NETWORKS = ("unet", "text_encoder", "text_encoder_2")
 METADATA = "lora_adapter_metadata"  # diffusers' name for what it writes of rank and alpha into a file's header
 BASE_MODELS = {768: "Stable Diffusion 1", 1024: "Stable Diffusion 2", 2048: "SDXL"}  # by width of the cross-attention
 
@@ -55,7 +56,7 @@ OTHER_KINDS = (
     (
         r"^(transformer|lora_transformer)[._]|(double|single|joint)_blocks[._]",
         "made for a transformer (Flux, SD 3)",
-        "give a LoRA of Stable Diffusion 1 or 2",
+        "give a LoRA of Stable Diffusion 1, 2 or XL",
     ),
 )
 
@@ -303,11 +304,11 @@ def _configs(
             entries = json.loads(metadata[METADATA])
             configs: dict[str, Mapping[str, Any]] = {
                 network: {k.removeprefix(f"{network}."): v for k, v in entries.items() if k.startswith(f"{network}.")}
-                for network in ("unet", "text_encoder")
+                for network in LORA_NETWORKS
             }
             configs = {network: config for network, config in configs.items() if config}
             if entries and not configs:  # of one network alone, as diffusers' `save_lora_adapter` writes it
-                configs = {network: dict(entries) for network in ("unet", "text_encoder")}
+                configs = {network: dict(entries) for network in LORA_NETWORKS}
             for config in configs.values():
                 _check_config(config, said)
             return configs, False
@@ -318,7 +319,7 @@ def _configs(
         if of_peft and files:
             config = dict(json.loads(files[0].read_text()))
             _check_config(config, said)
-            return dict.fromkeys(("unet", "text_encoder"), config), True
+            return dict.fromkeys(LORA_NETWORKS, config), True
     except (OSError, ValueError, TypeError, AttributeError) as error:
         where = METADATA if METADATA in metadata else PEFT_CONFIG
         raise UserError(f"{said}: its {where} cannot be read ({first_line(error)[:100]}); export it again") from error
@@ -485,6 +486,8 @@ OUTSIDE_BLOCKS = {
     "conv_out": "out.2",
     "time_embedding.linear_1": "time_embed.0",
     "time_embedding.linear_2": "time_embed.2",
+    "add_embedding.linear_1": "label_emb.0.0",
+    "add_embedding.linear_2": "label_emb.0.2",
 }
 IN_RESNETS = {
     "conv1": "in_layers.2",
@@ -515,6 +518,18 @@ def _original_names(layer: str, layers_per_block: int) -> Iterator[str]:
         else:
             start = "input_blocks.{}" if side == "down" else "output_blocks.{}"
             yield f"{start.format(block * stride + number + (side == 'down'))}.{place}.{inside}"
+
+
+def kohya_name(layer: str, config: Any) -> str:
+    """What kohya's scripts call a layer of a UNet with `config`, before they make it flat.
+
+    For Stable Diffusion 1 and 2 they train diffusers' UNet, for SDXL one named as in the original code.
+    """
+    if config.addition_embed_type != "text_time":
+        return layer
+    names = list(_original_names(layer, config.layers_per_block)) or [layer]
+    block = re.match(r"up_blocks\.(\d+)\.upsamplers", layer)
+    return names[-1 if block and "Attn" in config.up_block_types[int(block[1])] else 0]
 
 
 # ---- writing -------------------------------------------------------------------------------------------------------

@@ -17,7 +17,7 @@ import torch
 from diffusers import AutoencoderKL, SchedulerMixin, UNet2DConditionModel
 from safetensors import safe_open
 from torch import Tensor, nn
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from lcm_lightning.errors import UserError, first_line, short
 from lcm_lightning.hub import hub_answers, hub_refusal
@@ -29,6 +29,7 @@ NETWORKS: dict[str, tuple[Any, str]] = {
     "unet": (UNet2DConditionModel, "diffusion_pytorch_model"),
     "vae": (AutoencoderKL, "diffusion_pytorch_model"),
     "text_encoder": (CLIPTextModel, "model"),
+    "text_encoder_2": (CLIPTextModelWithProjection, "model"),
 }
 # By which a UNet may want to be told more than timestep and caption, and the values by which it makes that of these.
 EXTRA_CONDITIONS = {
@@ -37,14 +38,19 @@ EXTRA_CONDITIONS = {
     "addition_embed_type": (None, "text"),
     "encoder_hid_dim_type": (None, "text_proj"),
 }
-# Latents along one side where a UNet's config doesn't say: those of SD v1.
-SAMPLE_SIZE = 64
+# What SDXL's is told: pooled embedding and `Condition.time_ids`.
+XL_CONDITIONS = {**EXTRA_CONDITIONS, "addition_embed_type": ("text_time",)}
+TIME_IDS = 6
+# Latents along one side where a UNet's config doesn't say: those of SD v1, and of SDXL.
+SAMPLE_SIZE, XL_SAMPLE_SIZE = 64, 128
 # Ids of the text encoder that a tokenizer may leave unused: embeddings are padded to round numbers.
 UNUSED_IDS = 0.1
 # Tokens of a vocabulary that may stand there for another reason than a merge.
 UNMERGED = 0.001
 # A full LCM's differs in what its UNet is told, and in the steps its scheduler takes.
-PIPELINES = ("StableDiffusionPipeline", "LatentConsistencyModelPipeline")
+XL_PIPELINE = "StableDiffusionXLPipeline"
+PIPELINES = ("StableDiffusionPipeline", "LatentConsistencyModelPipeline", XL_PIPELINE)
+XL_BASE = "stabilityai/stable-diffusion-xl-base-1.0"
 AGAIN = "copy or download the folder again"
 
 
@@ -62,7 +68,7 @@ class NetworkFiles(Protocol):
 
 
 def saved_name(network: str, key: str) -> str:
-    """The name of a weight in a text encoder's file, with the prefix that transformers 5 leaves out."""
+    """The name of a weight in a network's file, with the prefix of text encoders that transformers 5 leaves out."""
     return key if network != "text_encoder" or key.startswith("text_model.") else f"text_model.{key}"
 
 
@@ -97,27 +103,39 @@ class PipelineFiles:
     """A pipeline whose networks have not been read.
 
     Attributes:
-        networks: the files of "unet", "vae" and "text_encoder".
+        networks: the files of "unet", "vae", "text_encoder" and, of SDXL, "text_encoder_2".
+        tokenizers: "tokenizer" and, of SDXL, "tokenizer_2".
         scheduler_config: diffusers' description of the noise schedule.
+        empty_is_zero: whether the conditions of an empty caption are zeros; of SDXL alone.
     """
 
     networks: Mapping[str, NetworkFiles]
-    tokenizer: CLIPTokenizer
+    tokenizers: Mapping[str, CLIPTokenizer]
     scheduler_config: Mapping[str, Any]
+    empty_is_zero: bool = False
+
+    @property
+    def is_xl(self) -> bool:
+        """Whether it is SDXL's."""
+        return "text_encoder_2" in self.networks
 
 
 def open_folder(folder: Path) -> PipelineFiles:
     """The pipeline in a diffusers folder. Raises `UserError`: it is none that can be trained or drawn with here."""
     check_networks(folder)
-    networks = {name: FolderNetwork(folder, name) for name in NETWORKS}
-    return PipelineFiles(networks, read_tokenizer(folder), read_scheduler_config(folder))
+    texts = text_encoders(folder)
+    networks = {name: FolderNetwork(folder, name) for name in ("unet", "vae", *texts)}
+    names = [name.replace("text_encoder", "tokenizer") for name in texts]
+    tokenizers = {name: read_tokenizer(folder, name) for name in names}
+    zeros = is_xl(folder) and bool(read_index(folder, folder).get("force_zeros_for_empty_prompt", True))
+    return PipelineFiles(networks, tokenizers, read_scheduler_config(folder), zeros)
 
 
 def locate_pipeline(path: str, revision: str | None) -> Path:
     """The folder of a pipeline, downloaded if `path` is a hub id, or the single file that one is in.
 
     Raises:
-        UserError: there is none, it is out of reach, or of another class than `StableDiffusionPipeline`.
+        UserError: there is none, it is out of reach, or of a class that is none of `PIPELINES`.
     """
     folder = Path(path).expanduser()
     if folder.is_dir():
@@ -133,7 +151,7 @@ def locate_pipeline(path: str, revision: str | None) -> Path:
     options: dict[str, Any] = {"revision": revision, "use_safetensors": True, "local_files_only": not hub_answers()}
     left_out = {"safety_checker": None, "requires_safety_checker": False, "feature_extractor": None}
     try:
-        folder = Path(diffusers.StableDiffusionPipeline.download(path, **options, **left_out))
+        folder = Path(diffusers.DiffusionPipeline.download(path, **options, **left_out))
     except (OSError, ValueError) as error:
         raise UserError(
             f"{model_path(path)}: no such folder here, and {hub_refusal(error)}; check the path, the id and `hf auth "
@@ -148,32 +166,58 @@ def model_path(path: str | Path) -> str:
     return f"model.path={short(path, 80)}"
 
 
-def _check_pipeline_class(folder: Path, path: str) -> None:
+def read_index(folder: Path, path: str | Path) -> dict[str, Any]:
+    """A pipeline's `model_index.json`. Raises a `UserError` that says `path`: it is missing or damaged."""
     index = folder / "model_index.json"
     if not index.is_file():
         raise UserError(f"{model_path(path)}: holds no model_index.json; give a diffusers pipeline folder")
     try:
-        name = json.loads(index.read_text()).get("_class_name")
-    except (ValueError, AttributeError) as error:
+        content: dict[str, Any] = json.loads(index.read_text())
+        if not isinstance(content, dict):
+            raise ValueError("no object")
+        return content
+    except ValueError as error:
         raise UserError(
             f"{model_path(path)}: model_index.json is damaged ({error}); download the folder again"
         ) from error
-    if name not in PIPELINES:
+
+
+def is_xl(folder: Path) -> bool:
+    """Whether the pipeline in a folder is SDXL's."""
+    return read_index(folder, folder).get("_class_name") == XL_PIPELINE
+
+
+def text_encoders(folder: Path) -> tuple[str, ...]:
+    """Names of the text encoders of the pipeline in a folder."""
+    return ("text_encoder", "text_encoder_2") if is_xl(folder) else ("text_encoder",)
+
+
+def _check_pipeline_class(folder: Path, path: str) -> None:
+    index = read_index(folder, path)
+    name = index.get("_class_name")
+    if index.get("requires_aesthetics_score"):
         raise UserError(
-            f"{model_path(path)}: is a {name}; only {' and '.join(PIPELINES)} (v1 and v2 architectures) are supported"
+            f"{model_path(path)}: is SDXL's refiner, which only finishes what the base model began; give that, such as "
+            f"{XL_BASE}"
         )
+    if name not in PIPELINES:
+        *others, last = PIPELINES
+        raise UserError(f"{model_path(path)}: is a {name}; only {', '.join(others)} and {last} are supported")
 
 
 def check_networks(folder: Path) -> None:
     """Raise a `UserError` unless the networks are there, fit together and are such as are trained here.
 
-    A UNet without `sample_size` is taken for one of SD v1's, and said to be.
+    A UNet without `sample_size` is taken for one of SD v1's, or SDXL's, and said to be.
     """
-    unet, vae, text = (read_config(folder, name) for name in NETWORKS)
+    xl = is_xl(folder)
+    unet, vae = (read_config(folder, name) for name in ("unet", "vae"))
+    texts = {name: read_config(folder, name) for name in text_encoders(folder)}
     for name, config in (("unet", unet), ("vae", vae)):
         _check_class(folder, name, config.get("_class_name"))
         weight_files(folder / name)
-    weight_files(folder / "text_encoder")
+    for name in texts:
+        weight_files(folder / name)
     where = f"{model_path(folder)}: unet/config.json"
     if (dimension := unet.get("time_cond_proj_dim")) and (dimension < 4 or dimension % 2):
         raise UserError(f"{where}: time_cond_proj_dim={dimension}: expected an even number of at least 4; {AGAIN}")
@@ -184,17 +228,14 @@ def check_networks(folder: Path) -> None:
             f"{where}: {channels[0]} channels in and {channels[1]} out, where the VAE has {latents}; UNets for "
             "inpainting (9) and editing (8) are not supported: give a text-to-image model"
         )
-    if wanted := [name for name, free in EXTRA_CONDITIONS.items() if unet.get(name) not in free]:
+    conditions = XL_CONDITIONS if xl else EXTRA_CONDITIONS
+    if wanted := [name for name, free in conditions.items() if unet.get(name) not in free]:
+        expected = "with two text encoders text_time is supported" if xl else "which is not supported"
         raise UserError(
-            f"{where}: {wanted[0]}={unet[wanted[0]]}: a condition beside the caption, which is not supported; give a "
-            "Stable Diffusion v1 or v2 model"
+            f"{where}: {wanted[0]}={unet.get(wanted[0])}: a condition beside the caption, {expected}; give a Stable "
+            "Diffusion v1, v2 or XL model"
         )
-    width, expected = text.get("hidden_size", 512), unet.get("encoder_hid_dim") or unet.get("cross_attention_dim", 1280)
-    if width != expected:
-        raise UserError(
-            f"{where}: cross_attention_dim={short(expected)}, where text_encoder/config.json has hidden_size={width}; "
-            "take UNet and text encoder of one model"
-        )
+    _check_text_widths(where, unet, texts)
     for name, config in (("unet", unet), ("vae", vae)):
         for key, (is_right, expected) in CONFIG_VALUES.items():
             if key in config and not is_right(config[key]):
@@ -204,8 +245,31 @@ def check_networks(folder: Path) -> None:
                 )
     if unet.get("sample_size") is None:
         log.warning(
-            "%s has no sample_size: %d, that of SD v1, is taken; data.resolution sets another", where, SAMPLE_SIZE
+            "%s has no sample_size: %d, that of %s, is taken; data.resolution sets another",
+            where,
+            *((XL_SAMPLE_SIZE, "SDXL") if xl else (SAMPLE_SIZE, "SD v1")),
         )
+
+
+def _check_text_widths(where: str, unet: Mapping[str, Any], texts: Mapping[str, Mapping[str, Any]]) -> None:
+    """Raise a `UserError` unless the UNet takes embeddings as wide as the text encoders', side by side, give them."""
+    widths = [text.get("hidden_size", 512) for text in texts.values()]
+    expected = unet.get("encoder_hid_dim") or unet.get("cross_attention_dim", 1280)
+    if not all(isinstance(width, int) for width in widths) or sum(widths) != expected:
+        files = " and ".join(f"{name}/config.json" for name in texts)
+        raise UserError(
+            f"{where}: cross_attention_dim={short(expected)}, where {files} has hidden_size="
+            f"{short(' + '.join(map(str, widths)))}; take UNet and text encoder of one model"
+        )
+    if second := texts.get("text_encoder_2"):
+        told, each = unet.get("projection_class_embeddings_input_dim"), unet.get("addition_time_embed_dim")
+        pooled = second.get("projection_dim", 512)
+        if not (isinstance(each, int) and isinstance(pooled, int)) or told != pooled + TIME_IDS * each:
+            raise UserError(
+                f"{where}: projection_class_embeddings_input_dim={short(told)}: expected projection_dim of "
+                f"text_encoder_2/config.json and {TIME_IDS} times addition_time_embed_dim, {short(pooled)} + "
+                f"{TIME_IDS} x {short(each)}; give the base model, not a refiner"
+            )
 
 
 def _are_sizes(value: object) -> bool:
@@ -229,6 +293,7 @@ CONFIG_VALUES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "block_out_channels": (_are_sizes, "whole numbers, such as [128, 256]"),
     "scaling_factor": (_is_scale, "a number, such as 0.18215"),
     "shift_factor": (lambda value: not value or _is_scale(value), "a number or null"),
+    "latents_mean": (lambda value: value is None, "null: latents are scaled by one number"),
 }
 
 
@@ -300,7 +365,7 @@ def read_network(folder: Path, name: str, dtype: torch.dtype) -> nn.Module:
     options = {
         "use_safetensors": True,
         "variant": weight_files(folder / name)[1],
-        "dtype" if name == "text_encoder" else "torch_dtype": dtype,
+        "dtype" if name.startswith("text_encoder") else "torch_dtype": dtype,
         "output_loading_info": True,
         "local_files_only": True,
     }
@@ -347,31 +412,31 @@ def refuse_quantised(types: Mapping[str, str], said: str, name: str) -> None:
             )
 
 
-def read_tokenizer(folder: Path) -> CLIPTokenizer:
-    """The tokenizer of the pipeline in `folder`, cutting captions at the length its text encoder has positions for.
+def read_tokenizer(folder: Path, name: str = "tokenizer") -> CLIPTokenizer:
+    """A tokenizer of the pipeline in `folder`, cutting captions at the length its text encoder has positions for.
 
     transformers makes a tokenizer of two tokens where the vocabulary is missing.
 
     Raises:
         UserError: its files are missing or damaged, or its vocabulary is not the text encoder's.
     """
-    files = folder / "tokenizer"
+    files, encoder = folder / name, name.replace("tokenizer", "text_encoder")
     if not (files / "tokenizer.json").is_file():
-        for name in ("vocab.json", "merges.txt"):
-            if not (files / name).is_file():
+        for file in ("vocab.json", "merges.txt"):
+            if not (files / file).is_file():
                 raise UserError(
-                    f"{model_path(folder)}: tokenizer holds neither tokenizer.json nor {name}, without which all "
+                    f"{model_path(folder)}: {name} holds neither tokenizer.json nor {file}, without which all "
                     f"captions read the same; {AGAIN}"
                 )
-    with reading(folder, "tokenizer"):
+    with reading(folder, name):
         tokenizer = CLIPTokenizer.from_pretrained(files, local_files_only=True)
-    with reading(folder, "text_encoder/config.json"):
-        text = CLIPTextConfig.from_pretrained(folder / "text_encoder", local_files_only=True)
-    _check_merges(folder, tokenizer)
+    with reading(folder, f"{encoder}/config.json"):
+        text = CLIPTextConfig.from_pretrained(folder / encoder, local_files_only=True)
+    _check_merges(folder, name, tokenizer)
     size = max(tokenizer.get_vocab().values()) + 1
     if not (1 - UNUSED_IDS) * text.vocab_size <= size <= text.vocab_size:
         raise UserError(
-            f"{model_path(folder)}: tokenizer knows {size} tokens, the text encoder {text.vocab_size} (vocab_size); "
+            f"{model_path(folder)}: {name} knows {size} tokens, the text encoder {text.vocab_size} (vocab_size); "
             "give it the tokenizer it was trained with"
         )
     length, positions = tokenizer.model_max_length, text.max_position_embeddings
@@ -379,7 +444,7 @@ def read_tokenizer(folder: Path) -> CLIPTokenizer:
     return tokenizer
 
 
-def _check_merges(folder: Path, tokenizer: CLIPTokenizer) -> None:
+def _check_merges(folder: Path, name: str, tokenizer: CLIPTokenizer) -> None:
     """Raise a `UserError` unless the tokenizer merges letters into all tokens of its vocabulary (Sennrich et al. 2016).
 
     Without merges, or with half of them, it spells captions as the text encoder has never seen them.
@@ -390,7 +455,7 @@ def _check_merges(folder: Path, tokenizer: CLIPTokenizer) -> None:
     lost = [token for token in model["vocab"] if len(token.removesuffix("</w>")) > 1 and token not in made]
     if len(lost) > UNMERGED * len(model["vocab"]):
         raise UserError(
-            f"{model_path(folder)}: tokenizer has no merges for {len(lost)} of its {len(model['vocab'])} tokens, first "
+            f"{model_path(folder)}: {name} has no merges for {len(lost)} of its {len(model['vocab'])} tokens, first "
             f"{short(lost[0], 30)!r}, so that captions come out in other ones; {AGAIN}"
         )
 
@@ -407,7 +472,24 @@ def read_scheduler_config(folder: Path) -> Mapping[str, Any]:
         name = (indexed or [None, None])[1] or given["_class_name"]
         for other in {name, given.get("_class_name", name)}:
             _check_diffusion(folder, other, given)
-        return getattr(diffusers, name).from_config(given).config
+        config: Mapping[str, Any] = getattr(diffusers, name).from_config(given).config
+        if is_xl(folder):
+            _refuse_distilled(folder, config)
+        return config
+
+
+def _refuse_distilled(folder: Path, schedule: Mapping[str, Any]) -> None:
+    """Raise a `UserError` for SDXL Turbo and its like, which make nothing of guidance.
+
+    They are SDXL but for their weights and the spacing of their steps, which otherwise only models of zero terminal
+    SNR have.
+    """
+    if schedule.get("timestep_spacing") == "trailing" and not schedule.get("rescale_betas_zero_snr"):
+        raise UserError(
+            f"{model_path(folder)}: scheduler_config.json: timestep_spacing=trailing is of models distilled already "
+            "(SDXL Turbo, Lightning), whose guidance teaches nothing; give the model it was made from, or set leading "
+            "there if it is none"
+        )
 
 
 def _check_diffusion(folder: Path, name: str, config: Mapping[str, Any]) -> None:

@@ -8,6 +8,7 @@ import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +17,10 @@ from diffusers import AutoencoderKL, UNet2DConditionModel
 from diffusers.loaders.single_file_utils import create_diffusers_clip_model_from_ldm, infer_diffusers_model_type
 from safetensors import safe_open
 from torch import Tensor, nn
-from transformers import CLIPTextConfig, CLIPTextModel
+from transformers import CLIPTextConfig
 
 from lcm_lightning.errors import UserError, short
-from lcm_lightning.models.architectures import SD1, SD2, Architecture
+from lcm_lightning.models.architectures import SD1, SD2, SDXL, Architecture
 from lcm_lightning.models.pipeline_files import (
     NETWORKS,
     NetworkFiles,
@@ -32,9 +33,8 @@ from lcm_lightning.models.pipeline_files import (
 )
 
 # Those that are read, by diffusers' names for them. Others of diffusers' names that people are likely to try follow.
-ARCHITECTURES: dict[str, Architecture] = {"v1": SD1, "v2": SD2}
+ARCHITECTURES: dict[str, Architecture] = {"v1": SD1, "v2": SD2, "xl_base": SDXL}
 TITLES = {
-    "xl_base": "Stable Diffusion XL",
     "xl_refiner": "the refiner of Stable Diffusion XL",
     "xl_inpaint": "Stable Diffusion XL for inpainting",
     "inpainting": "Stable Diffusion 1 for inpainting",
@@ -46,19 +46,26 @@ TITLES = {
     "sd35_large": "Stable Diffusion 3.5",
     "playground-v2-5": "Playground 2.5",
 }
+# What diffusers calls all that it knows no better.
+UNKNOWN_KIND = "v1"
 # Width of the cross-attention that tells SDXL and its refiner where the text encoders are not in the file.
 XL_WIDTHS = {2048: "xl_base", 1280: "xl_refiner"}
 UNET, EMA = "model.diffusion_model.", "model_ema.diffusion_model"
 PREFIXES = {
     "unet": (UNET,),
     "vae": ("first_stage_model.",),
-    "text_encoder": ("cond_stage_model.transformer.text_model.", "cond_stage_model.model."),
+    "text_encoder": (
+        "cond_stage_model.transformer.text_model.",
+        "cond_stage_model.model.",
+        "conditioner.embedders.0.transformer.text_model.",
+    ),
+    "text_encoder_2": ("conditioner.embedders.1.model.",),
 }
 VAE_PARTS = ("encoder.", "decoder.", "quant_conv.", "post_quant_conv.")
 # Latents along one side of Stable Diffusion 2's models that predict velocity: 768 px.
 VELOCITY_SAMPLE_SIZE = 96
 AGAIN = "download it again"
-COMPLETE = "give a complete Stable Diffusion 1 or 2 checkpoint, or a diffusers folder"
+COMPLETE = "give a complete checkpoint of Stable Diffusion 1, 2 or XL, or a diffusers folder"
 
 
 @dataclass(frozen=True)
@@ -123,7 +130,9 @@ def _converted_name(key: str, has_unet: bool) -> str:
     if key.startswith(EMA) and not has_unet:
         return UNET + ema_layer(key.removeprefix(EMA))
     return re.sub(
-        r"^(cond_stage_model\.transformer)\.(embeddings|encoder|final_layer_norm)\.", r"\1.text_model.\2.", key
+        r"^(cond_stage_model|conditioner\.embedders\.0)\.transformer\.(embeddings|encoder|final_layer_norm)\.",
+        r"\1.transformer.text_model.\2.",
+        key,
     )
 
 
@@ -160,7 +169,7 @@ def open_single_file(path: Path, prediction_type: str | None, *, other_vae: bool
         other_vae: whether a VAE from elsewhere takes the place of the file's own, which may be missing then.
 
     Raises:
-        UserError: it is no complete checkpoint of Stable Diffusion 1 or 2, or what it predicts is not known.
+        UserError: it is no complete checkpoint of Stable Diffusion 1, 2 or XL, or what it predicts is not known.
     """
     header = read_header(path, model_path(path))
     architecture = architecture_of(header)
@@ -169,8 +178,10 @@ def open_single_file(path: Path, prediction_type: str | None, *, other_vae: bool
             f"{header.said}: has no VAE (first_stage_model.); give the one it was made for as model.vae, such as "
             "stabilityai/sd-vae-ft-mse or a .safetensors file"
         )
-    if not header.of(*PREFIXES["text_encoder"]):
-        raise UserError(f"{header.said}: has no text encoder (cond_stage_model.); {COMPLETE}")
+    for name in architecture.text_encoders:
+        if not header.of(*PREFIXES[name]):
+            expected = "cond_stage_model." if len(architecture.text_encoders) == 1 else PREFIXES[name][-1]
+            raise UserError(f"{header.said}: has no {name.replace('_', ' ')} ({expected}); {COMPLETE}")
     predicts = prediction_type or predicted(header) or architecture.prediction_type
     if predicts is None:
         raise UserError(
@@ -181,9 +192,10 @@ def open_single_file(path: Path, prediction_type: str | None, *, other_vae: bool
         architecture = replace(architecture, unet={**architecture.unet, "sample_size": VELOCITY_SAMPLE_SIZE})
     zero_snr = {"rescale_betas_zero_snr": True} if "ztsnr" in header.keys else {}
     return PipelineFiles(
-        {name: ConvertedNetwork(header, name, _configs(architecture)[name]) for name in NETWORKS},
-        architecture.tokenizer(),
+        {name: ConvertedNetwork(header, name, config) for name, config in _configs(architecture).items()},
+        architecture.make_tokenizers(),
         {**architecture.scheduler, "prediction_type": predicts, **zero_snr},
+        empty_is_zero=architecture.text_encoder_2 is not None,
     )
 
 
@@ -191,15 +203,11 @@ def architecture_of(header: Header) -> Architecture:
     """What a checkpoint is of, by the names and shapes of its tensors. Raises `UserError`: nothing that is read."""
     if _is_lora(header):
         raise UserError(f"{header.said}: is a LoRA; give it as lora=... or method.teacher_lora=..., its model here")
-    width = header.cross_attention_dim
-    with reading_of(header.said, "its tensors", COMPLETE):
-        tensors = {name: torch.empty(shape, device="meta") for name, shape in header.shapes.items()}
-        kind = infer_diffusers_model_type(tensors)
-    kind = XL_WIDTHS.get(width or 0, kind)
+    kind = _kind(header)
     if kind not in ARCHITECTURES:
         raise UserError(
-            f"{header.said}: is {TITLES.get(kind, f'a model of the kind {kind}')}, which is not supported yet; give a "
-            "text-to-image checkpoint of Stable Diffusion 1 or 2"
+            f"{header.said}: is {TITLES.get(kind, f'a model of the kind {kind}')}, which is not supported; give a "
+            "text-to-image checkpoint of Stable Diffusion 1, 2 or XL"
         )
     if (first := header.shapes.get(f"{UNET}input_blocks.0.0.weight")) is None:
         alone = any(name.startswith(("down_blocks.", "conv_in.", "text_model.")) for name in header.keys)
@@ -212,17 +220,28 @@ def architecture_of(header: Header) -> Architecture:
             f"{header.said}: its UNet has {channels} channels in, expected {expected}: it is told an image beside the "
             "caption, which is not supported; give a text-to-image checkpoint"
         )
-    if told := header.of(f"{UNET}label_emb.", f"{UNET}time_embed.cond_proj."):
+    sizes = () if architecture.unet.get("addition_embed_type") else (f"{UNET}label_emb.",)  # that SDXL is told
+    if told := header.of(*sizes, f"{UNET}time_embed.cond_proj."):
         raise UserError(
             f"{header.said}: its UNet is told more than timestep and caption ({short(told[0])}), as a full LCM's or "
             "unCLIP's, which is not supported; give the checkpoint it was made from"
         )
-    if width != architecture.unet["cross_attention_dim"]:
+    if (width := header.cross_attention_dim) != architecture.unet["cross_attention_dim"]:
         raise UserError(
             f"{header.said}: its cross-attention is {width} wide, expected {architecture.unet['cross_attention_dim']} "
             f"of {architecture.title}; {COMPLETE}"
         )
     return architecture
+
+
+def _kind(header: Header) -> str:
+    """What diffusers would call a checkpoint, which knows SDXL by its text encoders alone."""
+    with reading_of(header.said, "its tensors", COMPLETE):
+        tensors = {name: torch.empty(shape, device="meta") for name, shape in header.shapes.items()}
+        kind: str = infer_diffusers_model_type(tensors)
+    if kind != UNKNOWN_KIND:
+        return kind
+    return "xl_base" if header.of(*PREFIXES["text_encoder_2"]) else XL_WIDTHS.get(header.cross_attention_dim or 0, kind)
 
 
 def _first(header: Header) -> str:
@@ -298,8 +317,8 @@ def open_vae_file(path: Path, said: str, own: Mapping[str, Any]) -> NetworkFiles
 
 def _configs(architecture: Architecture) -> dict[str, dict[str, Any]]:
     """The networks' configs as a folder holds them."""
-    text = CLIPTextConfig(**architecture.text_encoder).to_dict()
-    return {"unet": dict(architecture.unet), "vae": dict(architecture.vae), "text_encoder": text}
+    texts = {name: CLIPTextConfig(**config).to_dict() for name, config in architecture.text_encoders.items()}
+    return {"unet": dict(architecture.unet), "vae": dict(architecture.vae), **texts}
 
 
 @contextmanager
@@ -322,14 +341,15 @@ def _convert_vae(tensors: dict[str, Tensor], folder: str, dtype: torch.dtype) ->
     return AutoencoderKL.from_single_file(tensors, torch_dtype=dtype, **options)
 
 
-def _convert_text_encoder(tensors: dict[str, Tensor], folder: str, dtype: torch.dtype) -> nn.Module:
+def _convert_text_encoder(name: str, tensors: dict[str, Tensor], folder: str, dtype: torch.dtype) -> nn.Module:
     """As `StableDiffusionPipeline.from_single_file` does, which converts text encoders with no other part to them."""
-    options: dict[str, Any] = {"config": folder, "subfolder": "text_encoder", "local_files_only": True}
-    return create_diffusers_clip_model_from_ldm(CLIPTextModel, tensors, torch_dtype=dtype, **options)
+    options: dict[str, Any] = {"config": folder, "subfolder": name, "local_files_only": True}
+    return create_diffusers_clip_model_from_ldm(NETWORKS[name][0], tensors, torch_dtype=dtype, **options)
 
 
 CONVERSIONS: dict[str, Callable[[dict[str, Tensor], str, torch.dtype], nn.Module]] = {
     "unet": _convert_unet,
     "vae": _convert_vae,
-    "text_encoder": _convert_text_encoder,
+    "text_encoder": partial(_convert_text_encoder, "text_encoder"),
+    "text_encoder_2": partial(_convert_text_encoder, "text_encoder_2"),
 }

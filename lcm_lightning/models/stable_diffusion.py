@@ -1,34 +1,42 @@
-"""Load a Stable Diffusion pipeline as one module."""
+"""Load a pipeline of Stable Diffusion or SDXL as one module."""
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from diffusers import AutoencoderKL, AutoencoderTiny, UNet2DConditionModel
-from torch import Tensor
-from transformers import CLIPTextModel, CLIPTokenizer
+from torch import Tensor, nn
+from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from lcm_lightning.diffusion.consistency import guidance_embedding
 from lcm_lightning.diffusion.schedule import PredictionType, unsupported_schedule
 from lcm_lightning.errors import UserError, first_line, short
 from lcm_lightning.hub import hub_answers
-from lcm_lightning.models.architectures import build_sd15
+from lcm_lightning.models.architectures import build_sd15, build_sdxl
 from lcm_lightning.models.checkpointing import checkpointed
 from lcm_lightning.models.condition import Condition
-from lcm_lightning.models.deferred import Deferred, deferred_encoders
+from lcm_lightning.models.deferred import Deferred, deferred_encoders, deferred_random_encoders
 from lcm_lightning.models.latent_diffusion import LatentDiffusionModel
 from lcm_lightning.models.other_vae import check_vae, open_vae
 from lcm_lightning.models.pipeline_files import (
     SAMPLE_SIZE,
+    TIME_IDS,
+    XL_PIPELINE,
+    XL_SAMPLE_SIZE,
     NetworkFiles,
     locate_pipeline,
     model_path,
     open_folder,
 )
 from lcm_lightning.models.single_file import open_single_file
+
+log = logging.getLogger(__name__)
+
+XL_HALF_VAE = "madebyollin/sdxl-vae-fp16-fix"  # SDXL's VAE, made to compute in float16
 
 
 class StableDiffusion(LatentDiffusionModel):
@@ -39,9 +47,15 @@ class StableDiffusion(LatentDiffusionModel):
 
     Attributes:
         text_encoder, vae: None before `load_encoders` where they are deferred.
+        vae_dtype: what the VAE is stored and computes in, of most models `dtype`.
         files: where the networks were read from, by their names; None for networks that come from no file.
         known_texts: conditions of single captions for which the text encoder need not run.
     """
+
+    pipeline: ClassVar[str] = "StableDiffusionPipeline"  # of diffusers, and that of a full LCM
+    lcm_pipeline: ClassVar[str] = "LatentConsistencyModelPipeline"
+    usual_sample_size: ClassVar[int] = SAMPLE_SIZE
+    empty_is_zero: bool = False  # whether the condition of an empty caption is zeros
 
     text_encoder: CLIPTextModel
     vae: AutoencoderKL
@@ -56,6 +70,7 @@ class StableDiffusion(LatentDiffusionModel):
         scheduler_config: Mapping[str, Any],
         name_or_path: str,
         dtype: torch.dtype,
+        vae_dtype: torch.dtype | None = None,
         files: Mapping[str, NetworkFiles] | None = None,
         preview_vae: AutoencoderTiny | None = None,
     ) -> None:
@@ -65,23 +80,42 @@ class StableDiffusion(LatentDiffusionModel):
         self.vae_config = vae.config
         self.deferred: dict[str, Deferred] = {}
         self.memory_format: torch.memory_format | None = None
-        for name, network in (("text_encoder", text_encoder), ("vae", vae)):
-            if isinstance(network, Deferred):
-                self.deferred[name] = network
-                self.register_module(name, None)
-            else:
-                self.add_module(name, network)
+        self._hold(text_encoder=text_encoder, vae=vae)
         self.unet = unet
         self.files = files
         self.known_texts: dict[str, Condition] = {}
         self.scheduler_config = dict(scheduler_config)
         self.name_or_path = name_or_path
         self.dtype = dtype
+        self.vae_dtype = vae_dtype or dtype
         self.requires_grad_(False).eval()
 
+    def _hold(self, **encoders: nn.Module | Deferred) -> None:
+        for name, network in encoders.items():
+            if isinstance(network, Deferred):
+                self.deferred[name] = network
+                self.register_module(name, None)
+            else:
+                self.add_module(name, network)
+
+    @property
+    def text_encoders(self) -> dict[str, nn.Module]:
+        """By name, as a pipeline calls them; None where they are deferred."""
+        return {"text_encoder": self.text_encoder}
+
+    @property
+    def tokenizers(self) -> dict[str, CLIPTokenizer]:
+        """By name, as a pipeline calls them."""
+        return {"tokenizer": self.tokenizer}
+
+    def pipeline_parts(self) -> dict[str, Any]:
+        """What diffusers' `pipeline` is made of, but for the scheduler."""
+        networks = {"vae": self.vae, "unet": self.unet, **self.text_encoders, **self.tokenizers}
+        return {**networks, "safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
+
     def load_encoders(self, *names: str) -> None:
-        """See `LatentDiffusionModel`; all of them, or of "vae" and "text_encoder" the one that is named."""
-        for name in self.deferred.keys() & (names or ("vae", "text_encoder")):
+        """See `LatentDiffusionModel`; all of them, or those of "vae", "text_encoder" that are named."""
+        for name in [name for name in self.deferred if name in names or not names]:
             # In Lightning's validation the weights would otherwise be inference tensors, and the random numbers of a
             # training must not depend on when this happens.
             with torch.inference_mode(False), torch.random.fork_rng(devices=[]):
@@ -105,7 +139,7 @@ class StableDiffusion(LatentDiffusionModel):
     def default_resolution(self) -> int:
         """See `LatentDiffusionModel`."""
         size = self.unet.config.sample_size
-        side = SAMPLE_SIZE if size is None else size if isinstance(size, int) else min(size)
+        side = self.usual_sample_size if size is None else size if isinstance(size, int) else min(size)
         return side * self.vae_scale_factor
 
     @property
@@ -128,16 +162,18 @@ class StableDiffusion(LatentDiffusionModel):
         """See `LatentDiffusionModel`; captions longer than the tokenizer's limit are cut."""
         if self.known_texts.keys() >= set(captions):
             return Condition.cat([self.known_texts[caption] for caption in captions]).to(self.device, self.dtype)
-        self.load_encoders("text_encoder")
-        tokens = self.tokenizer(
-            list(captions),
-            padding="max_length",
-            max_length=self.tokenizer.model_max_length,
-            truncation=True,
-            return_tensors="pt",
-        )
+        self.load_encoders(*self.text_encoders)
         with self._no_autocast():
-            return Condition(self.text_encoder(tokens.input_ids.to(self.device, non_blocking=True))[0])
+            return self._embed(list(captions))
+
+    def _embed(self, captions: list[str]) -> Condition:
+        return Condition(self.text_encoder(self._tokens(self.tokenizer, captions))[0])
+
+    def _tokens(self, tokenizer: CLIPTokenizer, captions: list[str]) -> Tensor:
+        """Ids [B, L]."""
+        length = tokenizer.model_max_length
+        cut = tokenizer(captions, padding="max_length", max_length=length, truncation=True, return_tensors="pt")
+        return cut.input_ids.to(self.device, non_blocking=True)
 
     def denoise(self, x_t: Tensor, timesteps: Tensor, condition: Condition) -> Tensor:
         """See `LatentDiffusionModel`."""
@@ -149,15 +185,20 @@ class StableDiffusion(LatentDiffusionModel):
             timesteps,
             encoder_hidden_states=condition.text.to(self.dtype),
             timestep_cond=guidance,
+            added_cond_kwargs=self._added_conditions(x_t, condition),
             return_dict=False,
         )[0]
+
+    def _added_conditions(self, x_t: Tensor, condition: Condition) -> dict[str, Tensor] | None:
+        """What the UNet is told beside timestep, caption and guidance, as diffusers names it."""
+        return None
 
     @torch.no_grad()
     def posterior(self, pixel_values: Tensor) -> tuple[Tensor, Tensor]:
         """See `LatentDiffusionModel`."""
         self.load_encoders("vae")
         with self._no_autocast():
-            posterior = self.vae.encode(pixel_values.to(self.dtype)).latent_dist
+            posterior = self.vae.encode(pixel_values.to(self.vae_dtype)).latent_dist
         return posterior.mean.float(), posterior.std.float()
 
     def sample_posterior(self, mean: Tensor, std: Tensor, noise: Tensor) -> Tensor:
@@ -177,7 +218,7 @@ class StableDiffusion(LatentDiffusionModel):
         vae = self.vae if small is None else small
         latents = latents.float() / vae.config.scaling_factor + (self._shift if small is None else 0.0)
         with self._no_autocast():
-            images = vae.decode(latents.to(self.dtype)).sample
+            images = vae.decode(latents.to(self.vae_dtype if small is None else self.dtype)).sample
         return (images.float() / 2 + 0.5).clamp(0, 1)
 
     @property
@@ -193,11 +234,79 @@ class StableDiffusion(LatentDiffusionModel):
         return (self.unet.config.in_channels, height // self.vae_scale_factor, width // self.vae_scale_factor)
 
 
+class StableDiffusionXL(StableDiffusion):
+    """The networks of a `StableDiffusionXLPipeline` (Podell et al. 2023, arXiv 2307.01952); see `StableDiffusion`.
+
+    Two text encoders read a caption. Their states before the last layer, side by side, are its embedding of tokens; the
+    second's projected embedding of the caption's end is the pooled one. The UNet is also told the sizes in
+    `Condition.time_ids`; where a condition has none, they are those of a whole image as large as is drawn.
+
+    Attributes:
+        text_encoder_2: None before `load_encoders` where it is deferred.
+        empty_is_zero: the conditions of an empty caption are zeros, as in guidance's unconditional branch of diffusers'
+            pipeline, by `force_zeros_for_empty_prompt` in `model_index.json`.
+    """
+
+    pipeline = XL_PIPELINE
+    lcm_pipeline = XL_PIPELINE
+    usual_sample_size = XL_SAMPLE_SIZE
+
+    text_encoder_2: CLIPTextModelWithProjection
+
+    def __init__(
+        self,
+        *,
+        tokenizer_2: CLIPTokenizer,
+        text_encoder_2: CLIPTextModelWithProjection | Deferred,
+        empty_is_zero: bool = True,
+        **parts: Any,
+    ) -> None:
+        super().__init__(**parts)
+        self.tokenizer_2 = tokenizer_2
+        self.empty_is_zero = empty_is_zero
+        self._hold(text_encoder_2=text_encoder_2)
+        self.requires_grad_(False).eval()
+
+    @property
+    def text_encoders(self) -> dict[str, nn.Module]:
+        """See `StableDiffusion`."""
+        return {**super().text_encoders, "text_encoder_2": self.text_encoder_2}
+
+    @property
+    def tokenizers(self) -> dict[str, CLIPTokenizer]:
+        """See `StableDiffusion`."""
+        return {**super().tokenizers, "tokenizer_2": self.tokenizer_2}
+
+    def pipeline_parts(self) -> dict[str, Any]:
+        """See `StableDiffusion`."""
+        networks = {"vae": self.vae, "unet": self.unet, **self.text_encoders, **self.tokenizers}
+        return {**networks, "force_zeros_for_empty_prompt": self.empty_is_zero, "add_watermarker": False}
+
+    def _embed(self, captions: list[str]) -> Condition:
+        first = self.text_encoder(self._tokens(self.tokenizer, captions), output_hidden_states=True)
+        second = self.text_encoder_2(self._tokens(self.tokenizer_2, captions), output_hidden_states=True)
+        text = torch.cat([first.hidden_states[-2], second.hidden_states[-2]], dim=-1)
+        condition = Condition(text, second.text_embeds)
+        if not self.empty_is_zero:
+            return condition
+        empty = torch.tensor([not caption for caption in captions]).to(text.device, non_blocking=True)
+        return condition.map(lambda tensor: tensor.masked_fill(empty.view(-1, *[1] * (tensor.dim() - 1)), 0))
+
+    def _added_conditions(self, x_t: Tensor, condition: Condition) -> dict[str, Tensor]:
+        if condition.pooled is None:
+            raise ValueError("SDXL's UNet is told the pooled embedding of a caption, and this condition has none")
+        time_ids = condition.time_ids
+        if time_ids is None:
+            time_ids = torch.zeros(len(x_t), TIME_IDS, device=x_t.device)
+            time_ids[:, 0::4], time_ids[:, 1::4] = (side * self.vae_scale_factor for side in x_t.shape[2:])
+        return {"text_embeds": condition.pooled.to(self.dtype), "time_ids": time_ids}
+
+
 def load_stable_diffusion(
     path: str,
     *,
     dtype: torch.dtype = torch.float32,
-    unet_init: Literal["pretrained", "random"] = "pretrained",
+    unet_init: Literal["pretrained", "random", "random_xl"] = "pretrained",
     revision: str | None = None,
     channels_last: bool = False,
     gradient_checkpointing: bool = False,
@@ -208,13 +317,14 @@ def load_stable_diffusion(
     prediction_type: PredictionType | None = None,
     preview_vae: str | None = None,
 ) -> StableDiffusion:
-    """Read a `StableDiffusionPipeline` from a local diffusers folder, a single file or the Hugging Face hub.
+    """Read a `StableDiffusionPipeline` or `StableDiffusionXLPipeline` from a folder, a single file or the hub.
 
     Args:
         path: folder with `model_index.json`, a `.safetensors` checkpoint in the original layout, or a hub id such as
             `stable-diffusion-v1-5/stable-diffusion-v1-5`.
         dtype: storage and compute type of the frozen weights.
-        unet_init: "random" reads nothing and builds SD v1-5's exact architecture with random weights.
+        unet_init: "random" and "random_xl" read nothing and build the exact architecture of SD v1-5, or SDXL, with
+            random weights.
         revision: branch, tag or commit on the hub.
         channels_last: keep convolution weights in NHWC, what tensor cores read.
         gradient_checkpointing: recompute the UNet's activations in the backward pass, for less memory.
@@ -229,18 +339,24 @@ def load_stable_diffusion(
             decode previews with.
 
     Raises:
-        UserError: nothing is found there, it is no Stable Diffusion v1/v2 pipeline, or its schedule cannot be trained.
+        UserError: nothing is found there, it is no pipeline of Stable Diffusion v1, v2 or XL, or one that cannot be
+            trained.
     """
     if unet_init == "random":
-        model = build_sd15(dtype, deferred_encoders(None, dtype) if defer_encoders else {})
+        model = build_sd15(dtype, deferred_random_encoders(dtype) if defer_encoders else {})
+    elif unet_init == "random_xl":
+        model = build_sdxl(dtype, deferred_random_encoders(dtype, xl=True) if defer_encoders else {})
     elif unet_init == "pretrained":
         model = _read_pipeline(path, dtype, revision, defer_encoders, vae, prediction_type)
     else:
-        raise UserError(f"model.unet_init={unet_init}: expected pretrained or random")
-    wrapped = StableDiffusion(**model, dtype=dtype, preview_vae=_read_preview_vae(preview_vae, dtype))
+        raise UserError(f"model.unet_init={unet_init}: expected pretrained, random or random_xl")
+    kind = StableDiffusionXL if "text_encoder_2" in model else StableDiffusion
+    wrapped = kind(**model, dtype=dtype, preview_vae=_read_preview_vae(preview_vae, dtype))
     wrapped.fused = fused
     if reason := unsupported_schedule(wrapped.scheduler_config):
-        raise UserError(f"{model_path(path)}: scheduler_config.json: {reason}; give a Stable Diffusion v1 or v2 model")
+        raise UserError(
+            f"{model_path(path)}: scheduler_config.json: {reason}; give a model of Stable Diffusion v1, v2 or XL"
+        )
     if channels_last:
         wrapped.set_memory_format(torch.channels_last)
     if gradient_checkpointing:
@@ -281,13 +397,29 @@ def _read_pipeline(
         own = files["vae"].config()
         files["vae"] = open_vae(vae, own)
         check_vae(vae, files["vae"].config(), own, files["unet"].config())
+    more: dict[str, Any] = {}
+    if pipeline.is_xl:
+        more = {"empty_is_zero": pipeline.empty_is_zero, "vae_dtype": _xl_vae_dtype(files["vae"], dtype, path, vae)}
     predicts = {} if prediction_type is None else {"prediction_type": prediction_type}
-    encoders = deferred_encoders(files, dtype)
+    encoders = deferred_encoders(files, dtype, more.get("vae_dtype"))
     return {
-        "tokenizer": pipeline.tokenizer,
+        **pipeline.tokenizers,
         "scheduler_config": {**pipeline.scheduler_config, **predicts},
+        **more,
         **(encoders if defer_encoders else {name: encoder.read() for name, encoder in encoders.items()}),
         "unet": files["unet"].read(dtype),
         "name_or_path": path,
         "files": files,
     }
+
+
+def _xl_vae_dtype(files: NetworkFiles, dtype: torch.dtype, path: str, vae: str | None) -> torch.dtype:
+    """float32 where the VAE overflows in `dtype`: SDXL's does in float16, as `force_upcast` in its config says."""
+    if dtype != torch.float16 or not files.config().get("force_upcast", True):
+        return dtype
+    log.warning(
+        "%s: its VAE overflows in float16 and computes in float32, slower; model.vae=%s does not",
+        model_path(path) if vae is None else f"model.vae={short(vae, 80)}",
+        XL_HALF_VAE,
+    )
+    return torch.float32

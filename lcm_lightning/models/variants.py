@@ -9,8 +9,9 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import cast
 
+import diffusers
 import torch
-from diffusers import LatentConsistencyModelPipeline, UNet2DConditionModel
+from diffusers import UNet2DConditionModel
 from safetensors import SafetensorError
 from torch import nn
 
@@ -117,20 +118,14 @@ def said_of(key: str) -> Iterator[None]:
 
 
 def save_pipeline(model: StableDiffusion, name: str, sampler: Sampler, folder: Path) -> None:
-    """Write the model with its variant `name` as a folder that diffusers' LatentConsistencyModelPipeline loads.
+    """Write the model with its variant `name` as a folder that diffusers' pipelines of full LCMs load.
 
     Every file appears whole, the index last. Raises `OSError`.
     """
     model.load_encoders()
-    pipeline = LatentConsistencyModelPipeline(
-        vae=model.vae,
-        text_encoder=model.text_encoder,
-        tokenizer=model.tokenizer,
-        unet=cast(UNet2DConditionModel, model.variants[name]),
-        scheduler=make_scheduler(sampler, model.scheduler_config),
-        safety_checker=None,
-        feature_extractor=None,
-        requires_safety_checker=False,
+    parts = {**model.pipeline_parts(), "unet": model.variants[name]}
+    pipeline = getattr(diffusers, model.lcm_pipeline)(
+        **parts, scheduler=make_scheduler(sampler, model.scheduler_config)
     )
     folder.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory(dir=folder, prefix=".") as temporary:

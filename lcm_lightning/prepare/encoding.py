@@ -26,7 +26,7 @@ from torch import Tensor
 
 from lcm_lightning.data.buckets import Size, bucket_sizes, nearest_buckets
 from lcm_lightning.data.downloads import is_url
-from lcm_lightning.data.images import ImageFault, crop, decode_image, normalise, resize_to_cover
+from lcm_lightning.data.images import ImageFault, crop, decode_image, normalise, resize_to_cover, time_ids
 from lcm_lightning.data.latents import MOMENTS, with_transform
 from lcm_lightning.data.plan import stable_hash
 from lcm_lightning.data.records import INDEX_NAME, PARTS_NAME, STARTED_NAME
@@ -56,7 +56,7 @@ from lcm_lightning.models.condition import Condition
 from lcm_lightning.models.latent_diffusion import LatentDiffusionModel
 from lcm_lightning.output.files import write_atomic
 
-FORMAT = 1
+FORMAT = 2
 EMPTY_CAPTION = "empty_caption.safetensors"
 
 # Number of samples done since the last call.
@@ -94,11 +94,14 @@ class CacheSettings:
 
 @dataclass(frozen=True)
 class Prepared:
-    """A sample before the networks: captions, and float32 [V, 3, H, W] in [-1, 1] of its crops and mirror images."""
+    """A sample before the networks: captions, and of its crops and mirror images pixels, float32 [V, 3, H, W] in
+    [-1, 1], and `time_ids`.
+    """
 
     key: str
     captions: tuple[str, ...]
     pixel_values: np.ndarray
+    time_ids: tuple[tuple[int, ...], ...]
 
 
 def cached_splits(index: ShardIndex) -> list[str]:
@@ -272,19 +275,20 @@ class Encoder:
         except ImageFault as fault:
             reason, _, detail = str(fault).partition(": ")
             return Skipped(key, shard, "", reason, detail)
-        pixels = [normalise(variant) for variant in self.variants(image, f"{shard} {key}")]
-        return Prepared(key, captions, np.stack(pixels))
+        variants, sizes = zip(*self.variants(image, f"{shard} {key}"), strict=True)
+        return Prepared(key, captions, np.stack([normalise(variant) for variant in variants]), sizes)
 
-    def variants(self, image: Image.Image, name: str) -> Iterator[Image.Image]:
-        """Crops and mirror images, in the order of `lcm_lightning.data.latents`."""
-        width, height = self.sizes[nearest_buckets(np.array([image.size]), self.sizes)[0]]
-        image = resize_to_cover(image, width, height)
+    def variants(self, image: Image.Image, name: str) -> Iterator[tuple[Image.Image, tuple[int, ...]]]:
+        """Crops and mirror images and their `time_ids`, in the order of `lcm_lightning.data.latents`."""
+        size = self.sizes[nearest_buckets(np.array([image.size]), self.sizes)[0]]
+        resized = resize_to_cover(image, *size)
         for number in range(self.settings.crops):
             place = np.random.default_rng(stable_hash("crop", name, number)).random(2) if number else (0.5, 0.5)
-            cropped = crop(image, width, height, *place)
-            yield cropped
+            cropped = crop(resized, *size, *place)
+            yield cropped, time_ids(image.size, resized.size, size, *place, mirrored=False)
             if self.settings.flips:
-                yield cropped.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+                mirrored = cropped.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+                yield mirrored, time_ids(image.size, resized.size, size, *place, mirrored=True)
 
     def encode_batch(
         self, samples: Sequence[Prepared], shard: str
@@ -300,7 +304,7 @@ class Encoder:
             tensors = {MOMENTS: sample_moments, **rows(condition, captions)}
             first = captions.stop
             if all(np.isfinite(tensor).all() for tensor in tensors.values()):
-                described = {"captions": sample.captions, "image_shard": shard}
+                described = {"captions": sample.captions, "image_shard": shard, "time_ids": sample.time_ids}
                 content = json.dumps(described, ensure_ascii=False).encode()
                 yield sample.key, [("json", content), ("safetensors", save(tensors))]
             else:

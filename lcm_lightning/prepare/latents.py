@@ -11,6 +11,7 @@ from rich.console import Console
 
 from lcm_lightning.config.instantiate import find_device, instantiate_group, parse_dtype
 from lcm_lightning.config.quiet import quiet_known_warnings
+from lcm_lightning.config.teacher_lora import check_teacher_lora
 from lcm_lightning.data.buckets import bucket_sizes
 from lcm_lightning.data.datamodule import locate_images
 from lcm_lightning.data.downloads import is_url
@@ -24,7 +25,6 @@ from lcm_lightning.models.stable_diffusion import StableDiffusion
 from lcm_lightning.prepare.encoding import CacheSettings, cache_latents, cached_splits
 from lcm_lightning.prepare.images import prepare_images
 from lcm_lightning.prepare.summary import write_with_progress
-from lcm_lightning.runs.contents import check_teacher_lora
 
 
 def prepare_latents(config: DictConfig, console: Console) -> Path:

@@ -15,6 +15,7 @@ from rich.console import Console
 
 from lcm_lightning.config.instantiate import build_model, instantiate_group, make_fabric, parse_dtype
 from lcm_lightning.config.quiet import quiet_known_warnings
+from lcm_lightning.config.teacher_lora import check_teacher_lora
 from lcm_lightning.data.datamodule import CaptionedImages
 from lcm_lightning.data.shards import Shard, open_split
 from lcm_lightning.data.writing import OnShard
@@ -79,6 +80,8 @@ def check_groups(config: DictConfig) -> None:
             "method that does, such as method=lcm_lora"
         )
     method.func.check_settings(**method.keywords)
+    if (teacher_lora := config.method.get("teacher_lora")) is not None:
+        check_teacher_lora(teacher_lora, "method.teacher_lora")
 
 
 def latents_of(config: DictConfig) -> CaptionedImages:

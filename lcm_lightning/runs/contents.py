@@ -78,22 +78,6 @@ def read_manifest(run: Path) -> list[Adapter]:
         ) from error
 
 
-def check_teacher_lora(source: str, key: str) -> None:
-    """Raise a `UserError` where `source` is a run whose LoRA is none of a fine-tuned model's, such as a student's.
-
-    Of a file or a hub id nothing says what it is.
-
-    Args:
-        key: the setting that gave `source`.
-    """
-    run = Path(source).expanduser()
-    if (run / "lora" / MANIFEST).is_file():
-        kinds = [adapter.kind for adapter in read_manifest(run)]
-        if [kind.role for kind in kinds] != ["finetuned"]:
-            found = " on ".join(kind.title for kind in reversed(kinds)) or "no adapter"
-            raise UserError(f"{key}={source}: a run of {found}; give a run of method=lora, or the file of a LoRA")
-
-
 def exported_step(run: Path) -> int | None:
     """After which optimizer step a run's own LoRA was written; None where there is none, or it does not say."""
     try:

@@ -8,11 +8,26 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import (
+    AutoencoderKL,
+    DDIMScheduler,
+    StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
+    UNet2DConditionModel,
+)
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel
 
+from helpers.pipelines import (
+    TINY_TEXT,
+    TINY_TEXT_LENGTH,
+    TINY_VAE,
+    TINY_XL_TEXT_2,
+    TINY_XL_UNET,
+    TINY_XL_VAE,
+    padding_tokenizer,
+)
 from lcm_lightning.models.architectures import SD15_SCHEDULER, Architecture, byte_tokenizer
 
 TINY_UNET = {
@@ -27,32 +42,23 @@ TINY_UNET = {
     "attention_head_dim": 4,
     "norm_num_groups": 8,
 }
-TINY_VAE = {
-    "block_out_channels": (16, 16, 32),
-    "down_block_types": ("DownEncoderBlock2D",) * 3,
-    "up_block_types": ("UpDecoderBlock2D",) * 3,
-    "latent_channels": 4,
-    "layers_per_block": 1,
-    "norm_num_groups": 8,
-    "sample_size": 32,
-}
-TINY_TEXT = {
-    "vocab_size": 514,
-    "hidden_size": 32,
-    "intermediate_size": 64,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "max_position_embeddings": 16,
-    "bos_token_id": 512,
-    "eos_token_id": 513,
-}
 # By 1024 channels of the text diffusers knows version 2.
 TINY_UNET_2 = {**TINY_UNET, "cross_attention_dim": 1024, "attention_head_dim": [4, 8], "use_linear_projection": True}
 TINY_TEXT_2 = {**TINY_TEXT, "hidden_size": 1024, "num_attention_heads": 16, "hidden_act": "gelu"}
-TOKENIZER = partial(byte_tokenizer, 514, 16)
+TOKENIZER = partial(byte_tokenizer, 514, TINY_TEXT_LENGTH)
 TINY = {
     "v1": Architecture("Stable Diffusion 1", TINY_UNET, TINY_TEXT, TOKENIZER, "epsilon", vae=TINY_VAE),
     "v2": Architecture("Stable Diffusion 2", TINY_UNET_2, TINY_TEXT_2, TOKENIZER, None, vae=TINY_VAE),
+    "xl_base": Architecture(
+        "SDXL",
+        TINY_XL_UNET,
+        TINY_TEXT,
+        TOKENIZER,
+        "epsilon",
+        vae=TINY_XL_VAE,
+        text_encoder_2=TINY_XL_TEXT_2,
+        tokenizer_2=padding_tokenizer,
+    ),
 }
 
 
@@ -71,9 +77,12 @@ def build_pipeline(architecture: Architecture, seed: int = 0, **scheduler: objec
     )
 
 
-def checkpoint(pipeline: StableDiffusionPipeline) -> dict[str, Tensor]:
+def checkpoint(pipeline: StableDiffusionPipeline | StableDiffusionXLPipeline) -> dict[str, Tensor]:
     """All weights of a pipeline by the names that its authors' code gives them."""
     tensors = unet_tensors(pipeline.unet) | vae_tensors(pipeline.vae)
+    if isinstance(pipeline, StableDiffusionXLPipeline):
+        first = clip_tensors(pipeline.text_encoder, "conditioner.embedders.0.transformer.text_model.")
+        return tensors | first | openclip_tensors(pipeline.text_encoder_2, "conditioner.embedders.1.model.")
     of_openclip = pipeline.text_encoder.config.hidden_size == 1024
     return tensors | (openclip_tensors if of_openclip else clip_tensors)(pipeline.text_encoder)
 
@@ -99,6 +108,8 @@ ENDS = {
     "conv_in": "input_blocks.0.0",
     "time_embedding.linear_1": "time_embed.0",
     "time_embedding.linear_2": "time_embed.2",
+    "add_embedding.linear_1": "label_emb.0.0",
+    "add_embedding.linear_2": "label_emb.0.2",
 }
 ENDS |= {"conv_norm_out": "out.0", "conv_out": "out.2"}
 
@@ -166,24 +177,29 @@ def text_weights(text_encoder: nn.Module) -> dict[str, Tensor]:
     return {key.removeprefix("text_model."): value for key, value in text_encoder.state_dict().items()}
 
 
-def clip_tensors(text_encoder: nn.Module) -> dict[str, Tensor]:
+def clip_tensors(
+    text_encoder: nn.Module, prefix: str = "cond_stage_model.transformer.text_model."
+) -> dict[str, Tensor]:
     """Of a text encoder as Stable Diffusion 1 has it, with the positions that transformers kept then."""
-    prefix = "cond_stage_model.transformer.text_model."
     positions = torch.arange(text_encoder.config.max_position_embeddings)[None]
     tensors = {prefix + key: value for key, value in text_weights(text_encoder).items()}
     return tensors | {f"{prefix}embeddings.position_ids": positions}
 
 
-def openclip_tensors(text_encoder: nn.Module) -> dict[str, Tensor]:
-    """Of a text encoder as OpenCLIP has it: queries, keys and values in one matrix, and a projection that is unused."""
-    weights, prefix = text_weights(text_encoder), "cond_stage_model.model."
+def openclip_tensors(text_encoder: nn.Module, prefix: str = "cond_stage_model.model.") -> dict[str, Tensor]:
+    """Of a text encoder as OpenCLIP has it: queries, keys and values in one matrix, a projection from the left.
+
+    Stable Diffusion 2 leaves the projection unused.
+    """
+    weights = text_weights(text_encoder)
     ends = {"embeddings.token_embedding.weight": "token_embedding.weight"}
     ends |= {"embeddings.position_embedding.weight": "positional_embedding"}
     ends |= {"final_layer_norm.weight": "ln_final.weight", "final_layer_norm.bias": "ln_final.bias"}
     layer = {"layer_norm1": "ln_1", "layer_norm2": "ln_2", "mlp.fc1": "mlp.c_fc", "mlp.fc2": "mlp.c_proj"}
     layer |= {"self_attn.out_proj": "attn.out_proj"}
     width = text_encoder.config.hidden_size
-    tensors = {f"{prefix}text_projection": torch.eye(width), f"{prefix}logit_scale": torch.tensor(1.0)}
+    projection = weights.pop("text_projection.weight", torch.eye(width))
+    tensors = {f"{prefix}text_projection": projection.T, f"{prefix}logit_scale": torch.tensor(1.0)}
     for key, value in weights.items():
         if key in ends:
             tensors[prefix + ends[key]] = value
