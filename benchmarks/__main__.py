@@ -26,8 +26,8 @@ register_resolvers()
 
 PARTS = ("tiny", "sd15", "drawing", "growth", "quality")
 BENCH_KEYS = ("peer", "pipeline", "parts", "rounds", "steps", "resolution", "batch_size", "rank", "cached")
-BENCH_KEYS += ("student_steps", "teacher_steps", "drawings", "growth_model", "minutes", "work", "output")
-BENCH_KEYS += ("quality_steps", "quality_images")
+BENCH_KEYS += ("cached_teacher", "student_steps", "teacher_steps", "drawings", "growth_model", "minutes", "work")
+BENCH_KEYS += ("output", "quality_steps", "quality_images")
 GROWTH = {
     "batch_size": (1, 2, 4, 8),
     "resolution": {"tiny": (32, 64, 128), "sd15": (256, 512, 768)},
@@ -108,17 +108,18 @@ def peer(cfg: DictConfig, shards: Path) -> Case:
 
 
 def measure_sd15(cfg: DictConfig, bench: Bench) -> None:
-    """Ours from images, from cached latents and the peer, in turns."""
+    """Ours from images, from cached latents, from the teacher's cached steps, and the peer, in turns."""
     # More samples than the peer's reader comes to: at the end of a shard it fails with webdataset 1.0.
     shards = random_shards(
         Path(cfg.work) / f"shards_{cfg.resolution}", samples=2000, side=cfg.resolution, per_shard=2000
     )
     shape = {"resolution": cfg.resolution, "batch_size": cfg.batch_size}
     cases = [ours(cfg, "ours, from images", "sd15", shards, **shape)]
-    if cfg.cached is not None:
-        cached = ours(cfg, "ours, from cached latents", "sd15", cfg.cached, **shape)
-        # Mirror images may not have been cached.
-        cases.append(replace(cached, arguments=(*cached.arguments, "data.flip_probability=0")))
+    for name, source in (("latents", cfg.cached), ("teacher", cfg.cached_teacher)):
+        if source is not None:
+            cached = ours(cfg, f"ours, from cached {name}", "sd15", source, **shape)
+            # Mirror images may not have been cached.
+            cases.append(replace(cached, arguments=(*cached.arguments, "data.flip_probability=0")))
     if cfg.peer is not None:
         cases.append(peer(cfg, shards))
     bench.train("sd15", cases, cfg.rounds)

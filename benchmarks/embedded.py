@@ -11,7 +11,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from lcm_lightning.errors import UserError
+from lcm_lightning.evaluation.latency import machine_info, package_versions
 
 ROOT = Path(__file__).parent.parent
 COST = "cost.json"
@@ -37,9 +40,12 @@ class Run:
 
 
 def train(run: Run) -> None:
-    """Run the command on one core, unless it has been; its costs go to `COST` in its folder once it has ended well."""
-    done = run.folder / COST
-    if done.is_file() and run.cost()["command"] == list(run.command):
+    """Run the command on one core, unless it has been; its costs go to `COST` in its folder once it has ended well.
+
+    On another machine or with other versions of packages it is run again, and not for a change of this package alone.
+    """
+    done, where = run.folder / COST, conditions()
+    if done.is_file() and run.cost().items() >= {"command": list(run.command), **where}.items():
         print(f"{run.name}: trained before", flush=True)
         return
     print(f"{run.name}: training", flush=True)
@@ -54,11 +60,17 @@ def train(run: Run) -> None:
         raise UserError(f"{run.name}: training ended with status {process.returncode}; see {log}")
     cost = {
         "command": list(run.command),
+        **where,
         "processor_seconds": usage.ru_utime + usage.ru_stime,
         "peak_memory_mb": usage.ru_maxrss / 1024,
     }
     done.write_text(json.dumps(cost, indent=1))
     print(f"{run.name}: {cost['processor_seconds']:.0f} processor s", flush=True)
+
+
+def conditions() -> dict[str, Any]:
+    """The machine and the versions of packages."""
+    return {"machine": machine_info(torch.device("cpu")), "versions": package_versions()}
 
 
 def evaluate(
@@ -67,6 +79,7 @@ def evaluate(
     """The metrics.json of one evaluation on Noto of `models`, as evaluate.py names them, with their teacher."""
     options = [
         f"models=[{','.join(models)}]",
+        "model=tiny",
         "data=noto_emoji",
         "evaluation=quick",
         f"evaluation.num_images={num_images}",

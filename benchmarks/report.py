@@ -102,16 +102,25 @@ def quality_table(found: dict[str, Any]) -> list[str]:
 
 
 def overtaken(rows: list[dict[str, Any]]) -> list[str]:
-    """Sentences: in what share of the time of each peer's longest training ours has its FID."""
+    """Sentences: when each peer first has the FID that its longest training ends in, and when ours has it."""
     lines = []
-    ours = sorted((row for row in rows if row["trainer"] == "ours"), key=lambda row: row["processor_seconds"])
     for trainer in dict.fromkeys(row["trainer"] for row in rows if row["trainer"] != "ours"):
         last = max((row for row in rows if row["trainer"] == trainer), key=lambda row: row["steps"])
-        goal, seconds = best_fid(last), last["processor_seconds"]
-        first = next((row for row in ours if best_fid(row) <= goal), None)
-        share = "never" if first is None else f"in {first['processor_seconds'] / seconds:.2f} x of its processor time"
-        lines.append(f"- {trainer}, {last['steps']} steps: FID {goal:.1f} at its best, which ours reaches {share}.")
+        goal = best_fid(last)
+        theirs, ours = seconds_until(rows, trainer, goal), seconds_until(rows, "ours", goal)
+        assert theirs is not None  # the last has it
+        found = "and ours never" if ours is None else f"and ours after {ours:.0f} s, {ours / theirs:.2f} x"
+        lines.append(
+            f"- The FID that {trainer} has after {last['steps']} steps, {goal:.1f} at its best number of steps, "
+            f"it first has after {theirs:.0f} processor s, {found}."
+        )
     return lines
+
+
+def seconds_until(rows: list[dict[str, Any]], trainer: str, goal: float) -> float | None:
+    """Processor seconds of a trainer's shortest training whose best FID is `goal` at most; None without one."""
+    reached = [row["processor_seconds"] for row in rows if row["trainer"] == trainer and best_fid(row) <= goal]
+    return min(reached, default=None)
 
 
 def best_fid(row: dict[str, Any]) -> float:

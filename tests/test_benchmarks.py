@@ -8,13 +8,18 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 import webdataset as wds
+from hydra import compose, initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
 from omegaconf import OmegaConf
+from safetensors.torch import save_file
 
 import benchmarks.__main__ as benchmarks
-from benchmarks import quality
+from benchmarks import embedded, quality
 from benchmarks.limits import step_flops
 from benchmarks.report import BEGIN, END, insert, markdown, write
+from lcm_lightning.config.model_choice import find_models
 from lcm_lightning.errors import UserError
 
 ROOT = Path(__file__).parent.parent
@@ -176,6 +181,7 @@ def test_quality_is_told_by_when_ours_is_as_good_as_the_peer_s_last(tmp_path: Pa
         quality_row("ours", 50, 60.0, 40.0, 30.0),
         quality_row("ours", 400, 300.0, 20.0, 20.0),
         quality_row("peer", 50, 80.0, 90.0, 95.0),
+        quality_row("peer", 200, 120.0, 40.0, 30.5),
         quality_row("peer", 400, 400.0, 31.0, 35.0),
         quality_row("peer, our settings", 400, 400.0, 10.0, 11.0),
     ]
@@ -189,8 +195,9 @@ def test_quality_is_told_by_when_ours_is_as_good_as_the_peer_s_last(tmp_path: Pa
     }
     text = write(results, tmp_path)
     assert "| ours | 50 | 60 | 1,000 | 40.0 [39.0, 41.0] | 30.0 [29.0, 31.0] |" in text
-    assert "- peer, 400 steps: FID 31.0 at its best, which ours reaches in 0.15 x of its processor time." in text
-    assert "- peer, our settings, 400 steps: FID 10.0 at its best, which ours reaches never." in text
+    reached = "has after 400 steps, 31.0 at its best number of steps, it first has after 120 processor s, "
+    assert f"- The FID that peer {reached}and ours after 60 s, 0.50 x." in text
+    assert "10.0 at its best number of steps, it first has after 400 processor s, and ours never." in text
     assert (tmp_path / "quality.png").stat().st_size > 1000
 
 
@@ -222,7 +229,7 @@ def test_students_of_all_trainings_are_told_apart(tmp_path: Path):
     points += [quality.peer_point("peer, our settings", tmp_path, tmp_path, 25, tmp_path)]
     for number, point in enumerate(points):
         point.run.folder.mkdir()
-        cost = {"command": [], "processor_seconds": float(number), "peak_memory_mb": 1.0}
+        cost = {"processor_seconds": float(number), "peak_memory_mb": 1.0}
         (point.run.folder / "cost.json").write_text(json.dumps(cost))
     models = [{"role": "student", "source": str(number), "steps": 1, "fid": number} for number in range(3)]
     base = {"role": "base", "fid": 9, "n_images": 7}
@@ -232,3 +239,20 @@ def test_students_of_all_trainings_are_told_apart(tmp_path: Path):
         [row["fid"]["1"] for row in found["rows"]] == [row["processor_seconds"] for row in found["rows"]] == [0, 1, 2]
     )
     assert found["teacher"] == 9 and found["n_images"] == 7
+
+
+def test_students_of_runs_and_the_peer_s_are_models_of_one_evaluation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """What `evaluate` asks of evaluate.py is what it takes: a LoRA in a file needs its model named."""
+    asked: list[str] = []
+
+    def run(command: list[str], **_: object) -> None:
+        asked.extend(command[2:])
+        (tmp_path / "metrics.json").write_text("{}")
+
+    monkeypatch.setattr(embedded.subprocess, "run", run)
+    save_file({"unet.down.lora_A.weight": torch.zeros(1, 1)}, tmp_path / "pytorch_lora_weights.safetensors")
+    embedded.evaluate([f"lcm:{tmp_path}"], tmp_path, num_images=1, student_steps=[1, 2], processes=1)
+    GlobalHydra.instance().clear()
+    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+        cfg = compose("evaluate", asked)
+    assert [source.spec for source in find_models(cfg)] == [f"lcm:{tmp_path}"]

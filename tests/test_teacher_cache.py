@@ -12,6 +12,7 @@ import sys
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -242,6 +243,23 @@ def test_a_share_of_the_samples_takes_fresh_draws_and_the_teacher_runs_for_those
     torch.testing.assert_close(by_sample(module, iter(mixed)), expected, rtol=1e-4, atol=1e-6)
     other_epoch = {k for batch in batches(module, data(teacher, fresh_fraction=0.4), 3) for k in fresh_keys(batch)}
     assert other_epoch != {key for key, flag in flags.items() if flag}
+
+
+def test_what_the_cache_holds_is_not_computed_afresh(teacher: Path, pipeline_folder: Path):
+    """With the cache's own seed the run's draws are the cache's, in the epochs that it has."""
+    module, of = method("lcm", teacher, pipeline_folder), data(teacher, seed=CACHE_SEED, fresh_fraction=0.4)
+    found = [[key for batch in batches(module, of, epoch) for key in fresh_keys(batch)] for epoch in range(DRAWS + 1)]
+    assert found[:DRAWS] == [[]] * DRAWS and found[DRAWS]
+
+
+def test_weights_in_shards_want_all_ranks_to_run_the_teacher_or_none(
+    teacher: Path, pipeline_folder: Path, monkeypatch: pytest.MonkeyPatch
+):
+    module = method("tcd", teacher, pipeline_folder)
+    monkeypatch.setattr(type(module), "device_mesh", object())
+    monkeypatch.setattr(type(module), "trainer", SimpleNamespace(datamodule=data(teacher, fresh_fraction=0.25)))
+    with pytest.raises(UserError, match=r"^data\.fresh_fraction=0\.25: .*take trainer=ddp"):
+        module.configure_model()
 
 
 def fresh_keys(batch: dict[str, Any]) -> list[str]:

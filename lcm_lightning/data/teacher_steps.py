@@ -114,11 +114,12 @@ class TeacherStream(LatentStream):
     def example(self, epoch: int, sample: Mapping[str, Any]) -> TeacherExample:
         """See `LatentStream`; damaged steps are a fault of the sample."""
         described = parse_description(sample)
-        own = stable_hash(self.seed, epoch, described.image_shard, sample["__key__"])
-        if stable_hash("fresh draw", own) < self.fresh_fraction * 2**63:
-            return TeacherExample(**vars(self.augment(sample, described, own)))
         draw = epoch % self.draws.draws
+        own = stable_hash(self.seed, epoch, described.image_shard, sample["__key__"])
         seed = stable_hash(self.draws.seed, draw, described.image_shard, sample["__key__"])
+        fresh = stable_hash("fresh draw", own) < self.fresh_fraction * 2**63
+        if fresh and not (own == seed and self.fresh_fraction < 1):  # with the cache's own seed it may be the cache's
+            return TeacherExample(**vars(self.augment(sample, described, own)))
         chosen = self.augment(sample, described, seed)
         x_s = read_rows(sample["__shard__"], sample["offset"], {TEACHER: draw})[TEACHER]
         if x_s.shape != chosen.moments.shape[1:]:

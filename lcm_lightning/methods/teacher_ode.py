@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from lcm_lightning.diffusion.consistency import Denoiser, OdeDistillation, guided
+from lcm_lightning.errors import UserError
 from lcm_lightning.methods.distillation import GuidedDistillation
 from lcm_lightning.methods.randomness import SampleRandomness
 from lcm_lightning.models.condition import Condition
@@ -70,6 +71,17 @@ class TeacherOde(GuidedDistillation):
     def guides_teacher(self) -> bool:
         """Whether the teacher steps under guidance."""
         return True
+
+    def configure_model(self) -> None:
+        """See `AdapterTraining`; the ranks go through a UNet in shards together, and not each where it likes."""
+        if self.device_mesh is not None:
+            fresh = getattr(self.trainer.datamodule, "fresh_fraction", 0.0)  # type: ignore[attr-defined]
+            if 0 < fresh < 1:
+                raise UserError(
+                    f"data.fresh_fraction={fresh}: some ranks would run the teacher and others not, which weights in "
+                    "shards do not allow; set it to 0 or 1, or take trainer=ddp"
+                )
+        super().configure_model()
 
     def known(self, batch: Mapping[str, Any]) -> dict[str, Any]:
         """The teacher's steps, of batches that hold them."""

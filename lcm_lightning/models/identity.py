@@ -18,7 +18,7 @@ from lcm_lightning.models.pipeline_files import NetworkFiles
 from lcm_lightning.models.stable_diffusion import StableDiffusion
 
 # Of the text encoder's config: what changes its output and not the shape or number of its weights.
-TEXT_CONFIG = ("num_hidden_layers", "hidden_act", "layer_norm_eps")
+TEXT_CONFIG = ("num_hidden_layers", "num_attention_heads", "hidden_act", "layer_norm_eps")
 PROBES = ("a dog, running on the beach!", "Zwei Männer; 37 % größer", "naïve café — 犬 🐕", "x" * 300)
 DIGITS = 16
 

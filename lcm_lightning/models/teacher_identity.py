@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import json
 
+from torch import nn
+
 from lcm_lightning.errors import short
 from lcm_lightning.models.identity import DIGITS, tensors_digest, weights_digest
-from lcm_lightning.models.lora_files import locate_lora, read_lora
+from lcm_lightning.models.lora_files import locate_lora, match_layers, read_lora
 from lcm_lightning.models.stable_diffusion import StableDiffusion
 
 # Of the UNet's config: what changes its output and not the shape or number of its weights.
 UNET_CONFIG = (
     *("attention_head_dim", "num_attention_heads", "norm_num_groups", "norm_eps", "act_fn", "flip_sin_to_cos"),
     *("freq_shift", "downsample_padding", "mid_block_scale_factor", "resnet_time_scale_shift", "upcast_attention"),
+    *("center_input_sample", "only_cross_attention", "time_embedding_act_fn"),
 )
 
 
@@ -33,21 +36,21 @@ def teacher_identity(model: StableDiffusion, teacher_lora: str | None) -> dict[s
     settings = json.dumps({name: config.get(name) for name in UNET_CONFIG})
     return {
         "unet": tensors_digest([], f"{unet} {settings}")[:DIGITS],
-        "teacher_lora": "none" if teacher_lora is None else unet_lora_digest(teacher_lora),
+        "teacher_lora": "none" if teacher_lora is None else unet_lora_digest(teacher_lora, model.unet),
         "noise_schedule": tensors_digest([("", model.alphas_cumprod())])[:DIGITS],
         "prediction_type": model.prediction_type,
         "latent_scale": f"{vae.get('scaling_factor')} {vae.get('shift_factor') or 0.0}",
     }
 
 
-def unet_lora_digest(source: str) -> str:
+def unet_lora_digest(source: str, unet: nn.Module) -> str:
     """Hash of a LoRA's part on the UNet, whatever the layout of its file. Raises `UserError`."""
     key = "method.teacher_lora"
-    file = read_lora(locate_lora(source, key), f"{key}={short(source, 80)}")
+    said = f"{key}={short(source, 80)}"
+    matched, _ = match_layers(read_lora(locate_lora(source, key), said), {"unet": unet}, said)
     tensors = {
-        f"{name.replace('.', '_')} {side}": tensor
-        for (network, name), update in file.updates.items()
-        if network == "unet"
+        f"{name} {side}": tensor
+        for name, update in matched.get("unet", {}).items()
         for side, tensor in (("down", update.down.float()), ("up", update.scale * update.up.float()))
     }
     return tensors_digest(sorted(tensors.items()))[:DIGITS]
