@@ -151,6 +151,8 @@ def networks_like(base_model: str | None) -> dict[str, nn.Module] | None:
 
 def networks_of(place: Path) -> dict[str, nn.Module]:
     """UNet and text encoders of a model's folder or single file, without memory behind their weights."""
+    if not place.exists():
+        raise UserError(f"--model {short(place, 80)}: no such file or folder; give a model's, on this machine")
     if place.is_file():
         return networks_by(architecture_of(read_header(place, f"--model {short(place, 80)}")))
     names = ["text_encoder", *(["text_encoder_2"] if (place / "text_encoder_2").is_dir() else [])]

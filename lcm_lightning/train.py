@@ -70,7 +70,7 @@ def main(cfg: DictConfig) -> float | None:
                 requeue_slurm_job()
         sys.exit(128 + stop.number)
     if trainer.is_global_zero:
-        print(next_commands(cfg, run_dir))
+        print(next_commands(cfg, run_dir, data.train_samples))
     return optimized_value(trainer.callback_metrics, cfg.optimized_metric)
 
 

@@ -21,8 +21,10 @@ from safetensors.torch import load_file
 
 from helpers.commands import ROOT, SMALL, in_process
 from lcm_lightning.callbacks.loggers import wandb_run_id
-from lcm_lightning.config.hints import next_commands
+from lcm_lightning.config.hints import QUICK_IMAGES, next_commands
+from lcm_lightning.methods.lcm_lora import LcmLoraDistillation
 from lcm_lightning.methods.lora import LoraFinetuning
+from lcm_lightning.models.kinds import AdapterKind
 from lcm_lightning.runs.contents import Adapter, read_manifest, write_manifest
 from lcm_lightning.runs.loading import load_run
 from lcm_lightning.train import TRAIN_KEYS
@@ -232,7 +234,29 @@ def test_the_quick_evaluation_is_proposed_for_the_embedded_pipeline_on_any_data(
     write_manifest(tmp_path / "lora", [Adapter(LoraFinetuning.kind)])
     with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
         cfg = compose("train", overrides=choices)
-    assert f"python evaluate.py run={tmp_path}{protocol}\n" in next_commands(cfg, tmp_path)
+    assert f"python evaluate.py run={tmp_path}{protocol}\n" in next_commands(cfg, tmp_path, QUICK_IMAGES)
+    few = f"{protocol} evaluation.num_images=null" if protocol else ""
+    assert f"python evaluate.py run={tmp_path}{few}\n" in next_commands(cfg, tmp_path, QUICK_IMAGES - 1)
+
+
+def test_the_quick_evaluation_takes_as_many_images_as_its_proposal_counts_with():
+    assert OmegaConf.load(ROOT / "conf" / "evaluation" / "quick.yaml").num_images == QUICK_IMAGES
+
+
+@pytest.mark.parametrize(
+    ("kind", "seen", "proposed"),
+    [
+        (LoraFinetuning.kind, 2.0, " guidance_scale=2"),
+        (LoraFinetuning.kind, 7.5, ""),
+        (LcmLoraDistillation.kind, 2.0, ""),
+    ],
+)
+def test_pictures_are_proposed_under_the_guidance_they_were_seen_with(
+    tmp_path: Path, kind: AdapterKind, seen: float, proposed: str
+):
+    write_manifest(tmp_path / "lora", [Adapter(kind)])
+    cfg = OmegaConf.create({"callbacks": {"samples": {"guidance_scale": seen}}})
+    assert f'run={tmp_path}{proposed} prompt="..."' in next_commands(cfg, tmp_path, 1000)
 
 
 def test_resuming_goes_on_where_the_run_stopped(run: Run):

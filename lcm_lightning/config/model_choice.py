@@ -79,7 +79,10 @@ def _specs(cfg: DictConfig) -> list[str]:
         return [shorthand[0].replace("=", ":", 1)]
     if cfg.get("model") is None:
         several = ", or several of them with models=[...]" if "models" in cfg else ""
-        raise UserError(f"give run=outputs/<experiment>/<date_time>, or model=sd15 with or without lora=...{several}")
+        raise UserError(
+            "give run=outputs/<experiment>/<date_time>, or model=sd15 (or model=tiny, which is here already) with or "
+            f"without lora=...{several}"
+        )
     return [_chosen_model()]
 
 

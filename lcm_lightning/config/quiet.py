@@ -16,6 +16,9 @@ def quiet_known_warnings() -> None:
     transformers_logging.disable_progress_bar()
     diffusers_logging.disable_progress_bar()
     logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(_is_no_advertisement)
+    if logging.getLogger().hasHandlers():  # Hydra's, through which everything goes: Lightning's own would say it twice
+        for name in ("lightning", "lightning.pytorch", "lightning.fabric"):
+            logging.getLogger(name).handlers.clear()
     # Of networks none of whose modules have to be in float32.
     logging.getLogger("diffusers.models.modeling_utils").addFilter(_names_a_module)
     for message in (

@@ -88,8 +88,9 @@ def latents_of(config: DictConfig) -> CaptionedImages:
     """The cached latents that `data.source` names. Raises `UserError` where it names something else."""
     data: CaptionedImages = instantiate_group(config, "data", val_limit=0)  # there need be no held-out samples
     if data.cache is None:
+        source = "null" if config.data.source is None else config.data.source
         raise UserError(
-            f"data.source={config.data.source}: holds images; cache their latents first with\n"
+            f"data.source={source}: holds images; cache their latents first with\n"
             "  python -m lcm_lightning.prepare data=... cache=latents model=...\n"
             f"and give those, such as data.source=data/{config.data.name}-latents"
         )
