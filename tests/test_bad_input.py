@@ -132,6 +132,7 @@ trainer.accumulate_grad_batches=some
 callbacks.samples.student_steps=4
 callbacks.samples.student_steps=[a] -> callbacks\.samples\.student_steps=\['a'\]:
 # ranges
+model.prompt_chunks=0 -> model\.prompt_chunks=0: expected at least 1, such as model\.prompt_chunks=3
 seed=-1 -> seed=-1: expected 0 to 4294967295
 max_steps=-5
 val_every=0

@@ -88,8 +88,8 @@ class LatentCache:
             )
             raise UserError(
                 f"data.source={self.source}: its latents were made with another model or resolution\n{parts}\nset "
-                "model, method.teacher_lora, data.resolution and data.buckets as they were then, or make another cache "
-                "with\n"
+                "model, model.prompt_chunks, method.teacher_lora, data.resolution and data.buckets as they were then, "
+                "or make another cache with\n"
                 "  python -m lcm_lightning.prepare data=... cache=latents model=... data.resolution=..."
             )
 

@@ -20,6 +20,7 @@ from lcm_lightning.data.shards import find_shards, open_split
 from lcm_lightning.data.writing import OnShard
 from lcm_lightning.errors import UserError
 from lcm_lightning.models.adapters import fuse_lora
+from lcm_lightning.models.captions import room
 from lcm_lightning.models.identity import cache_key
 from lcm_lightning.models.stable_diffusion import StableDiffusion
 from lcm_lightning.prepare.encoding import CacheSettings, cache_latents, cached_splits
@@ -74,6 +75,12 @@ def prepare_latents(config: DictConfig, console: Console) -> Path:
 
     shown: dict[str, Any] = {"key": "cache.output", "doing": "caching latents", "total": samples, "by_sample": True}
     write_with_progress(write, output, console, **shown)
+    if model.cut_captions:
+        console.print(
+            f"{model.cut_captions} captions were cut at the end of a word, to at most {model.prompt_chunks} x "
+            f"{room(model.tokenizer)} tokens; shorten them, or read more with a larger model.prompt_chunks",
+            soft_wrap=True,
+        )
     return output
 
 
