@@ -555,7 +555,7 @@ def test_a_run_folder_that_takes_no_file_is_one_message(number, world, here, cap
         raise OSError(number, os.strerror(number))
 
     monkeypatch.setattr(os, "fsync", refuse)
-    message = complaint("train", overrides(TRAIN, "hydra.run.dir=there", world), capfd)
+    message = complaint("train", overrides(TRAIN, "hydra.run.dir=there data.buckets=false", world), capfd)
     assert re.match(rf"error: hydra\.run\.dir=.*there: .*{os.strerror(number)}.*set hydra\.run\.dir=", message)
     assert state(here) == {}
 

@@ -70,6 +70,11 @@ class LatentCache:
     latent_sizes: tuple[Size, ...] = ()
 
     @property
+    def in_buckets(self) -> bool:
+        """Whether it was made in buckets, and not of squares."""
+        return bool(self.latent_sizes)
+
+    @property
     def sizes(self) -> tuple[Size, ...]:
         """(w, h) of the latents of each bucket; of the squares alone where there are no buckets."""
         return self.latent_sizes or (self.latent_shape[:0:-1],)

@@ -44,7 +44,7 @@ def prepare_latents(config: DictConfig, console: Console) -> Path:
     model: StableDiffusion = instantiate_group(config, "model", dtype=parse_dtype(options.dtype))
     resolution = model.default_resolution if data.resolution is None else data.resolution
     model.check_resolution(resolution)
-    bucket_step = bucket_step_of(data.buckets, data.bucket_step, model, resolution)
+    bucket_step = bucket_step_of(data.buckets is not False, data.bucket_step, model, resolution)
     data.resolution, data.bucket_step = resolution, bucket_step
     if options.teacher_lora is not None:
         check_teacher_lora(options.teacher_lora, "cache.teacher_lora")
