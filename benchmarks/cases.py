@@ -18,8 +18,11 @@ from typing import IO, Any
 
 from lcm_lightning.errors import UserError
 
-# The experiment both trainers stand for; ours at one optimizer step a batch, as the peer.
-OURS = ("experiment=lcm_flickr8k", "trainer.accumulate_grad_batches=1", "data.caption_dropout=0")
+# The experiment both trainers stand for; ours at one optimizer step a batch of squares, as the peer.
+OURS = (
+    *("experiment=lcm_flickr8k", "data.buckets=false"),
+    *("trainer.accumulate_grad_batches=1", "data.caption_dropout=0"),
+)
 
 FEW = 256  # samples of the shards that are cached
 

@@ -294,7 +294,7 @@ def measure_cache(cache: str, session: Session, found: dict[str, Any]) -> None:
     command = [
         *(sys.executable, "-m", "lcm_lightning.prepare", "data=shards", f"data.source={source}", f"cache={cache}"),
         *(f"model={setup.model}", f"model.path={session.pipeline}", f"data.resolution={setup.resolution}"),
-        *(f"cache.output={output}", "data.flip_probability=0", *more),
+        *(f"cache.output={output}", "data.buckets=false", "data.flip_probability=0", *more),
     ]
     before = time.monotonic()
     failures = run_together({"prepare": command}, session.left, log=session.log)

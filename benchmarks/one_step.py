@@ -109,6 +109,7 @@ def take_steps(
     cfg = composed(
         [
             "data=shards",
+            "data.buckets=false",
             *places,
             f"method={method.name}",
             *method.overrides,

@@ -59,7 +59,8 @@ def main(cfg: DictConfig) -> float | None:
     module = build_module(cfg, trainer.precision, data.cache)
     take_teacher_steps(module, data)
     # Where they were null, known with the model.
-    data.resolution, data.bucket_step = cfg.data.resolution, cfg.data.bucket_step
+    data.resolution = cfg.data.resolution
+    data.buckets, data.bucket_step = cfg.data.buckets, cfg.data.bucket_step
     trainer.ckpt_path = checkpoint  # not an argument of fit, which tells callbacks when it is being loaded
     try:
         trainer.fit(module, datamodule=data, weights_only=True)

@@ -132,6 +132,7 @@ trainer.accumulate_grad_batches=some
 callbacks.samples.student_steps=4
 callbacks.samples.student_steps=[a] -> callbacks\.samples\.student_steps=\['a'\]:
 # ranges
+model.prompt_chunks=0 -> model\.prompt_chunks=0: expected at least 1, such as model\.prompt_chunks=3
 seed=-1 -> seed=-1: expected 0 to 4294967295
 max_steps=-5
 val_every=0
@@ -554,7 +555,7 @@ def test_a_run_folder_that_takes_no_file_is_one_message(number, world, here, cap
         raise OSError(number, os.strerror(number))
 
     monkeypatch.setattr(os, "fsync", refuse)
-    message = complaint("train", overrides(TRAIN, "hydra.run.dir=there", world), capfd)
+    message = complaint("train", overrides(TRAIN, "hydra.run.dir=there data.buckets=false", world), capfd)
     assert re.match(rf"error: hydra\.run\.dir=.*there: .*{os.strerror(number)}.*set hydra\.run\.dir=", message)
     assert state(here) == {}
 

@@ -12,9 +12,13 @@ import lightning.pytorch as pl
 import numpy as np
 import pytest
 import torch
+from hydra import compose, initialize_config_dir
+from omegaconf import OmegaConf
 from PIL import ExifTags, Image
 from torch import nn
 
+from helpers.commands import ROOT, SMALL, in_process
+from helpers.photos import cached_latents
 from lcm_lightning.data import stream
 from lcm_lightning.data.buckets import bucket_sizes, kept_shares, nearest_buckets
 from lcm_lightning.data.datamodule import CaptionedImages, iterate_split
@@ -377,6 +381,63 @@ def test_a_training_step_takes_any_shape_from_images_as_from_latents(
         torch.testing.assert_close(found, expected, rtol=FLOAT16, atol=0)
         shapes.add(images["pixel_values"].shape)
     assert len(shapes) == 4
+
+
+@pytest.mark.parametrize("source", ["shards", "latents"])
+def test_a_bucket_of_fewer_photos_than_a_batch_has_a_batch_of_the_same_size(
+    data: Any, request: pytest.FixtureRequest, source: str
+):
+    loader = data(request.getfixturevalue(source), batch_size=32).train_dataloader()
+    batches = epoch(loader)
+    assert len(batches) == len(loader) == 4 and sorted(keys_of(batches)) == sorted(f"k{n}" for n in range(43))
+    for batch in batches:
+        assert {len(content) for content in batch.values()} == {32}
+        real = len(valid_keys(batch))
+        assert real < 32 and batch["weight"].sum() == pytest.approx(32)
+        assert torch.equal(batch["weight"][real:], torch.zeros(32 - real))
+
+
+# ---- what is taken for granted -------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def squares(shards: Path, pipeline_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Latents of squares of `shards`, as caches were before there were buckets."""
+    return cached_latents(shards, pipeline_folder, tmp_path_factory.mktemp("squares"), RESOLUTION)
+
+
+def test_photos_are_in_buckets_and_emoji_are_squares():
+    """Null is for photos, and lets a cache say what it is."""
+    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+        chosen = {
+            file.stem: compose("train", overrides=[f"data={file.stem}"]).data.buckets
+            for file in (ROOT / "conf" / "data").glob("*.yaml")
+        }
+    emoji = {"emoji", "noto_emoji", "twemoji", "twemoji_small"}
+    assert chosen == dict.fromkeys(["flickr8k", "flickr30k", "coco", "folder", "shards"]) | dict.fromkeys(emoji, False)
+
+
+@pytest.mark.parametrize(("source", "expected"), [("shards", True), ("latents", True), ("squares", False)])
+def test_a_run_is_in_buckets_unless_its_latents_are_of_squares(
+    request: pytest.FixtureRequest, pipeline_folder: Path, tmp_path: Path, monkeypatch, source: str, expected: bool
+):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    places = (f"model.path={pipeline_folder}", f"data.source={request.getfixturevalue(source)}", "hydra.run.dir=run")
+    in_process("train", "experiment=lcm_flickr8k", "data=folder", "trainer=debug", "logger=csv", *places, *SMALL)
+    config = OmegaConf.load(tmp_path / "run" / "config.yaml")
+    assert config.data.buckets is expected and config.data.bucket_step == (STEP if expected else None)
+
+
+def test_latents_of_squares_are_refused_where_buckets_are_asked_for(
+    squares: Path, pipeline_folder: Path, tmp_path: Path, monkeypatch, capfd
+):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    places = (f"model.path={pipeline_folder}", f"data.source={squares}", "hydra.run.dir=run", "data.buckets=true")
+    with pytest.raises(SystemExit):
+        in_process("train", "experiment=lcm_flickr8k", "trainer=debug", "logger=csv", *places, *SMALL)
+    assert "transform: the cache has shorter side bicubic, square crop" in capfd.readouterr().err
 
 
 @pytest.mark.parametrize("bucket_step", [None, 16])

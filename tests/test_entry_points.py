@@ -374,7 +374,7 @@ def test_with_wandb_too_a_refused_run_leaves_no_folder(
     run: Run, capfd: pytest.CaptureFixture[str], in_folder: Path, override: str, message: str
 ):
     refused(capfd, run, message, "logger=wandb", override)
-    assert list(in_folder.iterdir()) == []
+    assert [path.name for path in in_folder.iterdir() if path.name != ".cache"] == []  # there sizes of images may be
 
 
 def test_a_run_that_goes_on_in_its_folder_goes_on_in_its_wandb_run(tmp_path: Path):

@@ -66,6 +66,7 @@ RANGES: Mapping[str, tuple[float, float, object]] = {
     "weights": (-10, 10, 0.8),
     "strength": (0, 1, 0.5),
     "batch_size": (1, math.inf, 4),
+    "model.prompt_chunks": (1, math.inf, 3),
     "data.resolution": (1, math.inf, 512),
     "data.bucket_step": (1, math.inf, 64),
     "data.batch_size": (1, math.inf, 8),

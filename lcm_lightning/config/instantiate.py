@@ -76,7 +76,8 @@ def build_module(cfg: DictConfig, precision: str, cache: LatentCache | None = No
     """The method of a composed run, on its model where it takes one, with its optimizer.
 
     Args:
-        cfg: its ``data.resolution`` and ``data.bucket_step``, where null, become the model's own.
+        cfg: its ``data.resolution`` and ``data.bucket_step``, where null, become the model's own, and ``data.buckets``
+            what the cache has, true for images.
         cache: the cached latents to train on; VAE and text encoder are then not read before they are needed, as where
             the method reads no images.
 
@@ -91,6 +92,7 @@ def build_module(cfg: DictConfig, precision: str, cache: LatentCache | None = No
             raise UserError(
                 f"data.resolution=null: method {cfg.name} has no model to take it from; set it, such as to 64"
             )
+        cfg.data.buckets = bool(cfg.data.get("buckets"))  # networks of one size
         return instantiate_group(cfg, "method", optimizer=optimizer)
     reads_images = getattr(instantiate_group(cfg, "method", _partial_=True).func, "reads_images", True)
     model = build_model(cfg, frozen_dtype(precision), cache, reads_images)
@@ -115,7 +117,9 @@ def build_model(
     if cfg.data.resolution is None:
         cfg.data.resolution = model.default_resolution
     model.check_resolution(cfg.data.resolution)
-    if cfg.data.get("buckets"):
+    if cfg.data.get("buckets") is None:
+        cfg.data.buckets = cache is None or cache.in_buckets
+    if cfg.data.buckets:
         if cfg.data.bucket_step is None:
             cfg.data.bucket_step = model.resolution_multiple
         model.check_resolution(cfg.data.bucket_step, "data.bucket_step")
@@ -135,7 +139,7 @@ def build_model(
         from lcm_lightning.models.identity import cache_key
 
         key = cache_key(model, cfg.data.resolution, cfg.method.get("teacher_lora"))
-        cache.check(key, cfg.data.bucket_step if cfg.data.get("buckets") else None)
+        cache.check(key, cfg.data.bucket_step if cfg.data.buckets else None)
         empty = cache.empty_condition(cfg.data.get("cache_dir"))
         model.known_texts[""] = Condition(**{name: torch.from_numpy(tensor)[None] for name, tensor in empty.items()})
     return model

@@ -133,7 +133,7 @@ class CaptionedImages(LightningDataModule):
         num_workers: int | None = None,
         prefetch_factor: int = 2,
         shuffle_buffer: int = 1000,
-        buckets: bool = False,
+        buckets: bool | None = False,
         bucket_step: int | None = None,
         crop: Literal["center", "random"] = "random",
         flip_probability: float = 0.5,
@@ -150,7 +150,8 @@ class CaptionedImages(LightningDataModule):
             source: folder of shards, shard paths or addresses with `{a..b}`, or the id of a hub data set of shards.
             resolution: side of the training images in pixels; None must become the model's own before one is read.
             buckets: images keep about their aspect, in the bucket that keeps most of them (see
-                `lcm_lightning.data.buckets`), of at most the area of the square; each batch is of one bucket.
+                `lcm_lightning.data.buckets`), of at most the area of the square; each batch is of one bucket. None: as
+                cached latents are, and images in buckets.
             bucket_step: sides of buckets are multiples of so many pixels; None must become the model's own likewise.
             crop: where training crops what is left over: at the centre, or in each epoch anywhere.
             batch_size: samples per batch on each rank.
@@ -300,6 +301,13 @@ class CaptionedImages(LightningDataModule):
         check_ranks_agree([f"{fingerprint(shards)} {self.bucket_digest(shards)}" for shards in read])
         return self.loader(self.train_shards, self.augmentation(True), shuffle_buffer=self.shuffle_buffer)
 
+    @property
+    def in_buckets(self) -> bool:
+        """Whether samples are of several shapes: as `buckets` says, or by itself all but the latents of squares."""
+        if self.buckets is None:
+            return self.cache is None or self.cache.in_buckets
+        return self.buckets
+
     def sizes(self) -> tuple[Size, ...]:
         """Widths and heights of the buckets, of images in pixels or of cached latents; of the square without buckets.
 
@@ -310,7 +318,7 @@ class CaptionedImages(LightningDataModule):
             return self.cache.sizes
         if self.resolution is None:
             raise UserError("data.resolution=null: no model has given its own; set it, such as to 512")
-        if not self.buckets:
+        if not self.in_buckets:
             return ((self.resolution, self.resolution),)
         if self.bucket_step is None:
             raise UserError("data.bucket_step=null: no model has given its own; set it, such as to 64")
@@ -319,8 +327,8 @@ class CaptionedImages(LightningDataModule):
     def sample_sizes(self, shards: tuple[Shard, ...]) -> np.ndarray | None:
         """Widths and heights of the images or cached latents of `shards`, [N, 2]; None where there are no buckets."""
         if self.cache is not None:
-            return sizes_of(shards, self.cache_dir, latent_sizes, "latent") if self.cache.latent_sizes else None
-        return sizes_of(shards, self.cache_dir, image_sizes) if self.buckets else None
+            return sizes_of(shards, self.cache_dir, latent_sizes, "latent") if self.cache.in_buckets else None
+        return sizes_of(shards, self.cache_dir, image_sizes) if self.in_buckets else None
 
     def bucket_numbers(self, shards: tuple[Shard, ...]) -> np.ndarray | None:
         """Number in `sizes` of the bucket of each sample of `shards`; None where there are no buckets."""
@@ -335,9 +343,9 @@ class CaptionedImages(LightningDataModule):
     def bucket_settings(self) -> dict[str, Any] | None:
         """The settings that decide the samples' buckets; None where there are none. Cached latents are told by hash."""
         if self.cache is not None:
-            return {"data.buckets": True} if self.cache.latent_sizes else None
+            return {"data.buckets": True} if self.cache.in_buckets else None
         settings = {"data.resolution": self.resolution, "data.bucket_step": self.bucket_step}
-        return {"data.buckets": True, **settings} if self.buckets else None
+        return {"data.buckets": True, **settings} if self.in_buckets else None
 
     def val_dataloader(self) -> ShardLoader | list[ShardLoader]:
         """The first `val_limit` validation samples, always the same and with the same seeds; [] for `val_limit=0`."""

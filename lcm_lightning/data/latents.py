@@ -70,6 +70,11 @@ class LatentCache:
     latent_sizes: tuple[Size, ...] = ()
 
     @property
+    def in_buckets(self) -> bool:
+        """Whether it was made in buckets, and not of squares."""
+        return bool(self.latent_sizes)
+
+    @property
     def sizes(self) -> tuple[Size, ...]:
         """(w, h) of the latents of each bucket; of the squares alone where there are no buckets."""
         return self.latent_sizes or (self.latent_shape[:0:-1],)
@@ -88,8 +93,8 @@ class LatentCache:
             )
             raise UserError(
                 f"data.source={self.source}: its latents were made with another model or resolution\n{parts}\nset "
-                "model, method.teacher_lora, data.resolution and data.buckets as they were then, or make another cache "
-                "with\n"
+                "model, model.prompt_chunks, method.teacher_lora, data.resolution and data.buckets as they were then, "
+                "or make another cache with\n"
                 "  python -m lcm_lightning.prepare data=... cache=latents model=... data.resolution=..."
             )
 

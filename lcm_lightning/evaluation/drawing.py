@@ -25,7 +25,7 @@ from lcm_lightning.models.sampling import check_finite, sample
 from lcm_lightning.models.stable_diffusion import StableDiffusion
 from lcm_lightning.output.pictures import to_pil
 
-DRAWING = 1  # changes when the same model draws other pixels than before, so that old images are not taken for new
+DRAWING = 2  # changes when the same model draws other pixels than before, so that old images are not taken for new
 
 
 @dataclass(frozen=True)

@@ -121,12 +121,13 @@ def text_lora_digest(source: str) -> str | None:
 
 
 def tokenizers_digest(model: StableDiffusion) -> str:
-    """`tokenizer_digest` of a model's tokenizers, one after the other."""
-    return " ".join(tokenizer_digest(tokenizer) for tokenizer in model.tokenizers.values())
+    """`tokenizer_digest` of a model's tokenizers, one after the other, and in how many chunks they read, if several."""
+    digests = " ".join(tokenizer_digest(tokenizer) for tokenizer in model.tokenizers.values())
+    return digests if model.prompt_chunks == 1 else f"{digests} in {model.prompt_chunks} chunks"
 
 
 def tokenizer_digest(tokenizer: CLIPTokenizer) -> str:
-    """Hash of the vocabulary, the length captions are cut at, and how some hard captions come out."""
+    """Hash of the vocabulary, the length of a chunk, and how some hard captions come out."""
     tokens = tokenizer(list(PROBES), padding="max_length", max_length=tokenizer.model_max_length, truncation=True)
     content = [sorted(tokenizer.get_vocab().items()), tokenizer.model_max_length, tokens.input_ids]
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:DIGITS]

@@ -17,6 +17,7 @@ from lcm_lightning.diffusion.schedule import PredictionType, unsupported_schedul
 from lcm_lightning.errors import UserError, first_line, short
 from lcm_lightning.hub import hub_answers
 from lcm_lightning.models.architectures import build_sd15, build_sdxl
+from lcm_lightning.models.captions import padded_ids, split_captions, tell_of_cut
 from lcm_lightning.models.checkpointing import checkpointed
 from lcm_lightning.models.condition import Condition
 from lcm_lightning.models.deferred import Deferred, deferred_encoders, deferred_random_encoders
@@ -50,6 +51,8 @@ class StableDiffusion(LatentDiffusionModel):
         vae_dtype: what the VAE is stored and computes in, of most models `dtype`.
         files: where the networks were read from, by their names; None for networks that come from no file.
         known_texts: conditions of single captions for which the text encoder need not run.
+        prompt_chunks: chunks of the text encoder's length that are read of each caption, one embedding after the other.
+        cut_captions: captions encoded so far that have more.
     """
 
     pipeline: ClassVar[str] = "StableDiffusionPipeline"  # of diffusers, and that of a full LCM
@@ -73,9 +76,12 @@ class StableDiffusion(LatentDiffusionModel):
         vae_dtype: torch.dtype | None = None,
         files: Mapping[str, NetworkFiles] | None = None,
         preview_vae: AutoencoderTiny | None = None,
+        prompt_chunks: int = 1,
     ) -> None:
         super().__init__()
         self.tokenizer = tokenizer
+        self.prompt_chunks = prompt_chunks
+        self.cut_captions = 0
         self.preview_vae = preview_vae
         self.vae_config = vae.config
         self.deferred: dict[str, Deferred] = {}
@@ -159,7 +165,7 @@ class StableDiffusion(LatentDiffusionModel):
 
     @torch.no_grad()
     def encode_text(self, captions: Sequence[str]) -> Condition:
-        """See `LatentDiffusionModel`; captions longer than the tokenizer's limit are cut."""
+        """See `LatentDiffusionModel`; captions of more than `prompt_chunks` are cut at the end of a word."""
         if self.known_texts.keys() >= set(captions):
             return Condition.cat([self.known_texts[caption] for caption in captions]).to(self.device, self.dtype)
         self.load_encoders(*self.text_encoders)
@@ -167,13 +173,28 @@ class StableDiffusion(LatentDiffusionModel):
             return self._embed(list(captions))
 
     def _embed(self, captions: list[str]) -> Condition:
-        return Condition(self.text_encoder(self._tokens(self.tokenizer, captions))[0])
+        return Condition(self._joined(self.text_encoder(self._tokens(captions)["tokenizer"])[0]))
 
-    def _tokens(self, tokenizer: CLIPTokenizer, captions: list[str]) -> Tensor:
-        """Ids [B, L]."""
-        length = tokenizer.model_max_length
-        cut = tokenizer(captions, padding="max_length", max_length=length, truncation=True, return_tensors="pt")
-        return cut.input_ids.to(self.device, non_blocking=True)
+    def _tokens(self, captions: list[str]) -> dict[str, Tensor]:
+        """Ids [B * prompt_chunks, L] by the tokenizer's name."""
+        split = {name: split_captions(tokenizer, captions) for name, tokenizer in self.tokenizers.items()}
+        cut: dict[int, str] = {
+            row: name
+            for name, chunks in split.items()
+            for row, of_caption in enumerate(chunks)
+            if len(of_caption) > self.prompt_chunks
+        }
+        self.cut_captions += len(cut)
+        for row, name in sorted(cut.items())[:1]:
+            tell_of_cut(self.tokenizers[name], captions[row], split[name][row], self.prompt_chunks)
+        return {
+            name: padded_ids(tokenizer, split[name], self.prompt_chunks).to(self.device, non_blocking=True)
+            for name, tokenizer in self.tokenizers.items()
+        }
+
+    def _joined(self, states: Tensor) -> Tensor:
+        """Embeddings [B, prompt_chunks L, D] of captions, of those of their chunks [B * prompt_chunks, L, D]."""
+        return states.reshape(-1, self.prompt_chunks * states.shape[1], states.shape[2])
 
     def denoise(self, x_t: Tensor, timesteps: Tensor, condition: Condition) -> Tensor:
         """See `LatentDiffusionModel`."""
@@ -238,7 +259,7 @@ class StableDiffusionXL(StableDiffusion):
     """The networks of a `StableDiffusionXLPipeline` (Podell et al. 2023, arXiv 2307.01952); see `StableDiffusion`.
 
     Two text encoders read a caption. Their states before the last layer, side by side, are its embedding of tokens; the
-    second's projected embedding of the caption's end is the pooled one. The UNet is also told the sizes in
+    second's projected embedding of the end of its first chunk is the pooled one. The UNet is also told the sizes in
     `Condition.time_ids`; where a condition has none, they are those of a whole image as large as is drawn.
 
     Attributes:
@@ -283,10 +304,11 @@ class StableDiffusionXL(StableDiffusion):
         return {**networks, "force_zeros_for_empty_prompt": self.empty_is_zero, "add_watermarker": False}
 
     def _embed(self, captions: list[str]) -> Condition:
-        first = self.text_encoder(self._tokens(self.tokenizer, captions), output_hidden_states=True)
-        second = self.text_encoder_2(self._tokens(self.tokenizer_2, captions), output_hidden_states=True)
+        ids = self._tokens(captions)
+        first = self.text_encoder(ids["tokenizer"], output_hidden_states=True)
+        second = self.text_encoder_2(ids["tokenizer_2"], output_hidden_states=True)
         text = torch.cat([first.hidden_states[-2], second.hidden_states[-2]], dim=-1)
-        condition = Condition(text, second.text_embeds)
+        condition = Condition(self._joined(text), second.text_embeds[:: self.prompt_chunks])
         if not self.empty_is_zero:
             return condition
         empty = torch.tensor([not caption for caption in captions]).to(text.device, non_blocking=True)
@@ -316,6 +338,7 @@ def load_stable_diffusion(
     vae: str | None = None,
     prediction_type: PredictionType | None = None,
     preview_vae: str | None = None,
+    prompt_chunks: int = 1,
 ) -> StableDiffusion:
     """Read a `StableDiffusionPipeline` or `StableDiffusionXLPipeline` from a folder, a single file or the hub.
 
@@ -337,6 +360,8 @@ def load_stable_diffusion(
         prediction_type: what the UNet predicts, in place of what its files say, if they do.
         preview_vae: folder or hub id of an `AutoencoderTiny` for the same latents, such as `madebyollin/taesd`, to
             decode previews with.
+        prompt_chunks: chunks of the text encoder's length (75 tokens between begin and end) that are read of each
+            caption, whose embeddings follow each other, as in A1111.
 
     Raises:
         UserError: nothing is found there, it is no pipeline of Stable Diffusion v1, v2 or XL, or one that cannot be
@@ -351,7 +376,8 @@ def load_stable_diffusion(
     else:
         raise UserError(f"model.unet_init={unet_init}: expected pretrained, random or random_xl")
     kind = StableDiffusionXL if "text_encoder_2" in model else StableDiffusion
-    wrapped = kind(**model, dtype=dtype, preview_vae=_read_preview_vae(preview_vae, dtype))
+    preview = _read_preview_vae(preview_vae, dtype)
+    wrapped = kind(**model, dtype=dtype, preview_vae=preview, prompt_chunks=prompt_chunks)
     wrapped.fused = fused
     if reason := unsupported_schedule(wrapped.scheduler_config):
         raise UserError(

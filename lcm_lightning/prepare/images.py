@@ -55,7 +55,8 @@ def prepare_images(config: DictConfig, console: Console) -> Path:
 
     write_with_progress(write, output, console, key="prepare.output", doing="writing shards", total=source.samples)
     resolution, bucket_step = config.data.resolution or SD_RESOLUTION, config.data.bucket_step or SD_BUCKET_STEP
-    if config.data.buckets and resolution % bucket_step == 0:  # otherwise another model's: it is known in training
+    whole = resolution % bucket_step == 0  # otherwise another model's: it is known in training
+    if config.data.buckets is not False and whole:
         console.print(kept_line(output, resolution, bucket_step), soft_wrap=True)
     return output
 

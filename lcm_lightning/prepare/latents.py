@@ -20,6 +20,7 @@ from lcm_lightning.data.shards import find_shards, open_split
 from lcm_lightning.data.writing import OnShard
 from lcm_lightning.errors import UserError
 from lcm_lightning.models.adapters import fuse_lora
+from lcm_lightning.models.captions import room
 from lcm_lightning.models.identity import cache_key
 from lcm_lightning.models.stable_diffusion import StableDiffusion
 from lcm_lightning.prepare.encoding import CacheSettings, cache_latents, cached_splits
@@ -43,7 +44,7 @@ def prepare_latents(config: DictConfig, console: Console) -> Path:
     model: StableDiffusion = instantiate_group(config, "model", dtype=parse_dtype(options.dtype))
     resolution = model.default_resolution if data.resolution is None else data.resolution
     model.check_resolution(resolution)
-    bucket_step = bucket_step_of(data.buckets, data.bucket_step, model, resolution)
+    bucket_step = bucket_step_of(data.buckets is not False, data.bucket_step, model, resolution)
     data.resolution, data.bucket_step = resolution, bucket_step
     if options.teacher_lora is not None:
         check_teacher_lora(options.teacher_lora, "cache.teacher_lora")
@@ -74,6 +75,12 @@ def prepare_latents(config: DictConfig, console: Console) -> Path:
 
     shown: dict[str, Any] = {"key": "cache.output", "doing": "caching latents", "total": samples, "by_sample": True}
     write_with_progress(write, output, console, **shown)
+    if model.cut_captions:
+        console.print(
+            f"{model.cut_captions} captions were cut at the end of a word, to at most {model.prompt_chunks} x "
+            f"{room(model.tokenizer)} tokens; shorten them, or read more with a larger model.prompt_chunks",
+            soft_wrap=True,
+        )
     return output
 
 
