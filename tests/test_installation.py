@@ -283,7 +283,8 @@ def test_the_installed_commands_train_and_draw(installed: Command, tmp_path: Pat
     (run,) = (tmp_path / "outputs" / "quickstart_lora").iterdir()
     for left in ("config.yaml", "metrics.csv", "checkpoints/last.ckpt", "lora/pytorch_lora_weights.safetensors"):
         assert (run / left).is_file(), left
-    assert f"lcm-evaluate run={run.relative_to(tmp_path)} evaluation=quick\n" in trained.stdout
+    proposed = f"lcm-evaluate run={run.relative_to(tmp_path)} evaluation=quick evaluation.num_images=null\n"
+    assert proposed in trained.stdout
 
     drawn = installed("lcm-generate", "model=tiny", "prompt=heart", "steps=2", "num_images=1", cwd=tmp_path)
     assert drawn.returncode == 0, drawn.stderr

@@ -397,7 +397,9 @@ def test_stable_diffusion_1_5_has_the_same_bits_from_a_single_file_as_from_its_f
     for name in ("unet", "vae", "text_encoder"):
         for (key, found), (other_key, expected) in zip(weights(file, name), weights(folder, name), strict=True):
             assert key == other_key and torch.equal(found, expected), key
-    assert file.tokenizer("a dog's café!").input_ids == folder.tokenizer("a dog's café!").input_ids
+    caption = "a dog's café!"
+    (ids,) = {tuple(files.tokenizers["tokenizer"](caption).input_ids) for files in (file, folder)}
+    assert len(ids) > 2
 
 
 def weights(files, name: str) -> Iterator[tuple[str, Tensor]]:
