@@ -42,6 +42,7 @@ CONF = Path(__file__).parent.parent / "conf"
 def composed() -> Iterator[Callable[..., DictConfig]]:
     """Composes evaluate.py's configuration from overrides, as its main function gets it."""
     register_resolvers()
+    before = HydraConfig.instance().cfg
     with initialize_config_dir(str(CONF), version_base="1.3"):
 
         def config(*overrides: str) -> DictConfig:
@@ -52,6 +53,7 @@ def composed() -> Iterator[Callable[..., DictConfig]]:
             return cfg
 
         yield config
+    HydraConfig.instance().cfg = before
 
 
 def make_run(folder: Path, data: str = "flickr8k", adapters: tuple[str, ...] = ("lcm",)) -> Path:
