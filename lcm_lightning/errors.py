@@ -228,6 +228,8 @@ def remove_unused_run_folder() -> None:
     """Remove the folder Hydra made for a run if it holds only what Hydra wrote there."""
     if not HydraConfig.initialized() or (notes_folder := HydraConfig.get().output_subdir) is None:
         return
+    if OmegaConf.is_missing(HydraConfig.get().runtime, "output_dir"):  # of a sweep as a whole, which is no run
+        return
     folder = Path(HydraConfig.get().runtime.output_dir)
     notes = folder / notes_folder
     log = folder / f"{HydraConfig.get().job.name}.log"

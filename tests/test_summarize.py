@@ -7,6 +7,8 @@ import sys
 from pathlib import Path
 
 import pytest
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import OmegaConf
 from PIL import Image
 
 from lcm_lightning import summarize
@@ -100,3 +102,14 @@ def test_what_cannot_be_summarized_is_refused(
     with pytest.raises(SystemExit) as end:
         command(str(tmp_path), *arguments, monkeypatch=monkeypatch)
     assert end.value.code == 2 and message in capsys.readouterr().err
+
+
+def test_an_error_after_a_sweep_in_the_same_process_is_one_message(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    """The configuration that Hydra leaves behind of a sweep as a whole has no folder of a run."""
+    left = OmegaConf.create({"hydra": {"output_subdir": ".hydra", "runtime": {"output_dir": "???"}}})
+    monkeypatch.setattr(HydraConfig.instance(), "cfg", left)
+    with pytest.raises(SystemExit) as ended:
+        command(str(tmp_path), monkeypatch=monkeypatch)
+    assert ended.value.code == 2 and "holds no run" in capsys.readouterr().err
