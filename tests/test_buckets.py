@@ -24,7 +24,6 @@ from lcm_lightning.data.buckets import bucket_sizes, kept_shares, nearest_bucket
 from lcm_lightning.data.datamodule import CaptionedImages, iterate_split
 from lcm_lightning.data.images import resize_to_cover
 from lcm_lightning.data.records import Record
-from lcm_lightning.data.shards import find_shards
 from lcm_lightning.data.sizes import UNKNOWN_SIZE, upright_size
 from lcm_lightning.data.writing import ShardSettings, write_shards
 from lcm_lightning.errors import UserError
@@ -32,9 +31,9 @@ from lcm_lightning.methods.lora import LoraFinetuning
 from lcm_lightning.models.adapters import LoraSettings
 from lcm_lightning.models.identity import cache_key
 from lcm_lightning.models.stable_diffusion import StableDiffusion, load_stable_diffusion
-from lcm_lightning.prepare.encoding import CacheSettings, cache_latents
 
 RESOLUTION, STEP = 32, 8
+IN_BUCKETS = {"bucket_step": STEP, "batch_size": 3}
 # Landscape 3:2 and 2:1, portrait, square, and one beyond the most elongated bucket.
 SHAPES = ((60, 40), (80, 40), (40, 60), (48, 48), (120, 40))
 # float16 keeps 11 binary digits; see tests/test_latents.py.
@@ -63,24 +62,7 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def latents(shards: Path, pipeline_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What the tiny pipeline makes of `shards`."""
-    return bucketed_latents(shards, pipeline_folder, tmp_path_factory.mktemp("latents"))
-
-
-def bucketed_latents(shards: Path, model_folder: Path, folder: Path) -> Path:
-    """What a model makes of shards: centre crops in buckets, and their mirror images."""
-    model = load_stable_diffusion(str(model_folder))
-    cache_latents(
-        find_shards(str(shards)),
-        folder,
-        images=str(shards),
-        model=model,
-        key=cache_key(model, RESOLUTION, None),
-        settings=CacheSettings(flips=True, dtype="float32"),
-        bucket_step=STEP,
-        batch_size=3,
-        workers=1,
-    )
-    return folder
+    return cached_latents(shards, pipeline_folder, tmp_path_factory.mktemp("latents"), RESOLUTION, **IN_BUCKETS)
 
 
 @pytest.fixture
@@ -370,7 +352,7 @@ def test_a_training_step_takes_any_shape_from_images_as_from_latents(
     data: Any, shards: Path, tmp_path: Path, request: pytest.FixtureRequest, model_folder: str
 ):
     folder = request.getfixturevalue(model_folder)
-    latents = bucketed_latents(shards, folder, tmp_path / "latents")
+    latents = cached_latents(shards, folder, tmp_path / "latents", RESOLUTION, **IN_BUCKETS)
     lora = LoraSettings(rank=4, alpha=4, target_modules="attention")
     method = LoraFinetuning(load_stable_diffusion(str(folder)), lora=lora, optimizer=torch.optim.AdamW)
     shapes = set()

@@ -11,6 +11,7 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
 from lcm_lightning.config.teacher_lora import check_teacher_lora
+from lcm_lightning.data.buckets import bucket_sizes
 from lcm_lightning.errors import SHOW_KEYS, UserError, first_line, innermost
 
 if TYPE_CHECKING:
@@ -65,6 +66,11 @@ def check_settings(cfg: DictConfig) -> None:
     Data sets and models take minutes to fetch; a mistake should be told before.
     """
     build_optimizer(cfg)
+    check_method(cfg)
+
+
+def check_method(cfg: DictConfig) -> None:
+    """`check_settings` of the method alone."""
     method = instantiate_group(cfg, "method", _partial_=True)
     if hasattr(method.func, "check_settings"):
         method.func.check_settings(**method.keywords)
@@ -114,15 +120,9 @@ def build_model(
     """
     deferred = {} if cache is None and reads_images else {"defer_encoders": True}
     model: StableDiffusion = instantiate_group(cfg, "model", dtype=dtype, **deferred)
-    if cfg.data.resolution is None:
-        cfg.data.resolution = model.default_resolution
-    model.check_resolution(cfg.data.resolution)
     if cfg.data.get("buckets") is None:
         cfg.data.buckets = cache is None or cache.in_buckets
-    if cfg.data.buckets:
-        if cfg.data.bucket_step is None:
-            cfg.data.bucket_step = model.resolution_multiple
-        model.check_resolution(cfg.data.bucket_step, "data.bucket_step")
+    bucket_step = take_sizes(cfg.data, model, cfg.data.buckets)
     if cfg.data.resolution >= 2 * model.default_resolution:
         log.warning(
             "data.resolution=%d: the model draws images of %d px; data.resolution=%d is that, and faster",
@@ -139,10 +139,31 @@ def build_model(
         from lcm_lightning.models.identity import cache_key
 
         key = cache_key(model, cfg.data.resolution, cfg.method.get("teacher_lora"))
-        cache.check(key, cfg.data.bucket_step if cfg.data.buckets else None)
+        cache.check(key, bucket_step)
         empty = cache.empty_condition(cfg.data.get("cache_dir"))
         model.known_texts[""] = Condition(**{name: torch.from_numpy(tensor)[None] for name, tensor in empty.items()})
     return model
+
+
+def take_sizes(data: DictConfig, model: StableDiffusion, buckets: bool) -> int | None:
+    """Give the settings of `data` the model's own resolution and, with buckets, step of their sides where null.
+
+    Returns:
+        That step in pixels; None without buckets.
+
+    Raises:
+        UserError: the model does not take such sides, or they don't divide the resolution.
+    """
+    if data.resolution is None:
+        data.resolution = model.default_resolution
+    model.check_resolution(data.resolution)
+    if not buckets:
+        return None
+    if data.bucket_step is None:
+        data.bucket_step = model.resolution_multiple
+    model.check_resolution(data.bucket_step, "data.bucket_step")
+    bucket_sizes(data.resolution, data.bucket_step)
+    return data.bucket_step
 
 
 def take_teacher_steps(module: L.LightningModule, data: CaptionedImages) -> None:

@@ -85,12 +85,7 @@ class LatentCache:
         Args:
             bucket_step: of their buckets; None for squares.
         """
-        key = with_transform(key, bucket_step)
-        different = [part for part in self.key.keys() | key.keys() if self.key.get(part) != key.get(part)]
-        if different:
-            parts = "\n".join(
-                f"  {part}: the cache has {self.key.get(part)}, this run {key.get(part)}" for part in sorted(different)
-            )
+        if parts := differences(self.key, with_transform(key, bucket_step)):
             raise UserError(
                 f"data.source={self.source}: its latents were made with another model or resolution\n{parts}\nset "
                 "model, model.prompt_chunks, method.teacher_lora, data.resolution and data.buckets as they were then, "
@@ -124,6 +119,18 @@ class LatentCache:
                 f"data.source={self.source}: {place} is missing or damaged ({first_line(error)}); make the cache "
                 "again, finished shards are kept"
             ) from error
+
+
+def differing_parts(one: Mapping[str, str], other: Mapping[str, str]) -> list[str]:
+    """The parts, sorted, in which the keys of two caches differ."""
+    return sorted(part for part in one.keys() | other.keys() if one.get(part) != other.get(part))
+
+
+def differences(cache: Mapping[str, str], run: Mapping[str, str]) -> str:
+    """A line for each part in which a run wants another key than a cache has; "" where it is the same."""
+    return "\n".join(
+        f"  {part}: the cache has {cache.get(part)}, this run {run.get(part)}" for part in differing_parts(cache, run)
+    )
 
 
 def with_transform(key: Mapping[str, str], bucket_step: int | None = None) -> dict[str, str]:

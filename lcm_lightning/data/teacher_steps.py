@@ -26,6 +26,7 @@ from lcm_lightning.data.latents import (
     LatentExample,
     LatentStream,
     collate_latents,
+    differences,
     parse_description,
     read_rows,
 )
@@ -52,11 +53,7 @@ class TeacherDraws:
 
     def check(self, key: Mapping[str, str]) -> None:
         """Raise a `UserError` that names each part of `key` in which the steps were made otherwise."""
-        different = [part for part in self.key.keys() | key.keys() if self.key.get(part) != key.get(part)]
-        if different:
-            parts = "\n".join(
-                f"  {part}: the cache has {self.key.get(part)}, this run {key.get(part)}" for part in sorted(different)
-            )
+        if parts := differences(self.key, key):
             raise UserError(
                 f"data.source={self.source}: its teacher's steps are others than this run's\n{parts}\nset model, "
                 "method and data as they were then, or data.fresh_fraction=1 to take its latents alone, or make "

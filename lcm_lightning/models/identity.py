@@ -13,7 +13,7 @@ from transformers import CLIPTokenizer
 
 from lcm_lightning.errors import short
 from lcm_lightning.models.adapters import active_adapters, lora_layers
-from lcm_lightning.models.lora_files import locate_lora, read_lora
+from lcm_lightning.models.lora_files import LayerUpdate, locate_lora, read_lora
 from lcm_lightning.models.pipeline_files import NetworkFiles
 from lcm_lightning.models.stable_diffusion import StableDiffusion
 
@@ -112,12 +112,21 @@ def text_lora_digest(source: str) -> str | None:
     key = "teacher_lora"
     file = read_lora(locate_lora(source, key), f"{key}={short(source, 80)}")
     part = {
-        f"{network.removeprefix('text_encoder')}{name.replace('.', '_').removeprefix('text_model_')} {side}": tensor
+        f"{network.removeprefix('text_encoder')}{name.replace('.', '_').removeprefix('text_model_')}": update
         for (network, name), update in file.updates.items()
         if network.startswith("text_encoder")
+    }
+    return updates_digest(part) if part else None
+
+
+def updates_digest(updates: Mapping[str, LayerUpdate]) -> str:
+    """Hash of a LoRA's updates by the names of their layers, their strength among them."""
+    tensors = {
+        f"{name} {side}": tensor
+        for name, update in updates.items()
         for side, tensor in (("down", update.down.float()), ("up", update.scale * update.up.float()))
     }
-    return tensors_digest(sorted(part.items()))[:DIGITS] if part else None
+    return tensors_digest(sorted(tensors.items()))[:DIGITS]
 
 
 def tokenizers_digest(model: StableDiffusion) -> str:

@@ -7,7 +7,7 @@ import json
 from torch import nn
 
 from lcm_lightning.errors import short
-from lcm_lightning.models.identity import DIGITS, tensors_digest, weights_digest
+from lcm_lightning.models.identity import DIGITS, tensors_digest, updates_digest, weights_digest
 from lcm_lightning.models.lora_files import locate_lora, match_layers, read_lora
 from lcm_lightning.models.stable_diffusion import StableDiffusion
 
@@ -48,9 +48,4 @@ def unet_lora_digest(source: str, unet: nn.Module) -> str:
     key = "method.teacher_lora"
     said = f"{key}={short(source, 80)}"
     matched, _ = match_layers(read_lora(locate_lora(source, key), said), {"unet": unet}, said)
-    tensors = {
-        f"{name} {side}": tensor
-        for name, update in matched.get("unet", {}).items()
-        for side, tensor in (("down", update.down.float()), ("up", update.scale * update.up.float()))
-    }
-    return tensors_digest(sorted(tensors.items()))[:DIGITS]
+    return updates_digest(matched.get("unet", {}))

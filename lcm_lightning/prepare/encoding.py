@@ -11,12 +11,13 @@ import json
 import os
 import tarfile
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
+from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -27,7 +28,7 @@ from torch import Tensor
 from lcm_lightning.data.buckets import Size, bucket_sizes, nearest_buckets
 from lcm_lightning.data.downloads import is_url
 from lcm_lightning.data.images import ImageFault, crop, decode_image, normalise, resize_to_cover, time_ids
-from lcm_lightning.data.latents import MOMENTS, with_transform
+from lcm_lightning.data.latents import MOMENTS, differing_parts, with_transform
 from lcm_lightning.data.plan import stable_hash
 from lcm_lightning.data.records import INDEX_NAME, PARTS_NAME, STARTED_NAME
 from lcm_lightning.data.shards import (
@@ -61,6 +62,8 @@ EMPTY_CAPTION = "empty_caption.safetensors"
 
 # Number of samples done since the last call.
 OnSamples = Callable[[int], None]
+T = TypeVar("T")
+H = TypeVar("H", bound=Hashable)
 
 
 @dataclass(frozen=True)
@@ -119,9 +122,14 @@ def plan_shards(
         of_split = settings.of_split(split)
         for number, shard in enumerate(open_split(index, split, cache_dir)):
             content = [FORMAT, key, asdict(of_split), content_digest(shard, cache_dir), shard.path.name]
-            digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
-            plan.append((shard, Task(f"{split}-{number:06d}.tar", split, (), digest), of_split))
+            plan.append((shard, shard_task(split, number, content), of_split))
     return plan
+
+
+def shard_task(split: str, number: int, content: list[Any]) -> Task:
+    """A shard of a cache, known by a hash of `content`: all that what is in it depends on."""
+    digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+    return Task(f"{split}-{number:06d}.tar", split, (), digest)
 
 
 def cache_latents(
@@ -163,16 +171,11 @@ def cache_latents(
     check_whole_number("cache.batch_size", batch_size, 1, advice="try 8")
     key, resolution = with_transform(key, bucket_step), int(key["resolution"])
     sizes = ((resolution, resolution),) if bucket_step is None else bucket_sizes(resolution, bucket_step)
-    replaceable = check_output(index, output, key)
-    started = {"key": key, "shards": sorted(replaceable)}
-    write_atomic(output / PARTS_NAME / STARTED_NAME, json.dumps(started).encode())
+    note_start(output, key, check_output(index, output, key))
     written = []
     for shard, task, of_split in plan_shards(index, key, settings, cache_dir):
-        kept = kept_shard(task, output)
         encoder = Encoder(model, sizes, of_split, batch_size, workers or os.cpu_count() or 1)
-        written.append(kept or write_latents(task, output, encoder.encode(shard), on_samples))
-        if on_shard is not None:
-            on_shard(written[-1], kept is not None)
+        written.append(write_latents(task, output, encoder.encode(shard), on_samples, on_shard))
     if any(shard.samples for shard in written):
         write_atomic(output / EMPTY_CAPTION, save(rows(model.encode_text([""]).map(to_half), 0)))
     latents = {
@@ -205,12 +208,17 @@ def check_output(index: ShardIndex, output: Path, key: Mapping[str, str]) -> set
     if strange := sorted(found - known if made_with is not None else found):
         raise UserError(f"cache.output={output}: {strange[0]} there is no shard of cached latents; {other}")
     if made_with not in (None, dict(key)):
-        different = sorted(part for part in key.keys() | made_with.keys() if made_with.get(part) != key.get(part))
+        different = ", ".join(differing_parts(made_with, key))
         raise UserError(
-            f"cache.output={output}: holds latents made with another {', '.join(different)}; {other}, "
-            "or delete this one"
+            f"cache.output={output}: holds latents made with another {different}; {other}, or delete this one"
         )
     return found
+
+
+def note_start(output: Path, key: Mapping[str, str], replaceable: set[str]) -> None:
+    """Say in `output` what is being cached there, and which shards of before are of it, for `earlier_cache`."""
+    started = {"key": key, "shards": sorted(replaceable)}
+    write_atomic(output / PARTS_NAME / STARTED_NAME, json.dumps(started).encode())
 
 
 def earlier_cache(output: Path) -> tuple[dict[str, str] | None, set[str]]:
@@ -249,12 +257,8 @@ class Encoder:
     workers: int
 
     def encode(self, shard: Shard) -> Iterator[list[tuple[str, list[tuple[str, bytes]]] | Skipped]]:
-        """Batches of (key, tar members) or what is wrong with a sample, in the shard's order."""
-        prepared = self.prepare(shard)
-        while batch := list(islice(prepared, self.batch_size)):
-            good = [sample for sample in batch if isinstance(sample, Prepared)]
-            encoded = iter(self.encode_batch(good, shard.path.name))
-            yield [next(encoded) if isinstance(sample, Prepared) else sample for sample in batch]
+        """See `in_batches`."""
+        return in_batches(self.prepare(shard), self.batch_size, partial(self.encode_batch, shard=shard.path.name))
 
     def prepare(self, shard: Shard) -> Iterator[Prepared | Skipped]:
         """The samples of a shard, decoded by other threads (Pillow lets them run at once)."""
@@ -273,8 +277,7 @@ class Encoder:
         try:
             captions, image = sample_captions(sample), decode_image(image_bytes(sample))
         except ImageFault as fault:
-            reason, _, detail = str(fault).partition(": ")
-            return Skipped(key, shard, "", reason, detail)
+            return skipped(key, shard, fault)
         variants, sizes = zip(*self.variants(image, f"{shard} {key}"), strict=True)
         return Prepared(key, captions, np.stack([normalise(variant) for variant in variants]), sizes)
 
@@ -315,11 +318,8 @@ class Encoder:
 
         Images of one shape go through the VAE together.
         """
-        of_shapes: dict[tuple[int, ...], list[int]] = {}
-        for number, sample in enumerate(samples):
-            of_shapes.setdefault(sample.pixel_values.shape[1:], []).append(number)
         found: dict[int, np.ndarray] = {}
-        for numbers in of_shapes.values():
+        for numbers in places_of(sample.pixel_values.shape[1:] for sample in samples).values():
             alike = [samples[number].pixel_values for number in numbers]
             pixel_values = torch.from_numpy(np.concatenate(alike))
             moments = [
@@ -329,6 +329,35 @@ class Encoder:
             of_samples = to_half(torch.cat(moments)).split([len(images) for images in alike])
             found |= {number: part.numpy() for number, part in zip(numbers, of_samples, strict=True)}
         return [found[number] for number in range(len(samples))]
+
+
+def in_batches(
+    samples: Iterator[T | Skipped],
+    batch_size: int,
+    encode: Callable[[list[T]], Iterator[tuple[str, Members] | Skipped]],
+) -> Iterator[list[tuple[str, Members] | Skipped]]:
+    """Batches of (key, tar members) or what is wrong with a sample, in the order of `samples`.
+
+    Args:
+        encode: what becomes of the samples of a batch that can be used, one for each.
+    """
+    while batch := list(islice(samples, batch_size)):
+        encoded = encode([sample for sample in batch if not isinstance(sample, Skipped)])
+        yield [sample if isinstance(sample, Skipped) else next(encoded) for sample in batch]
+
+
+def places_of(values: Iterable[H]) -> dict[H, list[int]]:
+    """The places at which each value stands."""
+    found: dict[H, list[int]] = {}
+    for place, value in enumerate(values):
+        found.setdefault(value, []).append(place)
+    return found
+
+
+def skipped(key: str, shard: str, fault: ImageFault) -> Skipped:
+    """A sample that is left out for a fault."""
+    reason, _, detail = str(fault).partition(": ")
+    return Skipped(key, shard, "", reason, detail)
 
 
 def rows(condition: Condition, chosen: int | slice) -> dict[str, np.ndarray]:
@@ -342,9 +371,16 @@ def to_half(tensor: Tensor) -> Tensor:
 
 
 def write_latents(
-    task: Task, output: Path, batches: Iterable[list[tuple[str, Members] | Skipped]], on_samples: OnSamples | None
+    task: Task,
+    output: Path,
+    batches: Iterable[list[tuple[str, Members] | Skipped]],
+    on_samples: OnSamples | None,
+    on_shard: OnShard | None,
 ) -> Written:
-    """`write_samples` of batches, telling `on_samples` of each batch that is written."""
+    """`write_samples` of batches, unless an earlier run has finished the shard, of which none is then asked for.
+
+    `on_samples` is told of each batch that is written, `on_shard` of the shard.
+    """
 
     def samples() -> Iterator[tuple[str, Members] | Skipped]:
         for batch in batches:
@@ -352,4 +388,8 @@ def write_latents(
             if on_samples is not None:
                 on_samples(len(batch))
 
-    return write_samples(task, output, samples(), tarfile.PAX_FORMAT)
+    kept = kept_shard(task, output)
+    written = kept or write_samples(task, output, samples(), tarfile.PAX_FORMAT)
+    if on_shard is not None:
+        on_shard(written, kept is not None)
+    return written

@@ -9,10 +9,9 @@ from typing import Any
 from omegaconf import DictConfig
 from rich.console import Console
 
-from lcm_lightning.config.instantiate import find_device, instantiate_group, parse_dtype
+from lcm_lightning.config.instantiate import find_device, instantiate_group, parse_dtype, take_sizes
 from lcm_lightning.config.quiet import quiet_known_warnings
 from lcm_lightning.config.teacher_lora import check_teacher_lora
-from lcm_lightning.data.buckets import bucket_sizes
 from lcm_lightning.data.datamodule import locate_images
 from lcm_lightning.data.downloads import is_url
 from lcm_lightning.data.layouts import recognise
@@ -42,14 +41,11 @@ def prepare_latents(config: DictConfig, console: Console) -> Path:
     settings = CacheSettings(options.crops, flips, options.dtype)
     device = find_device(options.accelerator)
     model: StableDiffusion = instantiate_group(config, "model", dtype=parse_dtype(options.dtype))
-    resolution = model.default_resolution if data.resolution is None else data.resolution
-    model.check_resolution(resolution)
-    bucket_step = bucket_step_of(data.buckets is not False, data.bucket_step, model, resolution)
-    data.resolution, data.bucket_step = resolution, bucket_step
+    bucket_step = take_sizes(data, model, data.buckets is not False)
     if options.teacher_lora is not None:
         check_teacher_lora(options.teacher_lora, "cache.teacher_lora")
         fuse_lora(model, options.teacher_lora, key="cache.teacher_lora")
-    key = cache_key(model, resolution, options.teacher_lora)
+    key = cache_key(model, data.resolution, options.teacher_lora)
     images = image_shards(config, console)
     index = locate_images(data.name, images)
     output = Path(options.output or Path("data") / f"{data.name}-latents").expanduser()
@@ -82,20 +78,6 @@ def prepare_latents(config: DictConfig, console: Console) -> Path:
             soft_wrap=True,
         )
     return output
-
-
-def bucket_step_of(buckets: bool, step: int | None, model: StableDiffusion, resolution: int) -> int | None:
-    """Pixels that the sides of buckets are multiples of, the model's own unless `step` says; None without buckets.
-
-    Raises:
-        UserError: the model does not take such sides, or they don't divide `resolution`.
-    """
-    if not buckets:
-        return None
-    step = model.resolution_multiple if step is None else step
-    model.check_resolution(step, "data.bucket_step")
-    bucket_sizes(resolution, step)
-    return step
 
 
 def image_shards(config: DictConfig, console: Console) -> str:

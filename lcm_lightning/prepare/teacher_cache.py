@@ -13,9 +13,8 @@ import torch
 from omegaconf import DictConfig
 from rich.console import Console
 
-from lcm_lightning.config.instantiate import build_model, instantiate_group, make_fabric, parse_dtype
+from lcm_lightning.config.instantiate import build_model, check_method, instantiate_group, make_fabric, parse_dtype
 from lcm_lightning.config.quiet import quiet_known_warnings
-from lcm_lightning.config.teacher_lora import check_teacher_lora
 from lcm_lightning.data.datamodule import CaptionedImages
 from lcm_lightning.data.shards import Shard, open_split
 from lcm_lightning.data.writing import OnShard
@@ -79,9 +78,7 @@ def check_groups(config: DictConfig) -> None:
             f"cache=teacher: {method.func.__name__} follows no teacher's ODE, so there are no steps to cache; take a "
             "method that does, such as method=lcm_lora"
         )
-    method.func.check_settings(**method.keywords)
-    if (teacher_lora := config.method.get("teacher_lora")) is not None:
-        check_teacher_lora(teacher_lora, "method.teacher_lora")
+    check_method(config)
 
 
 def latents_of(config: DictConfig) -> CaptionedImages:

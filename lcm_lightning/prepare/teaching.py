@@ -6,10 +6,9 @@ The shards mirror those of the latents in number, order and keys, as those mirro
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -33,7 +32,6 @@ from lcm_lightning.data.latents import (
     read_header,
 )
 from lcm_lightning.data.plan import PlannedBatch
-from lcm_lightning.data.records import PARTS_NAME, STARTED_NAME
 from lcm_lightning.data.shards import Shard, content_digest, open_split
 from lcm_lightning.data.teacher_steps import whole_key
 from lcm_lightning.data.writing import (
@@ -43,13 +41,22 @@ from lcm_lightning.data.writing import (
     Task,
     Written,
     check_whole_number,
-    kept_shard,
     write_index,
 )
 from lcm_lightning.errors import UserError, first_line
 from lcm_lightning.methods.teacher_ode import TeacherOde
 from lcm_lightning.output.files import write_atomic
-from lcm_lightning.prepare.encoding import EMPTY_CAPTION, OnSamples, check_output, write_latents
+from lcm_lightning.prepare.encoding import (
+    EMPTY_CAPTION,
+    OnSamples,
+    check_output,
+    in_batches,
+    note_start,
+    places_of,
+    shard_task,
+    skipped,
+    write_latents,
+)
 
 FORMAT = 1  # changes when shards are written in another way, so that those of before are written anew
 
@@ -120,17 +127,13 @@ def cache_teacher(
     replaceable = check_output(data.index, output, key)
     fabric.barrier()  # all of them have looked before one writes
     if fabric.is_global_zero:
-        started = {"key": key, "shards": sorted(replaceable)}
-        write_atomic(output / PARTS_NAME / STARTED_NAME, json.dumps(started).encode())
+        note_start(output, key, replaceable)
     fabric.barrier()
     stream = draws_of(data, settings)
     mine = []
     for part in plan_parts(data, key, settings)[fabric.global_rank :: fabric.world_size]:
-        kept = kept_shard(part.task, output)
         teacher = Teacher(module, stream, part.draws, settings.dtype, batch_size)
-        mine.append(kept or write_latents(part.task, output, teacher.batches(part), on_samples))
-        if on_shard is not None:
-            on_shard(mine[-1], kept is not None)
+        mine.append(write_latents(part.task, output, teacher.batches(part), on_samples, on_shard))
     written = gathered(mine)
     index: dict[str, Any] = {}
     if fabric.is_global_zero:
@@ -169,8 +172,7 @@ def plan_parts(data: CaptionedImages, key: Mapping[str, str], settings: TeacherS
             buckets = [0] * shard.samples if numbers is None else numbers[first : first + shard.samples].tolist()
             first += shard.samples
             content = [FORMAT, key, asdict(settings), split, content_digest(shard, data.cache_dir)]
-            digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
-            task = Task(f"{split}-{number:06d}.tar", split, (), digest)
+            task = shard_task(split, number, content)
             parts.append(Part(shard, buckets, task, settings.draws if split == "train" else 0))
     return parts
 
@@ -213,12 +215,8 @@ class Teacher:
     batch_size: int
 
     def batches(self, part: Part) -> Iterator[list[tuple[str, Members] | Skipped]]:
-        """Batches of (key, tar members) or what is wrong with a sample, in the shard's order."""
-        samples = self.samples(part)
-        while batch := list(islice(samples, self.batch_size)):
-            good = [sample for sample in batch if isinstance(sample, Stored)]
-            done = iter(self.with_steps(good, part.shard.path.name))
-            yield [next(done) if isinstance(sample, Stored) else sample for sample in batch]
+        """See `in_batches`."""
+        return in_batches(self.samples(part), self.batch_size, partial(self.with_steps, shard=part.shard.path.name))
 
     def samples(self, part: Part) -> Iterator[Stored | Skipped]:
         """The samples of a shard."""
@@ -232,8 +230,7 @@ class Teacher:
                 examples = tuple(self.stream.example(draw, sample) for draw in range(self.draws))
                 yield Stored(key, sample["json"], whole_file(path, sample["offset"]), bucket, examples)
             except ImageFault as fault:
-                reason, _, detail = str(fault).partition(": ")
-                yield Skipped(key, path.name, "", reason, detail)
+                yield skipped(key, path.name, fault)
 
     def with_steps(self, samples: Sequence[Stored], shard: str) -> Iterator[tuple[str, Members] | Skipped]:
         """Tar members of each sample, or why it has none."""
@@ -248,11 +245,8 @@ class Teacher:
 
     def steps(self, samples: Sequence[Stored]) -> list[np.ndarray]:
         """``x_s`` of every draw of each sample, float16 [D, C, h, w]; latents of one shape go through together."""
-        of_buckets: dict[int, list[int]] = {}
-        for number, sample in enumerate(samples):
-            of_buckets.setdefault(sample.bucket, []).append(number)
         found: dict[int, np.ndarray] = {}
-        for bucket, numbers in of_buckets.items():
+        for bucket, numbers in places_of(sample.bucket for sample in samples).items():
             examples = [example for number in numbers for example in samples[number].examples]
             starts = range(0, len(examples), self.batch_size)
             chunks = [self.step(examples[start : start + self.batch_size], bucket) for start in starts]

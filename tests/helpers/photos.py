@@ -38,8 +38,18 @@ def small_batches(shards: Path, **options: Any) -> CaptionedImages:
     return CaptionedImages("photos", str(shards), **(defaults | options))
 
 
-def cached_latents(shards: Path, pipeline: Path, output: Path, resolution: int = 32) -> Path:
-    """`output`, filled with the latents of a folder of shards of images by a pipeline, in float32."""
+def cached_latents(
+    shards: Path,
+    pipeline: Path,
+    output: Path,
+    resolution: int = 32,
+    *,
+    bucket_step: int | None = None,
+    batch_size: int = 8,
+) -> Path:
+    """`output`, filled with the latents of a folder of shards of images by a pipeline, in float32: centre crops, of
+    squares or in buckets, and their mirror images.
+    """
     model = load_stable_diffusion(str(pipeline))
     cache_latents(
         find_shards(str(shards)),
@@ -48,6 +58,8 @@ def cached_latents(shards: Path, pipeline: Path, output: Path, resolution: int =
         model=model,
         key=cache_key(model, resolution, None),
         settings=CacheSettings(flips=True, dtype="float32"),
+        bucket_step=bucket_step,
+        batch_size=batch_size,
         workers=1,
     )
     return output
