@@ -14,7 +14,7 @@ from lcm_lightning.errors import UserError
 from lcm_lightning.methods.distillation import check_distillation, check_skip, variant_network
 from lcm_lightning.methods.lcm_lora import DEFAULTS, drawn_on_its_ode, lcm_sampler
 from lcm_lightning.methods.randomness import SampleRandomness
-from lcm_lightning.methods.teacher_ode import CachedSteps, TeacherOde
+from lcm_lightning.methods.teacher_ode import OdeDraws, TeacherOde
 from lcm_lightning.models.condition import Condition
 from lcm_lightning.models.kinds import AdapterKind
 from lcm_lightning.models.latent_diffusion import LatentDiffusionModel
@@ -94,15 +94,15 @@ class LcmDistillation(TeacherOde):
         """The student's."""
         return list(self.model.variants[STUDENT].parameters())
 
-    def losses(
+    def ode_losses(
         self,
         latents: Tensor,
         condition: Condition,
         randomness: SampleRandomness,
-        cached: CachedSteps | None = None,
+        draws: OdeDraws,
+        x_s: Tensor | None,
     ) -> Tensor:
         """`ConsistencyDistillation.losses` at a uniform step of the ODE and a uniform guidance scale, which is told."""
-        draws = self.draws(latents, randomness)
         told = condition.with_guidance(draws.guidance_scale)
         return self.distillation.losses(
             variant_network(self.model, STUDENT, told),
@@ -113,7 +113,7 @@ class LcmDistillation(TeacherOde):
             draws.guidance_scale,
             self.alphas_cumprod,
             target=variant_network(self.model, self.kind.name, told),
-            x_s=self.known_steps(cached, latents, condition, draws),
+            x_s=x_s,
         )
 
     def optimizer_step(self, *step: Any, **options: Any) -> None:

@@ -10,7 +10,7 @@ from torch import Tensor
 from lcm_lightning.diffusion.consistency import ConsistencyDistillation
 from lcm_lightning.methods.distillation import Distillation, check_distillation, check_skip
 from lcm_lightning.methods.randomness import SampleRandomness
-from lcm_lightning.methods.teacher_ode import CachedSteps, TeacherOde
+from lcm_lightning.methods.teacher_ode import OdeDraws, TeacherOde
 from lcm_lightning.models.condition import Condition
 from lcm_lightning.models.kinds import AdapterKind
 from lcm_lightning.models.latent_diffusion import LatentDiffusionModel
@@ -62,15 +62,15 @@ class LcmLoraDistillation(TeacherOde, Distillation):
         check_distillation(distillation)
         super().check_settings(**teaching)
 
-    def losses(
+    def ode_losses(
         self,
         latents: Tensor,
         condition: Condition,
         randomness: SampleRandomness,
-        cached: CachedSteps | None = None,
+        draws: OdeDraws,
+        x_s: Tensor | None,
     ) -> Tensor:
         """`ConsistencyDistillation.losses` at a uniform step of the ODE and a uniform guidance scale."""
-        draws = self.draws(latents, randomness)
         return self.distillation.losses(
             self.student(condition),
             self.teacher(condition),
@@ -79,5 +79,5 @@ class LcmLoraDistillation(TeacherOde, Distillation):
             draws.step_index,
             draws.guidance_scale,
             self.alphas_cumprod,
-            x_s=self.known_steps(cached, latents, condition, draws),
+            x_s=x_s,
         )

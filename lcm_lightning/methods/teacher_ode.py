@@ -6,6 +6,7 @@ What a skip depends on is drawn first in each of them, and in the same order: th
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
@@ -59,7 +60,7 @@ class CachedSteps:
 
 
 class TeacherOde(GuidedDistillation):
-    """A distillation that follows the teacher's ODE; its `losses` take `CachedSteps` in the place of the teacher.
+    """A distillation that follows the teacher's ODE, whose steps `losses` may know beforehand.
 
     Attributes:
         distillation: the ODE, and how it is solved.
@@ -86,6 +87,35 @@ class TeacherOde(GuidedDistillation):
     def known(self, batch: Mapping[str, Any]) -> dict[str, Any]:
         """The teacher's steps, of batches that hold them."""
         return {"cached": CachedSteps(batch["teacher"], batch["fresh"])} if "teacher" in batch else {}
+
+    def losses(
+        self,
+        latents: Tensor,
+        condition: Condition,
+        randomness: SampleRandomness,
+        cached: CachedSteps | None = None,
+    ) -> Tensor:
+        """See `Training`; the teacher does not run for samples whose step is in `cached`."""
+        draws = self.draws(latents, randomness)
+        x_s = self.known_steps(cached, latents, condition, draws)
+        return self.ode_losses(latents, condition, randomness, draws, x_s)
+
+    @abstractmethod
+    def ode_losses(
+        self,
+        latents: Tensor,
+        condition: Condition,
+        randomness: SampleRandomness,
+        draws: OdeDraws,
+        x_s: Tensor | None,
+    ) -> Tensor:
+        """Of each sample, [B].
+
+        Args:
+            randomness: what is drawn beside `draws`, and after it.
+            draws: what the teacher's skip depends on.
+            x_s: where it leads, float32, shape of the latents; None to ask the teacher.
+        """
 
     def draws(self, latents: Tensor, randomness: SampleRandomness) -> OdeDraws:
         """A uniform step of the ODE, of a guided teacher a uniform guidance scale, and noise, in `DRAW_ORDER`."""

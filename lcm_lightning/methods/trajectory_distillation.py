@@ -15,7 +15,7 @@ from lcm_lightning.errors import UserError
 from lcm_lightning.methods.adversarial_distillation import AdversarialDistillation, discriminator_step
 from lcm_lightning.methods.distillation import W_MAX, W_MIN, check_distillation, check_skip
 from lcm_lightning.methods.randomness import SampleRandomness
-from lcm_lightning.methods.teacher_ode import CachedSteps, TeacherOde
+from lcm_lightning.methods.teacher_ode import OdeDraws, TeacherOde
 from lcm_lightning.models.condition import Condition
 from lcm_lightning.models.kinds import AdapterKind
 from lcm_lightning.models.latent_diffusion import LatentDiffusionModel
@@ -93,15 +93,15 @@ class TrajectoryLoraDistillation(TeacherOde, AdversarialDistillation):
         """Whether the student is to have the teacher's guidance in it."""
         return self.student_guidance == 1
 
-    def losses(
+    def ode_losses(
         self,
         latents: Tensor,
         condition: Condition,
         randomness: SampleRandomness,
-        cached: CachedSteps | None = None,
+        draws: OdeDraws,
+        x_s: Tensor | None,
     ) -> Tensor:
         """`TrajectoryDistillation.losses` at a uniform step of the ODE, and of a guided teacher a uniform guidance."""
-        draws = self.draws(latents, randomness)
         destinations = self.destinations(draws.step_index, randomness)
         return self.distillation.losses(
             self.student(condition),
@@ -112,7 +112,7 @@ class TrajectoryLoraDistillation(TeacherOde, AdversarialDistillation):
             destinations,
             self.alphas_cumprod,
             self._judge(latents, condition, randomness),
-            x_s=self.known_steps(cached, latents, condition, draws),
+            x_s=x_s,
         )
 
     def trained_by(self, adapter: str) -> list[nn.Parameter]:
