@@ -130,8 +130,12 @@ def peer(
         "dataloader_num_workers": workers,
         "seed": 0,
     }
-    options = [f"--{key}={value}" for key, value in settings.items()]
-    return Case("peer", "peer", (str(script), "--cast_teacher_unet", *options), pipeline, resolution, batch_size, rank)
+    return Case("peer", "peer", peer_command(script, settings), pipeline, resolution, batch_size, rank)
+
+
+def peer_command(script: Path, settings: Mapping[str, Any]) -> tuple[str, ...]:
+    """The script and its arguments; its teacher is in the precision of training, as ours is."""
+    return (str(script), "--cast_teacher_unet", *(f"--{key}={value}" for key, value in settings.items()))
 
 
 def run_child(

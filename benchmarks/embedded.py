@@ -35,8 +35,13 @@ class Run:
     folder: Path
 
     def cost(self) -> dict[str, Any]:
-        """Of `train`: `processor_seconds` of the whole process, and `peak_memory_mb`."""
-        return json.loads((self.folder / COST).read_text())
+        """See `cost_in`."""
+        return cost_in(self.folder)
+
+
+def cost_in(folder: Path) -> dict[str, Any]:
+    """What `train` found of the run in `folder`: `processor_seconds` of the whole process, and `peak_memory_mb`."""
+    return json.loads((folder / COST).read_text())
 
 
 def train(run: Run) -> None:

@@ -5,7 +5,6 @@ Trains on the embedded pipeline, evaluates all students in one report, and write
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -18,7 +17,7 @@ import hydra
 from omegaconf import DictConfig, OmegaConf
 
 from benchmarks import methods_page
-from benchmarks.embedded import COST, ROOT, Run, evaluate, train
+from benchmarks.embedded import ROOT, Run, cost_in, evaluate, train
 from lcm_lightning.config.checks import resolve
 from lcm_lightning.errors import UserError, report_user_errors
 
@@ -136,7 +135,7 @@ def rows(trainings: Sequence[Training], metrics: Mapping[str, Any]) -> list[dict
             found.append({"method": model["label"], "seed": None, **measured})
             continue
         training = by_source[model["source"]]
-        cost = json.loads((training.folder / COST).read_text())
+        cost = cost_in(training.folder)
         found.append(
             {
                 "method": training.recipe.title,

@@ -20,6 +20,7 @@ from typing import Any
 import webdataset as wds
 from PIL import Image
 
+from benchmarks.cases import peer_command
 from benchmarks.embedded import ROOT, Run, evaluate, train
 from lcm_lightning.config.resolvers import package_file
 from lcm_lightning.data.datamodule import locate_images
@@ -101,8 +102,7 @@ def peer_point(trainer: str, script: Path, shard: Path, steps: int, work: Path) 
         "seed": 0,
         **PEERS[trainer],
     }
-    options = [f"--{key}={value}" for key, value in settings.items()]
-    run = Run(f"{trainer}, {steps} steps", (sys.executable, str(script), "--cast_teacher_unet", *options), folder)
+    run = Run(f"{trainer}, {steps} steps", (sys.executable, *peer_command(script, settings)), folder)
     return Point(trainer, steps, run, f"lcm:{folder}")
 
 

@@ -173,12 +173,10 @@ def plot_growth(results: dict[str, Any], path: Path) -> None:
     parts = growth_parts(results)
     if not parts:
         return
-    import matplotlib  # late: tables are written where there is none
+    from matplotlib.figure import Figure  # late: tables are written where there is none
 
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(1, len(parts), figsize=(3 * len(parts), 3), layout="constrained", squeeze=False)
+    figure = Figure(figsize=(3 * len(parts), 3), layout="constrained")
+    axes = figure.subplots(1, len(parts), squeeze=False)
     for axis, part in zip(axes[0], parts, strict=True):
         rows = [row for row in results[part] if row["seconds"]]
         medians = [statistics.median(row["seconds"]) for row in rows]
@@ -186,20 +184,17 @@ def plot_growth(results: dict[str, Any], path: Path) -> None:
         axis.set(xlabel=TITLES[part.removeprefix("growth/")], ylim=(0, 1.1 * max(medians)))
     axes[0][0].set_ylabel("seconds a step")
     figure.savefig(path, dpi=120)
-    plt.close(figure)
 
 
 def plot_quality(results: dict[str, Any], path: Path) -> None:
     """The best FID of each training over its processor time, a line a trainer."""
     if "quality" not in results:
         return
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    from matplotlib.figure import Figure
 
     found = results["quality"]
-    figure, axis = plt.subplots(figsize=(5, 3.5), layout="constrained")
+    figure = Figure(figsize=(5, 3.5), layout="constrained")
+    axis = figure.subplots()
     for trainer in dict.fromkeys(row["trainer"] for row in found["rows"]):
         rows = [row for row in found["rows"] if row["trainer"] == trainer]
         axis.plot([row["processor_seconds"] for row in rows], [best_fid(row) for row in rows], "o-", label=trainer)
@@ -207,7 +202,6 @@ def plot_quality(results: dict[str, Any], path: Path) -> None:
     axis.set(xlabel="processor seconds of training", ylabel="FID at the best number of steps", yscale="log")
     axis.legend()
     figure.savefig(path, dpi=120)
-    plt.close(figure)
 
 
 def write(results: dict[str, Any], folder: Path) -> str:
