@@ -15,7 +15,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from benchmarks import cases, quality, report
 from benchmarks.cases import Case, add_turn, run_child
-from benchmarks.inputs import random_pipeline, random_shards
+from benchmarks.inputs import random_shards
 from benchmarks.limits import step_flops
 from lcm_lightning.config.checks import resolve
 from lcm_lightning.config.resolvers import package_file, register_resolvers
@@ -24,10 +24,10 @@ from lcm_lightning.evaluation.latency import machine_info, matrix_peak, package_
 
 register_resolvers()
 
-PARTS = ("tiny", "sd15", "drawing", "growth", "quality")
+PARTS = ("tiny", "sd15", "sdxl", "drawing", "growth", "quality")
 BENCH_KEYS = ("peer", "pipeline", "parts", "rounds", "steps", "resolution", "batch_size", "rank", "cached")
 BENCH_KEYS += ("cached_teacher", "student_steps", "teacher_steps", "drawings", "growth_model", "minutes", "work")
-BENCH_KEYS += ("output", "quality_steps", "quality_images")
+BENCH_KEYS += ("output", "quality_steps", "quality_images", "peer_sdxl", "pipeline_sdxl")
 GROWTH = {
     "batch_size": (1, 2, 4, 8),
     "resolution": {"tiny": (32, 64, 128), "sd15": (256, 512, 768)},
@@ -79,10 +79,15 @@ def trainer() -> str:
 
 
 def pipeline(cfg: DictConfig, model: str) -> Path:
-    """The pipeline folder that stands for "tiny" or "sd15"."""
+    """The pipeline folder that stands for "tiny", "sd15" or "sdxl"."""
     if model == "tiny":
         return Path(package_file("assets/tiny"))
-    return random_pipeline(Path(cfg.work) / "sd15") if cfg.pipeline is None else Path(cfg.pipeline)
+    given = {"sd15": cfg.pipeline, "sdxl": cfg.pipeline_sdxl}[model]
+    if given is not None:
+        return Path(given)
+    folder = Path(cfg.work) / model
+    run_child("pipeline", str(folder), model)  # a process of its own gives its gigabytes back
+    return folder
 
 
 def ours(
@@ -93,26 +98,43 @@ def ours(
     return cases.ours(name, model, pipeline(cfg, model), shards, trainer=trainer(), steps=cfg.steps + 1, **shape)
 
 
-def peer_script(cfg: DictConfig) -> Path:
-    """diffusers' script."""
-    script = Path(cfg.peer).expanduser().absolute()
+PEERS = {"peer": "train_lcm_distill_lora_sd_wds.py", "peer_sdxl": "train_lcm_distill_lora_sdxl_wds.py"}
+
+
+def peer_script(cfg: DictConfig, key: str = "peer") -> Path:
+    """diffusers' script under one of the keys `PEERS`."""
+    script = Path(cfg[key]).expanduser().absolute()
     if not script.is_file():
-        raise UserError(f"peer={cfg.peer}: no such file; give diffusers' train_lcm_distill_lora_sd_wds.py")
+        raise UserError(f"{key}={cfg[key]}: no such file; give diffusers' {PEERS[key]}")
     return script
 
 
-def peer(cfg: DictConfig, shards: Path) -> Case:
+def peer(cfg: DictConfig, shards: Path, model: str) -> Case:
     """diffusers' script at the same work."""
-    shape = {"resolution": cfg.resolution, "batch_size": cfg.batch_size, "rank": cfg.rank}
-    return cases.peer(peer_script(cfg), pipeline(cfg, "sd15"), shards, Path(cfg.work), steps=cfg.steps + 1, **shape)
+    xl = model == "sdxl"
+    shape = {"resolution": cfg.resolution, "batch_size": cfg.batch_size, "rank": cfg.rank, "steps": cfg.steps + 1}
+    script = peer_script(cfg, "peer_sdxl" if xl else "peer")
+    return cases.peer(script, pipeline(cfg, model), shards, Path(cfg.work), **shape, xl=xl)
+
+
+def shards_for_the_peer(cfg: DictConfig) -> Path:
+    """More samples than the peer's reader comes to: at the end of a shard it fails with webdataset 1.0."""
+    folder = Path(cfg.work) / f"shards_{cfg.resolution}"
+    return random_shards(folder, samples=2000, side=cfg.resolution, per_shard=2000)
+
+
+def measure_sdxl(cfg: DictConfig, bench: Bench) -> None:
+    """Ours and the peer on the shallow SDXL, both with activations computed anew, in turns."""
+    shards = shards_for_the_peer(cfg)
+    cases = [ours(cfg, "ours", "sdxl", shards, resolution=cfg.resolution, batch_size=cfg.batch_size)]
+    if cfg.peer_sdxl is not None:
+        cases.append(peer(cfg, shards, "sdxl"))
+    bench.train("sdxl", cases, cfg.rounds)
 
 
 def measure_sd15(cfg: DictConfig, bench: Bench) -> None:
     """Ours from images, from cached latents, from the teacher's cached steps, and the peer, in turns."""
-    # More samples than the peer's reader comes to: at the end of a shard it fails with webdataset 1.0.
-    shards = random_shards(
-        Path(cfg.work) / f"shards_{cfg.resolution}", samples=2000, side=cfg.resolution, per_shard=2000
-    )
+    shards = shards_for_the_peer(cfg)
     shape = {"resolution": cfg.resolution, "batch_size": cfg.batch_size}
     cases = [ours(cfg, "ours, from images", "sd15", shards, **shape)]
     for name, source in (("latents", cfg.cached), ("teacher", cfg.cached_teacher)):
@@ -121,7 +143,7 @@ def measure_sd15(cfg: DictConfig, bench: Bench) -> None:
             # Mirror images may not have been cached.
             cases.append(replace(cached, arguments=(*cached.arguments, "data.flip_probability=0")))
     if cfg.peer is not None:
-        cases.append(peer(cfg, shards))
+        cases.append(peer(cfg, shards, "sd15"))
     bench.train("sd15", cases, cfg.rounds)
 
 
@@ -176,6 +198,7 @@ def measure_quality(cfg: DictConfig, bench: Bench) -> None:
 MEASURES = {
     "tiny": measure_tiny,
     "sd15": measure_sd15,
+    "sdxl": measure_sdxl,
     "drawing": measure_drawing,
     "growth": measure_growth,
     "quality": measure_quality,

@@ -108,10 +108,13 @@ def peer(
     rank: int,
     steps: int,
     workers: int = 1,
+    xl: bool = False,
 ) -> Case:
     """diffusers' script at the same work: same pipeline, shards, loss, adapter and step.
 
-    `shards` must hold more samples than its reader comes to: at the end of a shard it fails with webdataset 1.0.
+    `shards` must hold more samples than its reader comes to: at the end of a shard it fails with webdataset 1.0. The
+    script for SDXL (`xl`) computes activations anew as ours does, and is given its VAE by name, without which it
+    encodes in float32.
     """
     settings = {
         "pretrained_teacher_model": pipeline,
@@ -130,7 +133,10 @@ def peer(
         "dataloader_num_workers": workers,
         "seed": 0,
     }
-    return Case("peer", "peer", peer_command(script, settings), pipeline, resolution, batch_size, rank)
+    command = peer_command(script, settings)
+    if xl:
+        command += ("--gradient_checkpointing", f"--pretrained_vae_model_name_or_path={pipeline / 'vae'}")
+    return Case("peer", "peer", command, pipeline, resolution, batch_size, rank)
 
 
 def peer_command(script: Path, settings: Mapping[str, Any]) -> tuple[str, ...]:

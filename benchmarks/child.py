@@ -4,6 +4,7 @@
     python -m benchmarks.child RESULT.json peer SCRIPT ARGUMENT...  runs another program's training script, untouched
     python -m benchmarks.child RESULT.json draw OVERRIDE...         draws images as `generate` does
     python -m benchmarks.child RESULT.json machine                  says what machine this is, and its matrix peak
+    python -m benchmarks.child RESULT.json pipeline FOLDER MODEL    makes a pipeline folder with random weights
     python -m benchmarks.child RESULT.json inputs FOLDER SIZE       makes what the others read
     python -m benchmarks.child RESULT.json one_step FOLDER          compares a step on this device with the CPU's
 
@@ -29,7 +30,7 @@ from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from benchmarks.inputs import SIZES, make_inputs
+from benchmarks.inputs import SIZES, make_inputs, random_pipeline
 from benchmarks.limits import step_flops
 from lcm_lightning.config.checks import resolve
 from lcm_lightning.config.instantiate import build_module, frozen_dtype, instantiate_group, take_teacher_steps
@@ -165,6 +166,12 @@ def machine(_: list[str]) -> Iterator[dict[str, Any]]:
     }
 
 
+def pipeline(arguments: list[str]) -> Iterator[dict[str, Any]]:
+    """See `benchmarks.inputs.random_pipeline`."""
+    random_pipeline(Path(arguments[0]), arguments[1])
+    yield {}
+
+
 def inputs(arguments: list[str]) -> Iterator[dict[str, Any]]:
     """See `benchmarks.inputs.make_inputs`; and the FLOPs of a step at batch 1."""
     folder, size = Path(arguments[0]), SIZES[arguments[1]]
@@ -184,6 +191,7 @@ PROGRAMS = {
     "peer": run_peer,
     "draw": draw,
     "machine": machine,
+    "pipeline": pipeline,
     "inputs": inputs,
     "one_step": one_step,
 }

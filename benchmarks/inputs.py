@@ -17,8 +17,16 @@ from PIL import Image
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from benchmarks.cases import FEW
-from lcm_lightning.models.architectures import SD15_SCHEDULER, SD15_TEXT, SD15_UNET, SD15_VAE, byte_tokenizer
-from lcm_lightning.models.stable_diffusion import StableDiffusion, load_stable_diffusion
+from lcm_lightning.models.architectures import (
+    SD15_SCHEDULER,
+    SD15_TEXT,
+    SD15_UNET,
+    SD15_VAE,
+    SDXL_UNET,
+    build_sdxl,
+    byte_tokenizer,
+)
+from lcm_lightning.models.stable_diffusion import StableDiffusion, StableDiffusionXL, load_stable_diffusion
 from lcm_lightning.toy.networks import save_pipeline
 
 DISTINCT = 64  # images; more shards repeat them, reading and decoding costs the same
@@ -51,6 +59,16 @@ class Inputs:
 def sd15() -> StableDiffusion:
     """SD v1-5's architecture."""
     return load_stable_diffusion("", dtype=torch.bfloat16, unet_init="random")
+
+
+def shallow_sdxl() -> StableDiffusionXL:
+    """SDXL with 4 transformer layers instead of 10 at its lowest resolution: 1.32 instead of 2.57 billion parameters.
+
+    diffusers' script reads two UNets in float32 before it casts one: of SDXL whole that is more than 24 GB.
+    """
+    return StableDiffusionXL(
+        **build_sdxl(torch.bfloat16, {}, {**SDXL_UNET, "transformer_layers_per_block": (1, 2, 4)}), dtype=torch.bfloat16
+    )
 
 
 def small() -> StableDiffusion:
@@ -91,9 +109,12 @@ def inputs_in(folder: Path) -> Inputs:
     return Inputs(folder / "pipeline", folder / "shards", folder / "few_shards")
 
 
-def random_pipeline(folder: Path) -> Path:
-    """SD v1-5's architecture with random weights as a diffusers folder (2.1 GB, float16), made where it is missing."""
-    return saved_pipeline(sd15, folder)
+RANDOM = {"sd15": sd15, "sdxl": shallow_sdxl}  # 2.1 and 4.4 GB
+
+
+def random_pipeline(folder: Path, model: str) -> Path:
+    """One of `RANDOM` with random weights as a diffusers folder in float16, made where it is missing."""
+    return saved_pipeline(RANDOM[model], folder)
 
 
 def saved_pipeline(build: Callable[[], StableDiffusion], folder: Path) -> Path:
@@ -108,9 +129,12 @@ def saved_pipeline(build: Callable[[], StableDiffusion], folder: Path) -> Path:
 
 
 def random_shards(folder: Path, *, samples: int, side: int, per_shard: int = 1000) -> Path:
-    """Shards of `samples` smooth random pictures of `side` px with captions, made where they are missing."""
+    """Shards of `samples` smooth random pictures of `side` px with captions, made where they are missing.
+
+    A .json beside each says the size of a larger original, as diffusers' script for SDXL asks of its shards.
+    """
     done = folder / "done.json"
-    wanted = {"samples": samples, "side": side}
+    wanted, original = {"samples": samples, "side": side, "json": True}, {"WIDTH": 1024, "HEIGHT": 1024}
     if done.is_file() and json.loads(done.read_text()) == wanted:
         return folder
     folder.mkdir(parents=True, exist_ok=True)
@@ -119,7 +143,8 @@ def random_shards(folder: Path, *, samples: int, side: int, per_shard: int = 100
         with wds.TarWriter(str(folder / f"train-{shard:06d}.tar"), encoder=False) as writer:
             for number in range(start, min(start + per_shard, samples)):
                 picture, caption = pictures[number % len(pictures)], f"picture number {number}"
-                writer.write({"__key__": f"{number:06d}", "jpg": picture, "txt": caption.encode()})
+                sample = {"__key__": f"{number:06d}", "jpg": picture, "txt": caption.encode()}
+                writer.write({**sample, "json": json.dumps(original).encode()})
     done.write_text(json.dumps(wanted))
     return folder
 

@@ -9,12 +9,12 @@ from pathlib import Path
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from lcm_lightning.diffusion.consistency import ConsistencyDistillation
 from lcm_lightning.methods.lcm_lora import LcmLoraDistillation
 from lcm_lightning.models.adapters import LoraSettings
-from lcm_lightning.models.stable_diffusion import StableDiffusion
+from lcm_lightning.models.stable_diffusion import StableDiffusion, StableDiffusionXL
 
 
 def _in_place_product(total: torch.Size, a: torch.Size, b: torch.Size, **_: object) -> int:
@@ -25,6 +25,9 @@ def _in_place_product(total: torch.Size, a: torch.Size, b: torch.Size, **_: obje
 IN_PLACE = {torch.ops.aten.addmm_: _in_place_product}
 
 
+TEXT_ENCODERS = {"text_encoder": CLIPTextModel, "text_encoder_2": CLIPTextModelWithProjection}
+
+
 def without_memory(pipeline: Path) -> StableDiffusion:
     """The networks of a pipeline folder with nothing behind their weights, in bf16."""
     with torch.device("meta"):
@@ -32,10 +35,16 @@ def without_memory(pipeline: Path) -> StableDiffusion:
             network.from_config(network.load_config(pipeline, subfolder=part)).to(torch.bfloat16)
             for network, part in ((UNet2DConditionModel, "unet"), (AutoencoderKL, "vae"))
         )
-        text_encoder = CLIPTextModel(CLIPTextConfig.from_pretrained(pipeline, subfolder="text_encoder"))
-    model = StableDiffusion(
-        tokenizer=CLIPTokenizer.from_pretrained(pipeline, subfolder="tokenizer"),
-        text_encoder=text_encoder.to(torch.bfloat16),
+        encoders = {
+            part: kind(CLIPTextConfig.from_pretrained(pipeline, subfolder=part)).to(torch.bfloat16)
+            for part, kind in TEXT_ENCODERS.items()
+            if (pipeline / part).is_dir()
+        }
+    tokenizers = ("tokenizer", "tokenizer_2")[: len(encoders)]
+    kind = StableDiffusionXL if len(encoders) > 1 else StableDiffusion
+    model = kind(
+        **{part: CLIPTokenizer.from_pretrained(pipeline, subfolder=part) for part in tokenizers},
+        **encoders,
         vae=vae,
         unet=unet,
         scheduler_config=DDIMScheduler.load_config(pipeline, subfolder="scheduler"),

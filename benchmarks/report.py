@@ -10,6 +10,11 @@ from pathlib import Path
 from typing import Any
 
 BEGIN, END = "<!-- figures -->", "<!-- end of figures -->"
+NETWORKS = {
+    "sd15": "SD v1-5's architecture",
+    "sdxl": "SDXL's architecture with 4 transformer layers instead of 10 at its lowest resolution",
+    "tiny": "the embedded pipeline",
+}
 TITLES = {
     "batch_size": "batch size",
     "resolution": "resolution, px",
@@ -142,7 +147,7 @@ def markdown(results: dict[str, Any]) -> str:
         f"{peak['bfloat16'] / 1e9:.0f} GFLOP/s in bf16, {peak['float32'] / 1e9:.0f} in float32; "
         + ", ".join(f"{name} {number}" for name, number in versions.items())
     ]
-    for part, title in (("sd15", "SD v1-5's architecture"), ("tiny", "the embedded pipeline")):
+    for part, title in NETWORKS.items():
         if results.get(part):
             row = results[part][0]
             shape = f"{row['resolution']} px, batch {row['batch_size']}, rank {row['rank']}"

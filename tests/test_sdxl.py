@@ -387,3 +387,22 @@ def test_a_cache_holds_both_embeddings_and_the_sizes_of_photos(sdxl, sdxl_folder
     torch.testing.assert_close(from_cache, from_images, rtol=1e-2, atol=0)
     shuffled = small_batches(latents).train_dataloader()
     assert all(batch["time_ids"].shape == (4, 6) for batch in shuffled)
+
+
+def test_photos_can_pass_for_whole_images_as_large_as_is_drawn(sdxl, sdxl_folder: Path, flickr_shards: Path, tmp_path):
+    latents = cached_latents(flickr_shards, sdxl_folder, tmp_path / "latents")
+    module = METHODS["lora"](sdxl)
+    for source in (flickr_shards, latents):
+        told, untold = (small_batches(source, photo_sizes=sizes) for sizes in (True, False))
+        assert told.draw_settings() == {key: untold.draw_settings()[key] for key in told.draw_settings()}
+        assert untold.draw_settings()["photo_sizes"] == "False"  # teacher's steps cached under others are refused
+        for loader in (untold.train_dataloader(), untold.val_dataloader()):
+            assert all("time_ids" not in batch for batch in loader)
+        ((batch,), (without,)) = (data.val_dataloader() for data in (told, untold))
+        whole = torch.tensor([[32.0, 32, 0, 0, 32, 32]] * 4)
+        assert not torch.equal(batch["time_ids"], whole)
+        found, expected, other = (
+            module._batch_losses(rows, "finetuned") for rows in (without, batch | {"time_ids": whole}, batch)
+        )
+        torch.testing.assert_close(found, expected)
+        assert not torch.allclose(found, other)

@@ -107,7 +107,8 @@ class CaptionedImages(LightningDataModule):
         keys          list of B str, the samples' names
         seed          int64 [B], 63-bit hash of (seed, epoch, sample): source of all random numbers of the sample
         weight        float32 [B], 1 in full steps; see `lcm_lightning.data.plan.valid_weight` for the last one
-        time_ids      float32 [B, 6], sizes of photo and crop; see `lcm_lightning.data.images.time_ids`
+        time_ids      float32 [B, 6], sizes of photo and crop; see `lcm_lightning.data.images.time_ids`; unless
+                      `photo_sizes` is false
 
     From cached latents (`lcm_lightning.data.latents`) the same, with, in place of `pixel_values`:
 
@@ -138,6 +139,7 @@ class CaptionedImages(LightningDataModule):
         crop: Literal["center", "random"] = "random",
         flip_probability: float = 0.5,
         caption_dropout: float = 0.1,
+        photo_sizes: bool = True,
         fresh_fraction: float = 0.0,
         val_limit: int | None = 64,
         max_bad_fraction: float = 0.01,
@@ -161,6 +163,8 @@ class CaptionedImages(LightningDataModule):
             shuffle_buffer: samples in a window of the epoch inside which their order is random; at least 1.
             flip_probability: probability of a mirror image in training.
             caption_dropout: probability of an empty caption in training.
+            photo_sizes: tell models that ask (SDXL) how large each photo was and where it was cropped; else it passes
+                for a whole image.
             fresh_fraction: share of samples that take a new draw instead of one whose teacher's step is cached; 1 for a
                 training that takes the cached latents alone.
             val_limit: validate on the first so many samples; None for all, 0 for no validation.
@@ -182,6 +186,7 @@ class CaptionedImages(LightningDataModule):
         self.crop = crop
         self.flip_probability = flip_probability
         self.caption_dropout = caption_dropout
+        self.photo_sizes = photo_sizes
         self.fresh_fraction = fresh_fraction
         self.takes_teacher_steps = False
         self.val_limit = val_limit
@@ -291,7 +296,8 @@ class CaptionedImages(LightningDataModule):
         """The settings that decide, with its seed, what becomes of a sample of cached latents, by part."""
         settings = {"caption_dropout": self.caption_dropout, "flip_probability": self.flip_probability}
         crops = self.cache.crops if self.cache is not None and self.crop == "random" else 1
-        return {name: str(float(value)) for name, value in settings.items()} | {"crops": str(crops)}
+        sizes = {} if self.photo_sizes else {"photo_sizes": "False"}
+        return {name: str(float(value)) for name, value in settings.items()} | {"crops": str(crops)} | sizes
 
     def train_dataloader(self) -> ShardLoader:
         """Shuffled and augmented batches. Raises `UserError` where the ranks have other shards, also for validation."""
@@ -361,7 +367,10 @@ class CaptionedImages(LightningDataModule):
         """How samples become examples, in training or otherwise."""
         flip_probability, caption_dropout = (self.flip_probability, self.caption_dropout) if train else (0.0, 0.0)
         if self.cache is None:
-            return Augmentation(self.sizes(), train, train and self.crop == "random", flip_probability, caption_dropout)
+            random_crop = train and self.crop == "random"
+            return Augmentation(
+                self.sizes(), train, random_crop, flip_probability, caption_dropout, photo_sizes=self.photo_sizes
+            )
         return LatentChoice(
             self.cache.sizes,
             self.cache.latent_shape[0],
@@ -371,6 +380,7 @@ class CaptionedImages(LightningDataModule):
             flip_probability,
             caption_dropout,
             self.cache.empty_condition(self.cache_dir),
+            self.photo_sizes,
         )
 
     def stream_class(self, augment: Augmentation | LatentChoice) -> Callable[..., ShardStream]:

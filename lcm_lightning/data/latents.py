@@ -34,7 +34,7 @@ from lcm_lightning.data.images import ImageFault
 from lcm_lightning.data.plan import PlannedBatch, stable_hash
 from lcm_lightning.data.shards import MAX_CAPTION_BYTES, ShardIndex, cache_folder, grouped
 from lcm_lightning.data.sizes import UNKNOWN_SIZE
-from lcm_lightning.data.stream import Fault, ShardStream, augmentation_draws, weights
+from lcm_lightning.data.stream import Fault, ShardStream, augmentation_draws, told_sizes, weights
 from lcm_lightning.data.tar import MAX_MEMBER_BYTES, Member, read_at
 from lcm_lightning.errors import UserError, first_line
 
@@ -188,7 +188,7 @@ class LatentChoice:
         channels: C of the latents.
         random: random choice among crops and captions; otherwise the first of both, not mirrored.
         crops, flips: of the cache; 1 and False for a split that has centre crops only, or where those are asked for.
-        flip_probability, caption_dropout: see `Augmentation`.
+        flip_probability, caption_dropout, photo_sizes: see `Augmentation`.
         empty: embeddings of the empty caption by name; see `LatentCache.empty_condition`.
     """
 
@@ -200,6 +200,7 @@ class LatentChoice:
     flip_probability: float
     caption_dropout: float
     empty: Mapping[str, np.ndarray]
+    photo_sizes: bool = True
 
     def latent_shape(self, bucket: int) -> tuple[int, int, int]:
         """(C, h, w) of a bucket."""
@@ -223,7 +224,8 @@ class LatentChoice:
         if moments.shape[1:] != self.latent_shape(sample["__bucket__"]) or other:
             raise ImageFault("damaged latents: shapes other than the index says")
         chosen = "" if dropped else captions[caption]
-        return LatentExample(moments, condition, chosen, sample["__key__"], seed, described.time_ids_of(row))
+        told = described.time_ids_of(row) if self.photo_sizes else None
+        return LatentExample(moments, condition, chosen, sample["__key__"], seed, told)
 
 
 @dataclass(frozen=True)
@@ -390,12 +392,10 @@ def collate_latents(
     zeros = LatentExample(np.zeros((2, *choice.latent_shape(plan.bucket)), np.float16), choice.empty, "", "", 0)
     source = list(valid) or [zeros]
     rows = [source[index % len(source)] for index in range(batch_size)]
-    sizes = [row.time_ids for row in rows]
-    known = {} if None in sizes else {"time_ids": torch.tensor(sizes, dtype=torch.float32)}
     return {
         "moments": torch.from_numpy(np.stack([row.moments for row in rows])),
         **{name: torch.from_numpy(np.stack([row.condition[name] for row in rows])) for name in choice.empty},
-        **known,
+        **told_sizes([row.time_ids for row in rows]),
         "captions": [row.caption for row in rows],
         "keys": [row.key for row in rows],
         "seed": torch.tensor([row.seed for row in rows], dtype=torch.int64),

@@ -55,13 +55,13 @@ class Fault:
 
 @dataclass(frozen=True)
 class Example:
-    """One training example: pixels float32 [3, H, W] in [-1, 1], its caption, key and seed, and its `time_ids`."""
+    """One training example: pixels float32 [3, H, W] in [-1, 1], its caption, key, seed and `time_ids`, if told."""
 
     pixel_values: np.ndarray
     caption: str
     key: str
     seed: int
-    time_ids: tuple[int, ...]
+    time_ids: tuple[int, ...] | None
 
 
 @dataclass(frozen=True)
@@ -74,6 +74,7 @@ class Augmentation:
         random_crop: a crop at a random place; otherwise at the centre.
         flip_probability: probability of a horizontal mirror image.
         caption_dropout: probability of an empty caption, which trains the unconditional branch of guidance.
+        photo_sizes: tell the sizes of photo and crop.
     """
 
     sizes: tuple[Size, ...]
@@ -81,6 +82,7 @@ class Augmentation:
     random_crop: bool
     flip_probability: float = 0.0
     caption_dropout: float = 0.0
+    photo_sizes: bool = True
 
     def __call__(self, image: Image.Image, captions: Sequence[str], key: str, seed: int, bucket: int = 0) -> Example:
         """Resize to cover the bucket, crop, flip, normalise; choose and perhaps drop the caption."""
@@ -92,11 +94,11 @@ class Augmentation:
         size, mirrored = self.sizes[bucket], bool(flip < self.flip_probability)
         resized = resize_to_cover(image, *size)
         cropped = crop(resized, *size, u, v)
-        sizes = time_ids(image.size, resized.size, size, u, v, mirrored=mirrored)
+        told = time_ids(image.size, resized.size, size, u, v, mirrored=mirrored) if self.photo_sizes else None
         if mirrored:
             cropped = cropped.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
         caption = "" if dropout < self.caption_dropout else captions[int(choice * len(captions))]
-        return Example(normalise(cropped), caption, key, seed, sizes)
+        return Example(normalise(cropped), caption, key, seed, told)
 
 
 def augmentation_draws(seed: int) -> np.ndarray:
@@ -175,7 +177,7 @@ def collate(valid: Sequence[Example], plan: PlannedBatch, batch_size: int, sizes
     With no example at all the filling is a grey image without caption.
     """
     width, height = sizes[plan.bucket]
-    grey = Example(np.zeros((3, height, width), dtype=np.float32), "", "", 0, (height, width, 0, 0, height, width))
+    grey = Example(np.zeros((3, height, width), dtype=np.float32), "", "", 0, None)
     source = list(valid) or [grey]
     rows = [source[index % len(source)] for index in range(batch_size)]
     return {
@@ -183,9 +185,14 @@ def collate(valid: Sequence[Example], plan: PlannedBatch, batch_size: int, sizes
         "captions": [row.caption for row in rows],
         "keys": [row.key for row in rows],
         "seed": torch.tensor([row.seed for row in rows], dtype=torch.int64),
-        "time_ids": torch.tensor([row.time_ids for row in rows], dtype=torch.float32),
+        **told_sizes([row.time_ids for row in rows]),
         "weight": weights(len(valid), plan, batch_size),
     }
+
+
+def told_sizes(time_ids: Sequence[tuple[int, ...] | None]) -> dict[str, torch.Tensor]:
+    """The `time_ids` of a batch, float32 [B, 6]; nothing where one has none."""
+    return {} if None in time_ids else {"time_ids": torch.tensor(time_ids, dtype=torch.float32)}
 
 
 def weights(valid: int, plan: PlannedBatch, batch_size: int) -> torch.Tensor:

@@ -188,7 +188,9 @@ def build_sd15(dtype: torch.dtype, encoders: Mapping[str, Any]) -> dict[str, Any
     }
 
 
-def build_sdxl(dtype: torch.dtype, encoders: Mapping[str, Any]) -> dict[str, Any]:
+def build_sdxl(
+    dtype: torch.dtype, encoders: Mapping[str, Any], unet_config: Mapping[str, Any] = SDXL_UNET
+) -> dict[str, Any]:
     """As `build_sd15` of SDXL, whose UNet has 2,567,463,684 parameters; for `StableDiffusionXL`."""
     encoders = encoders or {
         "text_encoder": build_text_encoder(dtype),
@@ -196,7 +198,7 @@ def build_sdxl(dtype: torch.dtype, encoders: Mapping[str, Any]) -> dict[str, Any
         "vae": build_vae(dtype, SDXL_VAE),
     }
     with default_dtype(dtype):
-        unet = UNet2DConditionModel(**SDXL_UNET)
+        unet = UNet2DConditionModel(**unet_config)
     length = SD15_TEXT["max_position_embeddings"]
     return {
         "tokenizer": byte_tokenizer(SD15_TEXT["vocab_size"], length),

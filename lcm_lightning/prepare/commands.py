@@ -21,7 +21,7 @@ from lcm_lightning.prepare.images import prepare_images
 
 # Settings that training has to share with a cache of latents, and with one of the teacher's steps.
 OF_LATENTS = ("model", "data.resolution", "data.bucket", "data.flip_probability")
-OF_DRAWS = ("data.caption_dropout", "data.crop")
+OF_DRAWS = ("data.caption_dropout", "data.crop", "data.photo_sizes")
 
 
 @command("prepare")

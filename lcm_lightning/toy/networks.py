@@ -12,8 +12,9 @@ import tempfile
 from collections.abc import Iterable
 from pathlib import Path
 
+import diffusers
 import torch
-from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
 from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, trainers
 from torch import Tensor
 from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
@@ -158,17 +159,9 @@ def normalise_latents(vae: AutoencoderKL, mean: Tensor, std: Tensor) -> None:
 
 
 def save_pipeline(model: StableDiffusion, folder: Path) -> None:
-    """Write `model` as the folder of a `StableDiffusionPipeline`, in half precision."""
-    pipeline = StableDiffusionPipeline(
-        vae=model.vae,
-        text_encoder=model.text_encoder,
-        tokenizer=model.tokenizer,
-        unet=model.unet,
-        scheduler=DDIMScheduler.from_config(model.scheduler_config),
-        safety_checker=None,
-        feature_extractor=None,
-        requires_safety_checker=False,
-    )
+    """Write `model` as the folder of its diffusers pipeline, in half precision."""
+    scheduler = DDIMScheduler.from_config(model.scheduler_config)
+    pipeline = getattr(diffusers, model.pipeline)(**model.pipeline_parts(), scheduler=scheduler)
     copy.deepcopy(pipeline).to(torch.float16).save_pretrained(folder)
     tidy_configs(folder)
 
