@@ -82,7 +82,7 @@ def pipeline(cfg: DictConfig, model: str) -> Path:
     """The pipeline folder that stands for "tiny", "sd15" or "sdxl"."""
     if model == "tiny":
         return Path(package_file("assets/tiny"))
-    given = {"sd15": cfg.pipeline, "sdxl": cfg.pipeline_sdxl}[model]
+    given = cfg["pipeline_sdxl" if model == "sdxl" else "pipeline"]
     if given is not None:
         return Path(given)
     folder = Path(cfg.work) / model

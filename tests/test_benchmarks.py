@@ -89,6 +89,33 @@ def test_flops_are_linear_in_batch_and_rank(pipeline_folder: Path):
     assert flops(rank=24) - flops(rank=16) == flops(rank=16) - flops(rank=8) > 0
 
 
+def test_sdxl_runs_beside_its_own_script(sdxl_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    ran: dict[str, tuple[str, ...]] = {}
+
+    def child(program: str, *arguments: str) -> dict[str, list[float]]:
+        ran[program] = arguments
+        return {"finished": [1.0, 2.0], "cpu_seconds": [1.0, 2.0], "data_wait": [0.1], "peak_memory_mb": [1.0] * 2}
+
+    monkeypatch.setattr(benchmarks, "run_child", child)
+    script = tmp_path / "script.py"
+    script.touch()
+    settings = {"pipeline_sdxl": str(sdxl_folder), "peer_sdxl": str(script), "work": str(tmp_path / "work"), "steps": 1}
+    cfg = OmegaConf.create(settings | {"rank": 4, "resolution": 32, "batch_size": 1, "rounds": 1})
+    bench = benchmarks.Bench(tmp_path, steps=1, deadline=float("inf"))
+    benchmarks.measure_sdxl(cfg, bench)
+    assert [row["name"] for row in bench.results["sdxl"]] == ["ours", "peer"]
+    assert all(row["flops"]["step"] > row["flops"]["teacher"] > 0 for row in bench.results["sdxl"])
+    assert f"model.path={sdxl_folder}" in ran["train"] and "model=sdxl" in ran["train"]
+    assert {
+        str(script),
+        "--gradient_checkpointing",
+        f"--pretrained_vae_model_name_or_path={sdxl_folder / 'vae'}",
+    } <= set(ran["peer"])
+    (shard,) = (tmp_path / "work" / "shards_32").glob("*.tar")
+    sample = next(iter(wds.WebDataset(str(shard), shardshuffle=False)))
+    assert json.loads(sample["json"]) == {"WIDTH": 1024, "HEIGHT": 1024}  # the script leaves out what is below 700
+
+
 def test_growth_varies_one_thing_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     ran: list[dict[str, str]] = []
 
