@@ -50,6 +50,27 @@ def write_kohya(
     return kohya_lora(write_kohya_lora(tensors, model, kinds, folder, described), kinds)
 
 
+def write_fused(
+    model: StableDiffusion, kinds: Sequence[AdapterKind], folder: Path, dtype: torch.dtype, described: Described
+) -> str:
+    """A folder that diffusers loads as it is, LoRAs in its weights, with the scheduler that they are drawn with."""
+    from lcm_lightning.exports.fused import write_pipeline
+    from lcm_lightning.exports.usage import diffusers_folder
+
+    write_pipeline(model, kinds, folder, dtype)
+    return diffusers_folder(folder, kinds, dtype)
+
+
+def write_single_file(
+    model: StableDiffusion, kinds: Sequence[AdapterKind], folder: Path, dtype: torch.dtype, described: Described
+) -> str:
+    """The same in one file, by the names of Stable Diffusion's own code."""
+    from lcm_lightning.exports.single_checkpoint import write_single_file as write
+    from lcm_lightning.exports.usage import single_file
+
+    return single_file(write(model, kinds, folder, dtype, described), kinds)
+
+
 def check_loras(name: str, kinds: Sequence[AdapterKind]) -> None:
     """Raise a `UserError` unless there are LoRAs, which the format `name` takes, and no whole UNet."""
     if not kinds:
@@ -61,6 +82,8 @@ def check_loras(name: str, kinds: Sequence[AdapterKind]) -> None:
 FORMATS: Mapping[str, tuple[Writer, str]] = {  # with the type of what is written where none is asked for
     "diffusers": (write_diffusers, "float32"),
     "kohya": (write_kohya, "float32"),
+    "fused": (write_fused, "float16"),
+    "single_file": (write_single_file, "float16"),
 }
 
 
