@@ -14,10 +14,11 @@ from torch import Tensor
 
 from lcm_lightning.callbacks.trainers import Lowest
 from lcm_lightning.errors import first_line
+from lcm_lightning.exports.lora import write_diffusers_lora, write_kohya_lora
 from lcm_lightning.methods.adapter_training import Training
-from lcm_lightning.models.adapters import kohya_state_dict, lora_state_dict
-from lcm_lightning.models.kinds import LORA_FILE, AdapterKind
-from lcm_lightning.models.lora_files import copy_lora, save_lora
+from lcm_lightning.models.adapters import lora_state_dict
+from lcm_lightning.models.kinds import AdapterKind
+from lcm_lightning.models.lora_files import copy_lora
 from lcm_lightning.models.stable_diffusion import StableDiffusion
 from lcm_lightning.models.variants import save_pipeline
 from lcm_lightning.runs.contents import Adapter, exported_step, write_manifest
@@ -26,14 +27,14 @@ from lcm_lightning.sharing.model_card import write_card
 log = logging.getLogger(__name__)
 
 TEACHER_FILE = "teacher_lora_weights.safetensors"
-KOHYA_FILE = "kohya_lora_weights.safetensors"
 
 
 class Export(L.Callback, ABC):
     """After each validation and at the end, write what a module has trained into `folder`, if it is of its kind.
 
     `adapters.json` says after which optimizer step it was written ("step"). A LoRA that is part of the frozen model, as
-    a teacher's, is put beside it, and a model card of the run. At the end the folder becomes a W&B artifact where W&B logs the run.
+    a teacher's, is put beside it, and a model card of the run. At the end the folder becomes a W&B artifact
+    where W&B logs the run.
 
     Files that cannot be written (a full disk) are a warning: training and the files before them matter more.
 
@@ -137,7 +138,8 @@ class ExportLora(Export):
     """Write an adapter as safetensors (into a run's `lora/`).
 
     `pytorch_lora_weights.safetensors` loads with diffusers' `load_lora_weights`, `kohya_lora_weights.safetensors` with
-    ComfyUI and A1111. Both say their step in their headers too. For the rest see `Export`.
+    ComfyUI and A1111. Their headers say what they are (`lcm_lightning.exports.metadata`), and their step. For the rest
+    see `Export`.
     """
 
     artifact = "lora"
@@ -152,8 +154,8 @@ class ExportLora(Export):
 
     def write(self, collected: dict[str, Tensor], module: Training, step: int) -> Adapter:
         """Both files."""
-        save_lora(collected, self.folder / LORA_FILE, step=str(step))
-        save_lora(kohya_state_dict(collected, module.model.unet), self.folder / KOHYA_FILE, step=str(step))
+        for write in (write_diffusers_lora, write_kohya_lora):
+            write(collected, module.model, (module.kind,), self.folder, step=str(step))
         return Adapter(module.kind, step=step)
 
 

@@ -32,6 +32,13 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 ROUNDING = 0.1
+KOHYA_PREFIXES = {  # by network, and whether it is SDXL's
+    ("unet", False): "lora_unet",
+    ("unet", True): "lora_unet",
+    ("text_encoder", False): "lora_te",
+    ("text_encoder", True): "lora_te1",
+    ("text_encoder_2", True): "lora_te2",
+}
 
 ATTENTION_LAYERS = ("to_q", "to_k", "to_v", "to_out.0")
 TARGET_PRESETS: dict[str, tuple[str, ...]] = {
@@ -304,15 +311,17 @@ def lora_state_dict(unet: UNet2DConditionModel, name: str) -> dict[str, Tensor]:
     return tensors
 
 
-def kohya_state_dict(state_dict: dict[str, Tensor], unet: UNet2DConditionModel) -> dict[str, Tensor]:
-    """A `lora_state_dict` of `unet` under the keys of kohya's scripts, which ComfyUI and A1111 read.
+def kohya_state_dict(state_dict: Mapping[str, Tensor], unet: UNet2DConditionModel) -> dict[str, Tensor]:
+    """A LoRA under diffusers' keys, alpha being the rank, under those of kohya's scripts; `unet` is the model's.
 
-    Alpha is spelled out.
+    ComfyUI and A1111 read them. Alpha is spelled out.
     """
-    tensors = {}
+    xl, tensors = unet.config.addition_embed_type == "text_time", {}
     for key, tensor in state_dict.items():
-        layer, side, _ = key.removeprefix("unet.").rsplit(".", 2)
-        prefix = "lora_unet_" + kohya_name(layer, unet.config).replace(".", "_")
+        network, _, name = key.partition(".")
+        layer, side, _ = name.rsplit(".", 2)
+        named = kohya_name(layer, unet.config) if network == "unet" else layer
+        prefix = f"{KOHYA_PREFIXES[network, xl]}_{named.replace('.', '_')}"
         tensors[f"{prefix}.{'lora_down' if side == 'lora_A' else 'lora_up'}.weight"] = tensor
         if side == "lora_A":
             tensors[f"{prefix}.alpha"] = torch.tensor(float(tensor.shape[0]))

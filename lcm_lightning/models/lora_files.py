@@ -7,6 +7,7 @@ have in some layout, so every name finds one layer or none; what finds none is r
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import math
@@ -538,6 +539,8 @@ def kohya_name(layer: str, config: Any) -> str:
 def save_lora(state_dict: dict[str, Tensor], path: Path, **metadata: str) -> None:
     """Write a LoRA's tensors as `path` (.safetensors), whole or not at all, `metadata` in its header.
 
+    Beside a `modelspec.sai_model_spec` it gets the hash of the tensors that this standard asks for.
+
     Raises:
         OSError: it cannot be written.
     """
@@ -550,7 +553,10 @@ def _in_order(content: bytes) -> bytes:
     """A .safetensors file with its metadata sorted: the library writes it in an order of each process's own."""
     end = 8 + int.from_bytes(content[:8], "little")
     header = json.loads(content[8:end])
-    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+    metadata = header["__metadata__"]
+    if "modelspec.sai_model_spec" in metadata:
+        metadata["modelspec.hash_sha256"] = f"0x{hashlib.sha256(memoryview(content)[end:]).hexdigest()}"
+    header["__metadata__"] = dict(sorted(metadata.items()))
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode().ljust(end - 8)
     return len(text).to_bytes(8, "little") + text + content[end:]
 
