@@ -28,7 +28,7 @@ USES = {
     "prepare": {"config", "data", "methods", "models", "output"},
     "train": {"callbacks", "config", "runs"},
     "evaluate": {"config", "evaluation", "sharing"},
-    "export": {"config", "exports", "models"},
+    "export": {"config", "exports", "models", "sharing"},
     "generate": {"config", "data", "methods", "models", "output"},
     "inspect": {"models", "runs"},
     "summarize": {"output", "runs"},

@@ -1,7 +1,7 @@
 """A model card: what a run's export is, how it is used, how good it is and how it was made.
 
-Cards of the Hugging Face hub are Markdown under a head of YAML (https://huggingface.co/docs/hub/model-cards). Nothing is
-in it that only this machine knows: no path, no name of a user.
+Cards of the Hugging Face hub are Markdown under a head of YAML (https://huggingface.co/docs/hub/model-cards). Nothing
+is in it that only this machine knows: no path, no name of a user.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from safetensors import safe_open
 
 from lcm_lightning.data.layouts import DOWNLOADS
 from lcm_lightning.evaluation.tables import Table, quality_table
-from lcm_lightning.models.kinds import AdapterKind
+from lcm_lightning.models.kinds import LORA_FILE, AdapterKind
 from lcm_lightning.output.files import write_atomic
 from lcm_lightning.output.pictures import grid_images, png_bytes
 from lcm_lightning.runs.contents import MANIFEST, Adapter, exported, read_config, read_manifest, read_versions
@@ -40,8 +40,8 @@ EMBEDDED_BASE = "The base model, `{}`, is the pipeline that ships with lcm-light
 LOCAL_BASE = "The base model lay in a local folder or file, `{}`, and is named by that alone."
 LICENSE = "The licence given is that of the base model; the terms of the data set are its own."
 NO_LICENSE = (
-    "The licence is not known: weights trained on a model are bound by that model's, and nothing said what that of `{}` "
-    "is (`license=...` of `python -m lcm_lightning.export` does)."
+    "The licence is not known: weights trained on a model are bound by that model's, and nothing said what that of "
+    "`{}` is (`license=...` of `python -m lcm_lightning.export` does)."
 )
 
 
@@ -63,8 +63,8 @@ class CardSettings:
 def write_card(run: Path, settings: CardSettings | None = None) -> Path | None:
     """Write or renew the card of what a run has exported, with pictures beside it; its path.
 
-    None where there is nothing to write of: no export, or no record of settings. A card that a person has made their own
-    is left alone.
+    None where there is nothing to write of: no export, or no record of settings. A card that a person has made their
+    own is left alone.
 
     Raises:
         UserError: `settings`, or the run's records, make no sense.
@@ -171,7 +171,7 @@ def is_xl(folder: Path, kind: AdapterKind) -> bool:
     if kind.whole:
         index = json.loads((folder / "model_index.json").read_text())
         return "XL" in index["_class_name"]
-    with safe_open(folder / "pytorch_lora_weights.safetensors", "pt") as file:
+    with safe_open(folder / LORA_FILE, "pt") as file:
         return any(".transformer_blocks.1." in key for key in file.keys())  # noqa: SIM118  # no mapping
 
 
