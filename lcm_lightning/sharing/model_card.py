@@ -187,8 +187,7 @@ def usage(
     call: dict[str, Any] = {"num_inference_steps": kind.steps, "guidance_scale": kind.guidance_scale}
     if "eta" in kind.sampler.settings:
         call["eta"] = kind.sampler.settings["eta"]
-    side = config["data"].get("resolution")
-    if side and not config["data"].get("buckets"):
+    if side := config["data"].get("resolution"):
         call |= {"height": side, "width": side}
     return _template("usage.py.j2").render(
         kind=kind,
