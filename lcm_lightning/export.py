@@ -54,6 +54,27 @@ def write_kohya(
     return kohya_lora(write_kohya_lora(tensors, model, kinds, folder, described), kinds)
 
 
+def write_fused(
+    model: StableDiffusion, kinds: Sequence[AdapterKind], folder: Path, dtype: torch.dtype, described: Described
+) -> str:
+    """A folder that diffusers loads as it is, LoRAs in its weights, with the scheduler that they are drawn with."""
+    from lcm_lightning.exports.fused import write_pipeline
+    from lcm_lightning.exports.usage import diffusers_folder
+
+    write_pipeline(model, kinds, folder, dtype)
+    return diffusers_folder(folder, kinds, dtype)
+
+
+def write_single_file(
+    model: StableDiffusion, kinds: Sequence[AdapterKind], folder: Path, dtype: torch.dtype, described: Described
+) -> str:
+    """The same in one file, by the names of Stable Diffusion's own code."""
+    from lcm_lightning.exports.single_checkpoint import write_single_file as write
+    from lcm_lightning.exports.usage import single_file
+
+    return single_file(write(model, kinds, folder, dtype, described), kinds)
+
+
 def check_loras(name: str, kinds: Sequence[AdapterKind]) -> None:
     """Raise a `UserError` unless there are LoRAs, which the format `name` takes, and no whole UNet."""
     if not kinds:
@@ -65,6 +86,8 @@ def check_loras(name: str, kinds: Sequence[AdapterKind]) -> None:
 FORMATS: Mapping[str, tuple[Writer, str]] = {  # with the type of what is written where none is asked for
     "diffusers": (write_diffusers, "float32"),
     "kohya": (write_kohya, "float32"),
+    "fused": (write_fused, "float16"),
+    "single_file": (write_single_file, "float16"),
 }
 
 
@@ -90,16 +113,18 @@ def megabytes(size: int) -> str:
 
 def push_to_hub(cfg: DictConfig) -> str:
     """Publish the run of a command; the address to look at. Raises `UserError`."""
-    for key in ("model", "lora", "format"):
+    for key in ("model", "lora", "weights", "format", "dtype", "title", "author"):
         if cfg.get(key) is not None:
             raise UserError(
                 f"{key}=... and push_to_hub={cfg.push_to_hub}: a run is published as it is; leave {key} out"
             )
     if cfg.run is None:
         raise UserError(f"push_to_hub={cfg.push_to_hub}: publishes a run; add run=outputs/<experiment>/<date_time>")
+    from lcm_lightning.config.quiet import quiet_known_warnings
     from lcm_lightning.sharing.model_card import CardSettings
     from lcm_lightning.sharing.publishing import Push, push_run
 
+    quiet_known_warnings()
     push = Push(cfg.push_to_hub, cfg.private, cfg.revision, cfg.commit_message, cfg.create_pr)
     return push_run(Path(cfg.run).expanduser(), push, CardSettings(cfg.push_to_hub, cfg.base_model, cfg.license))
 

@@ -50,6 +50,11 @@ def base_version(model: LatentDiffusionModel) -> BaseVersion:
     return BaseVersion("stable-diffusion-v1", "sd_v1")
 
 
+def model_name(model: LatentDiffusionModel) -> str:
+    """The last part of where it came from: of a hub id, a folder or a file."""
+    return PurePath(model.name_or_path).name.removesuffix(".safetensors")
+
+
 def model_spec(
     model: LatentDiffusionModel,
     kinds: Sequence[AdapterKind],
@@ -64,7 +69,7 @@ def model_spec(
     `sampler_settings` what it is built with beside the model's noise schedule.
     """
     usual, side = usual_kind(kinds), model.default_resolution
-    name = PurePath(model.name_or_path).stem
+    name = model_name(model)
     titles = " + ".join(kind.title for kind in kinds)
     hint = f"{usual.sampler.scheduler}, {usual.steps} steps, guidance scale {usual.guidance_scale:g}"
     said = {
@@ -93,7 +98,7 @@ def base_metadata(model: LatentDiffusionModel) -> dict[str, str]:
     return {
         "ss_base_model_version": version.kohya,
         "ss_v2": str(version.v2),
-        "ss_sd_model_name": PurePath(model.name_or_path).name,
+        "ss_sd_model_name": model_name(model),
     }
 
 

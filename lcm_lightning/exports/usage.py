@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+import torch
+
 from lcm_lightning.models.kinds import AdapterKind, usual_kind
 from lcm_lightning.models.latent_diffusion import LatentDiffusionModel
 
@@ -26,13 +28,36 @@ def diffusers_lora(file: Path, model: LatentDiffusionModel, kinds: Sequence[Adap
     )
 
 
+def diffusers_folder(folder: Path, kinds: Sequence[AdapterKind], dtype: torch.dtype) -> str:
+    """Python code for a folder of diffusers'."""
+    return "\n".join(
+        [
+            "import torch",
+            "from diffusers import DiffusionPipeline",
+            "",
+            f'pipe = DiffusionPipeline.from_pretrained("{folder}", torch_dtype={dtype})',
+            drawing(usual_kind(kinds)),
+        ]
+    )
+
+
+def single_file(file: Path, kinds: Sequence[AdapterKind]) -> str:
+    """Where ComfyUI and A1111 look for a model, and what to set there."""
+    return (
+        f"Copy {file.name} to ComfyUI/models/checkpoints, or stable-diffusion-webui/models/Stable-diffusion, and "
+        f"{settings(kinds)}"
+    )
+
+
 def kohya_lora(file: Path, kinds: Sequence[AdapterKind]) -> str:
     """Where ComfyUI and A1111 look for it, and what to set there."""
+    return f"Copy {file.name} to ComfyUI/models/loras, or stable-diffusion-webui/models/Lora, and {settings(kinds)}"
+
+
+def settings(kinds: Sequence[AdapterKind]) -> str:
+    """How to draw, in the words of user interfaces."""
     usual = usual_kind(kinds)
-    return (
-        f"Copy {file.name} to ComfyUI/models/loras, or stable-diffusion-webui/models/Lora, and draw with "
-        f"{usual.steps} steps of {usual.sampler.title} at CFG {usual.guidance_scale:g}."
-    )
+    return f"draw with {usual.steps} steps of {usual.sampler.title} at CFG {usual.guidance_scale:g}."
 
 
 def drawing(usual: AdapterKind) -> str:

@@ -265,32 +265,41 @@ def merged_adapters(module: nn.Module, names: Sequence[str]) -> Iterator[None]:
 
 
 @torch.no_grad()
-def fuse_lora(model: StableDiffusion, source: str | Path, scale: float = 1.0, key: str = "lora") -> None:
-    """Add the LoRA at `source` to the frozen weights, ``W + scale (alpha / r) B A``, summed in float32.
+def fuse_adapters(model: StableDiffusion, names: Sequence[str]) -> float:
+    """Add the adapters `names` to the frozen weights, ``W + sum_i (alpha_i / r_i) B_i A_i``, and take all away.
 
-    `model` must carry no other adapter; it carries none afterwards. `key` is as for `load_lora`. Half-precision weights
-    round the sum: a warning says so where that loses more than `ROUNDING` of the change, in root mean square.
+    Summed in float32. Returns which share of the change half-precision weights round away, in root mean square.
     """
-    name = "fused"
-    load_lora(model, source, name, key)
     change, lost = 0.0, 0.0
     for layer in lora_layers(model):
-        if name in layer.lora_A:
+        updates = [_update(layer, name) for name in names if name in layer.lora_A]
+        if updates:
             weight = layer.get_base_layer().get_parameter("weight")
-            delta = scale * _update(layer, name)
+            delta = torch.stack(updates).sum(0) if len(updates) > 1 else updates[0]
             exact = weight.float() + delta
             weight.copy_(exact)
             change += float(delta.square().sum())
             lost += float((weight.float() - exact).square().sum())
     as_pipeline(model).unload_lora_weights()
-    if lost > ROUNDING**2 * change:
+    return (lost / change) ** 0.5 if change else 0.0
+
+
+def fuse_lora(model: StableDiffusion, source: str | Path, scale: float = 1.0, key: str = "lora") -> None:
+    """Add the LoRA at `source` to the frozen weights, its changes multiplied by `scale`; see `fuse_adapters`.
+
+    `model` must carry no other adapter. `key` is as for `load_lora`. A warning says where more than `ROUNDING` of the
+    change is lost.
+    """
+    load_lora(model, source, "fused", key, scale)
+    lost = fuse_adapters(model, ["fused"])
+    if lost > ROUNDING:
         log.warning(
             "%s=%s: rounding to %s loses %.0f %% of what this LoRA changes, which is little beside the weights; "
             "float32 (trainer.precision=32-true) would keep it",
             key,
             source,
             str(model.unet.dtype).removeprefix("torch."),
-            100 * (lost / change) ** 0.5,
+            100 * lost,
         )
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -146,13 +147,20 @@ def card_data(
         base_model=base.hub_id,
         library_name="diffusers",
         pipeline_tag="text-to-image",
-        license=license or "other",
-        license_name=None if license else "unknown",
+        **license_head(license),
         datasets=hub_datasets(config["data"]) or None,
         tags=[*tags, "lcm-lightning"],
         widget=[{"text": prompt, "output": {"url": picture}} for picture, prompt in samples.items()] or None,
         **(relation if base.hub_id else {}),
     )
+
+
+def license_head(license: str | None) -> dict[str, str]:
+    """How a card names a licence: by an id of the hub's list, or as another one."""
+    if license is not None and re.fullmatch(r"[a-z0-9][a-z0-9.+-]*", license):
+        return {"license": license}
+    name = "unknown" if license is None else re.sub(r"[^a-z0-9.+]+", "-", license.lower()).strip("-")
+    return {"license": "other", "license_name": name}
 
 
 def hub_datasets(data: Mapping[str, Any]) -> list[str]:
