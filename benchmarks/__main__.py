@@ -20,7 +20,8 @@ from benchmarks.limits import step_flops
 from lcm_lightning.config.checks import resolve
 from lcm_lightning.config.resolvers import package_file, register_resolvers
 from lcm_lightning.errors import UserError, report_user_errors
-from lcm_lightning.evaluation.latency import machine_info, matrix_peak, package_versions
+from lcm_lightning.evaluation.latency import machine_info, matrix_peak
+from lcm_lightning.output.versions import package_versions
 
 register_resolvers()
 

@@ -36,11 +36,12 @@ from lcm_lightning.config.checks import resolve
 from lcm_lightning.config.instantiate import build_module, frozen_dtype, instantiate_group, take_teacher_steps
 from lcm_lightning.config.quiet import quiet_known_warnings
 from lcm_lightning.config.resolvers import register_resolvers
-from lcm_lightning.evaluation.latency import machine_info, matrix_peak, package_versions, peak_memory_mb
+from lcm_lightning.evaluation.latency import machine_info, matrix_peak, peak_memory_mb
 from lcm_lightning.methods.lcm_lora import LcmLoraDistillation
 from lcm_lightning.models.adapters import LoraSettings, add_lora, merged_adapters
 from lcm_lightning.models.sampling import DDIM, sample
 from lcm_lightning.output.files import write_atomic
+from lcm_lightning.output.versions import package_versions
 
 CONF = Path(__file__).parent.parent / "conf"
 

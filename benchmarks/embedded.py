@@ -14,7 +14,8 @@ from typing import Any
 import torch
 
 from lcm_lightning.errors import UserError
-from lcm_lightning.evaluation.latency import machine_info, package_versions
+from lcm_lightning.evaluation.latency import machine_info
+from lcm_lightning.output.versions import package_versions
 
 ROOT = Path(__file__).parent.parent
 COST = "cost.json"

@@ -32,6 +32,7 @@ def main(cfg: DictConfig) -> None:
     from lcm_lightning.evaluation.evaluation import evaluate_models
     from lcm_lightning.evaluation.reference import RealImages, check_size
     from lcm_lightning.evaluation.report import console_tables, publish
+    from lcm_lightning.sharing.model_card import write_card
 
     quiet_known_warnings()
     real = RealImages(data.name, data.source, protocol.split, protocol.num_images, data.resolution, data.cache_dir)
@@ -55,6 +56,7 @@ def main(cfg: DictConfig) -> None:
     if fabric.is_global_zero:
         if cfg.run is not None and folder.parent == Path(cfg.run).expanduser() / "evaluation":
             publish(folder, folder.parent)
+            write_card(Path(cfg.run).expanduser())
         for logger in loggers:
             log_evaluation(logger, metrics, folder)
         for table in console_tables(metrics):

@@ -1,4 +1,7 @@
-"""`python -m lcm_lightning.export run=outputs/... format=kohya`: a run, or any LoRA, as other programs open it."""
+"""`python -m lcm_lightning.export run=outputs/... format=kohya`: a run, or any LoRA, as other programs open it.
+
+`push_to_hub=OWNER/NAME` in the place of a format publishes the run.
+"""
 
 from __future__ import annotations
 
@@ -21,6 +24,7 @@ if TYPE_CHECKING:
 
 EXPORT_KEYS = ("run", "model", "lora", "weights", "lora_role", "student", "format", "dtype")
 EXPORT_KEYS += ("title", "author", "license", "overwrite", "output")
+EXPORT_KEYS += ("push_to_hub", "private", "revision", "commit_message", "create_pr", "base_model")
 
 # Writes a model with its adapters into a folder, in a type, with what its author says; returns what to do with it.
 Writer: TypeAlias = "Callable[[StableDiffusion, Sequence[AdapterKind], Path, torch.dtype, Described], str]"
@@ -107,12 +111,33 @@ def megabytes(size: int) -> str:
     return f"{size / 1e6:.1f} MB" if size >= 1e5 else f"{size / 1e3:.1f} kB"
 
 
+def push_to_hub(cfg: DictConfig) -> str:
+    """Publish the run of a command; the address to look at. Raises `UserError`."""
+    for key in ("model", "lora", "weights", "format", "dtype", "title", "author"):
+        if cfg.get(key) is not None:
+            raise UserError(
+                f"{key}=... and push_to_hub={cfg.push_to_hub}: a run is published as it is; leave {key} out"
+            )
+    if cfg.run is None:
+        raise UserError(f"push_to_hub={cfg.push_to_hub}: publishes a run; add run=outputs/<experiment>/<date_time>")
+    from lcm_lightning.config.quiet import quiet_known_warnings
+    from lcm_lightning.sharing.model_card import CardSettings
+    from lcm_lightning.sharing.publishing import Push, push_run
+
+    quiet_known_warnings()
+    push = Push(cfg.push_to_hub, cfg.private, cfg.revision, cfg.commit_message, cfg.create_pr)
+    return push_run(Path(cfg.run).expanduser(), push, CardSettings(cfg.push_to_hub, cfg.base_model, cfg.license))
+
+
 @command("export")
 def main(cfg: DictConfig) -> None:
     """Entry point."""
     resolve(cfg, EXPORT_KEYS)
+    if cfg.push_to_hub is not None:
+        print(push_to_hub(cfg))
+        return
     if cfg.format not in FORMATS:
-        raise UserError(f"format={cfg.format}: expected one of {', '.join(FORMATS)}")
+        raise UserError(f"format={cfg.format}: expected one of {', '.join(FORMATS)}, or push_to_hub=OWNER/NAME")
     write, usual_dtype = FORMATS[cfg.format]
     folder = Path(cfg.output).expanduser()
     check_output(folder, overwrite=cfg.overwrite)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from functools import lru_cache
 
@@ -13,6 +14,9 @@ from lcm_lightning.errors import first_line
 ATTEMPTS = 2
 TIMEOUT = 5.0  # seconds
 REMEMBERED = 60.0  # seconds an answer counts: a run of hours must not go by one bad moment
+
+for name in ("httpx", "httpx2"):  # which tell every request, and Hydra would print it
+    logging.getLogger(name).setLevel(logging.WARNING)
 
 
 def hub_answers() -> bool:

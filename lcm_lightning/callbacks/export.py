@@ -13,6 +13,7 @@ from lightning.pytorch.loggers import WandbLogger
 from torch import Tensor
 
 from lcm_lightning.callbacks.trainers import Lowest
+from lcm_lightning.errors import first_line
 from lcm_lightning.exports.lora import write_diffusers_lora, write_kohya_lora
 from lcm_lightning.methods.adapter_training import Training
 from lcm_lightning.models.adapters import lora_state_dict
@@ -21,6 +22,7 @@ from lcm_lightning.models.lora_files import copy_lora
 from lcm_lightning.models.stable_diffusion import StableDiffusion
 from lcm_lightning.models.variants import save_pipeline
 from lcm_lightning.runs.contents import Adapter, exported_step, write_manifest
+from lcm_lightning.sharing.model_card import write_card
 
 log = logging.getLogger(__name__)
 
@@ -31,7 +33,8 @@ class Export(L.Callback, ABC):
     """After each validation and at the end, write what a module has trained into `folder`, if it is of its kind.
 
     `adapters.json` says after which optimizer step it was written ("step"). A LoRA that is part of the frozen model, as
-    a teacher's, is put beside it. At the end the folder becomes a W&B artifact where W&B logs the run.
+    a teacher's, is put beside it, and a model card of the run. At the end the folder becomes a W&B artifact
+    where W&B logs the run.
 
     Files that cannot be written (a full disk) are a warning: training and the files before them matter more.
 
@@ -109,6 +112,14 @@ class Export(L.Callback, ABC):
                 write_manifest(self.folder, [*below, self.write(collected, module, trainer.global_step)])
             except OSError as error:
                 warn_unwritten(self.folder, error)
+            else:
+                self._renew_card()
+
+    def _renew_card(self) -> None:
+        try:
+            write_card(self.folder.parent)
+        except Exception as error:  # what a card reads is of many kinds, and none of it is worth a run
+            log.warning("the model card in %s was not written (%s)", self.folder, first_line(error))
 
     def _concerns(self, module: L.LightningModule) -> bool:
         return isinstance(module, Training) and self.writes(module.kind)

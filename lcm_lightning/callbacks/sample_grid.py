@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import logging
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,7 +16,7 @@ from lcm_lightning.callbacks.shared_sampling import held_out_captions, sample_sh
 from lcm_lightning.methods.adapter_training import Training
 from lcm_lightning.models.sampling import SamplingSetup
 from lcm_lightning.output.files import write_atomic
-from lcm_lightning.output.pictures import labelled_grid
+from lcm_lightning.output.pictures import labelled_grid, png_bytes
 
 log = logging.getLogger(__name__)
 
@@ -115,10 +114,3 @@ class SampleGrid(L.Callback):
                 pixels = torch.frombuffer(bytearray(grid.tobytes()), dtype=torch.uint8)
                 pixels = pixels.reshape(grid.height, grid.width, 3)
                 logger.experiment.add_image("samples", pixels, trainer.global_step, dataformats="HWC")
-
-
-def png_bytes(image: Image.Image) -> bytes:
-    """The image as a PNG file holds it."""
-    buffer = io.BytesIO()
-    image.save(buffer, "PNG")
-    return buffer.getvalue()

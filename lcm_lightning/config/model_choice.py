@@ -17,7 +17,7 @@ from lcm_lightning.config.instantiate import instantiate_group, parse_dtype
 from lcm_lightning.errors import UserError
 from lcm_lightning.evaluation.model_sources import DataChoice, LoadedModel, ModelSource
 from lcm_lightning.methods import adapter_kinds
-from lcm_lightning.runs.contents import MANIFEST, exported, read_config, read_manifest
+from lcm_lightning.runs.contents import MANIFEST, exported, read_adapters, read_config, read_manifest
 
 if TYPE_CHECKING:
     import torch
@@ -200,13 +200,16 @@ def _for_each(loras: Sequence[str], key: str, value: Any) -> list[Any]:
 
 
 def _lora_files(lora: str, role: str | None) -> dict[AdapterKind, Path]:
-    """The files at `lora` and what they are for: a run folder knows, of a file or a hub id `role` says it."""
-    from lcm_lightning.models.lora_files import locate_lora
+    """The files at `lora` and what they are for: a run knows, in its folder or published; of others `role` says it."""
+    from lcm_lightning.models.lora_files import download_published, locate_lora
 
     run = Path(lora).expanduser()
     kinds = adapter_kinds()
     if (run / "lora" / MANIFEST).is_file():
         return {adapter.kind: run / "lora" / adapter.file for adapter in read_manifest(run)}
+    manifest = run / MANIFEST if (run / MANIFEST).is_file() else download_published(lora, MANIFEST)
+    if manifest is not None:
+        return _published_files(lora, manifest)
     if exported(run) is not None:
         raise UserError(f"lora={lora}: a run that trained a whole UNet and left no LoRA; give run={lora}")
     if role in kinds and not kinds[role].whole:
@@ -217,6 +220,22 @@ def _lora_files(lora: str, role: str | None) -> dict[AdapterKind, Path]:
         f"lora_role={role}: say what lora={lora} is: {' or '.join(students)}, which is drawn in few steps without "
         "guidance, or lora_role=finetuned for one that was not distilled; of several in their order, lora_role=[...]"
     )
+
+
+def _published_files(lora: str, manifest: Path) -> dict[AdapterKind, Path]:
+    """The LoRAs that a manifest lists: files beside it, or of the repository `lora` that it was downloaded from."""
+    from lcm_lightning.models.lora_files import download_published
+
+    found = {}
+    for adapter in read_adapters(manifest, f"lora={lora}: {MANIFEST}"):
+        if adapter.kind.whole:
+            raise UserError(f"lora={lora}: holds a whole UNet and no LoRA; give model=sd15 model.path={lora}")
+        beside = manifest.parent / adapter.file
+        file = beside if beside.is_file() else download_published(lora, adapter.file)
+        if file is None:
+            raise UserError(f"lora={lora}: {adapter.file}, which its {MANIFEST} names, is not there; download it again")
+        found[adapter.kind] = file
+    return found
 
 
 def _with_adapters(

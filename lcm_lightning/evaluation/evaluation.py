@@ -13,7 +13,7 @@ from lightning.fabric import Fabric
 from lcm_lightning.evaluation.drawing import Drawing, Drawn, ModelImages, draw_models
 from lcm_lightning.evaluation.features import Clip, make_extractor
 from lcm_lightning.evaluation.figures import make_grids
-from lcm_lightning.evaluation.latency import machine_info, matrix_peak, package_versions, time_models
+from lcm_lightning.evaluation.latency import machine_info, matrix_peak, time_models
 from lcm_lightning.evaluation.measurement import measure
 from lcm_lightning.evaluation.model_sources import ModelLoader, ModelSource
 from lcm_lightning.evaluation.protocol import Protocol
@@ -21,6 +21,7 @@ from lcm_lightning.evaluation.reference import RealImages, read_reference
 from lcm_lightning.evaluation.report import SCHEMA_VERSION, write_report
 from lcm_lightning.models.identity import token_embeddings_digest
 from lcm_lightning.output.progress import image_progress
+from lcm_lightning.output.versions import package_versions
 
 
 def evaluate_models(

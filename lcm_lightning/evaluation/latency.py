@@ -8,9 +8,7 @@ import resource
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, get_args
 
@@ -28,7 +26,6 @@ from lcm_lightning.models.adapters import active_adapters, merged_adapters
 from lcm_lightning.models.sampling import Stage, sample
 from lcm_lightning.models.stable_diffusion import StableDiffusion
 
-PACKAGES = ("torch", "lightning", "diffusers", "transformers", "peft", "torchmetrics", "lcm-lightning")
 STAGES: tuple[Stage, ...] = get_args(Stage)
 
 
@@ -244,12 +241,3 @@ def machine_info(device: torch.device) -> dict[str, object]:
         cpu = names[0].split(":", 1)[1].strip() if names else cpu
     gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else None
     return {"cpu": cpu, "cores": os.cpu_count(), "threads": torch.get_num_threads(), "gpu": gpu}
-
-
-def package_versions() -> dict[str, str]:
-    """Versions of Python and of the packages that decide the figures; a clone that is not installed has none."""
-    found = {"python": platform.python_version()}
-    for name in PACKAGES:
-        with suppress(PackageNotFoundError):
-            found[name] = version(name)
-    return found

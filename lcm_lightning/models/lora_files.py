@@ -192,6 +192,16 @@ def _download_lora(hub_id: str, key: str) -> Path:
     )
 
 
+def download_published(hub_id: str, name: str) -> Path | None:
+    """The file `name` of a repository on the hub; None where there is no such file, or it is out of reach."""
+    if str(hub_id).startswith((".", "/", "~")) or str(hub_id).count("/") != 1 or Path(hub_id).exists():
+        return None
+    try:
+        return Path(hf_hub_download(hub_id, name, local_files_only=not hub_answers()))
+    except Exception:  # of several libraries; who needs the file says what is missing
+        return None
+
+
 def _cached_files(hub_id: str) -> list[str]:
     """Names of the files that the cache holds of a repository. Raises `LocalEntryNotFoundError` if it holds none."""
     snapshot = Path(snapshot_download(hub_id, local_files_only=True))

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import io
+import json
 import textwrap
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from PIL import Image, ImageDraw, ImageFont
+from PIL.PngImagePlugin import PngInfo
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -17,6 +21,16 @@ HEADING_LINE = 18
 CAPTION = 200
 CAPTION_LINE = 24
 SMALLEST_CELL = 128
+CELLS = "cells"  # name of the text in a grid's file that says where its images lie
+
+
+@dataclass(frozen=True)
+class GridImage:
+    """An image of a grid, with the words of its column and its row."""
+
+    heading: str
+    caption: str
+    picture: Image.Image
 
 
 def to_bytes(images: Tensor) -> Tensor:
@@ -50,6 +64,7 @@ def labelled_grid(columns: Sequence[Tensor], headings: Sequence[str], captions: 
     """A picture of `columns`, each [N, 3, H, W] in [0, 1], under their headings, row i beside ``captions[i]``.
 
     Images below 128 px are enlarged by a whole factor, pixel by pixel, so that what is seen is what was drawn.
+    `grid_images` takes it apart again.
     """
     enlarged = max(1, SMALLEST_CELL // columns[0].shape[-1])
     tall, wide = (side * enlarged for side in columns[0].shape[-2:])
@@ -67,4 +82,29 @@ def labelled_grid(columns: Sequence[Tensor], headings: Sequence[str], captions: 
     for i, caption in enumerate(captions):
         lines = "\n".join(textwrap.wrap(caption, 26)[: max(1, tall // 18)])
         draw.multiline_text((GAP, top + i * (tall + GAP) + 4), lines, "black", font)
+    places = {"first": [CAPTION + GAP, top], "size": [wide, tall]}
+    grid.info[CELLS] = json.dumps({"headings": list(headings), "captions": list(captions), **places})
     return grid
+
+
+def grid_images(grid: Image.Image) -> list[GridImage]:
+    """The images of a `labelled_grid`, or of its file by `png_bytes`, row by row; none where it does not say."""
+    if CELLS not in grid.info:
+        return []
+    cells = json.loads(grid.info[CELLS])
+    (left, top), (wide, tall) = cells["first"], cells["size"]
+    return [
+        GridImage(heading, caption, grid.crop((x, y, x + wide, y + tall)))
+        for y, caption in zip(range(top, grid.height, tall + GAP), cells["captions"], strict=True)
+        for x, heading in zip(range(left, grid.width - GAP, wide + GAP), cells["headings"], strict=True)
+    ]
+
+
+def png_bytes(image: Image.Image) -> bytes:
+    """The image as a PNG file holds it; a grid's says where its images lie."""
+    said = PngInfo()
+    if CELLS in image.info:
+        said.add_text(CELLS, image.info[CELLS])
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG", pnginfo=said)
+    return buffer.getvalue()

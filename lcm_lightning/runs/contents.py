@@ -14,6 +14,7 @@ from lcm_lightning.errors import UserError, first_line
 from lcm_lightning.methods import adapter_kinds
 from lcm_lightning.models.kinds import LORA_FILE, AdapterKind
 from lcm_lightning.output.files import write_atomic
+from lcm_lightning.output.versions import package_versions
 from lcm_lightning.runs.folders import OVERRIDES
 
 if TYPE_CHECKING:
@@ -36,9 +37,13 @@ class Adapter:
 
 
 def write_manifest(folder: Path, adapters: list[Adapter]) -> None:
-    """Say which files in `folder` (one of a run's `EXPORTS`) make up its model, in the order they were trained."""
+    """Say which files in `folder` (one of a run's `EXPORTS`) make up its model, in the order they were trained.
+
+    And by which versions.
+    """
     entries = [{"file": adapter.file, "step": adapter.step, **adapter.kind.to_json()} for adapter in adapters]
-    write_atomic(folder / MANIFEST, (json.dumps({"adapters": entries}, indent=2) + "\n").encode())
+    content = {"adapters": entries, "versions": package_versions()}
+    write_atomic(folder / MANIFEST, (json.dumps(content, indent=2) + "\n").encode())
 
 
 def read_config(run: Path) -> DictConfig:
@@ -69,13 +74,27 @@ def read_manifest(run: Path) -> list[Adapter]:
     folder = exported(run)
     if folder is None:
         raise UserError(f"run={run}: no lora/{MANIFEST} there; the run ended before its first export, train it again")
+    return read_adapters(folder / MANIFEST, f"run={run}: {folder.name}/{MANIFEST}")
+
+
+def read_adapters(manifest: Path, said: str) -> list[Adapter]:
+    """The adapters that a manifest lists, in training order.
+
+    Raises:
+        UserError: it is damaged; begins with `said`.
+    """
     try:
-        return [_adapter(entry) for entry in json.loads((folder / MANIFEST).read_text())["adapters"]]
+        return [_adapter(entry) for entry in json.loads(manifest.read_text())["adapters"]]
     except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
         raise UserError(
-            f"run={run}: {folder.name}/{MANIFEST} is damaged, or of another version ({first_line(error)}); copy the "
-            "run again, or train it again with this version"
+            f"{said} is damaged, or of another version ({first_line(error)}); copy the run again, or train it again "
+            "with this version"
         ) from error
+
+
+def read_versions(manifest: Path) -> dict[str, str]:
+    """What a run was exported with; empty where versions before 0.2 wrote it."""
+    return {str(name): str(version) for name, version in json.loads(manifest.read_text()).get("versions", {}).items()}
 
 
 def exported_step(run: Path) -> int | None:

@@ -1,0 +1,265 @@
+"""A model card: what a run's export is, how it is used, how good it is and how it was made.
+
+Cards of the Hugging Face hub are Markdown under a head of YAML (https://huggingface.co/docs/hub/model-cards). Nothing
+is in it that only this machine knows: no path, no name of a user.
+"""
+
+from __future__ import annotations
+
+import inspect
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import jinja2
+from huggingface_hub import ModelCard, ModelCardData
+from omegaconf import OmegaConf
+from PIL import Image
+from safetensors import safe_open
+
+from lcm_lightning.data.layouts import DOWNLOADS
+from lcm_lightning.evaluation.tables import Table, quality_table
+from lcm_lightning.models.kinds import LORA_FILE, AdapterKind
+from lcm_lightning.output.files import write_atomic
+from lcm_lightning.output.pictures import grid_images, png_bytes
+from lcm_lightning.runs.contents import MANIFEST, Adapter, exported, read_config, read_manifest, read_versions
+from lcm_lightning.sharing.base_models import HUB_ID, BaseModel, base_model
+from lcm_lightning.sharing.redaction import public
+from lcm_lightning.sharing.training_facts import images_per_step, training_command, training_seconds, training_table
+
+CARD = "README.md"
+PICTURES = "pictures"  # folder of a card's samples, beside it
+EVALUATION_GRID = "evaluation.png"
+MARK = "<!-- Written by lcm-lightning, which renews it. Remove this line, and the page is yours and left as it is. -->"
+TEMPLATES = Path(__file__).parent / "templates"
+LARGEST_PICTURE = 512  # px of a side
+EMBEDDED_BASE = "The base model, `{}`, is the pipeline that ships with lcm-lightning as `lcm_lightning/assets/tiny`."
+LOCAL_BASE = "The base model lay in a local folder or file, `{}`, and is named by that alone."
+LICENSE = "The licence given is that of the base model; the terms of the data set are its own."
+NO_LICENSE = (
+    "The licence is not known: weights trained on a model are bound by that model's, and nothing said what that of "
+    "`{}` is (`license=...` of `python -m lcm_lightning.export` does)."
+)
+
+
+@dataclass(frozen=True)
+class CardSettings:
+    """What a run does not know and a person may say.
+
+    Attributes:
+        repo_id: where the card will stand on the hub.
+        base_model: hub id of the base model, where the run had a local copy.
+        license: as cards name it, such as openrail++.
+    """
+
+    repo_id: str | None = None
+    base_model: str | None = None
+    license: str | None = None
+
+
+def write_card(run: Path, settings: CardSettings | None = None) -> Path | None:
+    """Write or renew the card of what a run has exported, with pictures beside it; its path.
+
+    None where there is nothing to write of: no export, or no record of settings. A card that a person has made their
+    own is left alone.
+
+    Raises:
+        UserError: `settings`, or the run's records, make no sense.
+        OSError: it cannot be written.
+    """
+    folder = exported(run)
+    if folder is None or not (run / "config.yaml").is_file():
+        return None
+    path = folder / CARD
+    if path.is_file() and MARK not in path.read_text(encoding="utf-8"):
+        return path
+    samples = write_pictures(run, folder)
+    copy_evaluation_grid(run, folder)
+    write_atomic(path, card_of(run, folder, samples, settings or CardSettings()).encode())
+    return path
+
+
+def card_of(run: Path, folder: Path, samples: Mapping[str, str], settings: CardSettings) -> str:
+    """The card's text.
+
+    Args:
+        folder: of the run's export.
+        samples: prompts by picture, whose paths are relative to `folder`.
+    """
+    config = OmegaConf.to_container(read_config(run), resolve=True)
+    assert isinstance(config, dict)
+    adapters, metrics = read_manifest(run), evaluation_of(run)
+    kind, base = adapters[-1].kind, base_model(config["model"], settings.base_model)
+    license = settings.license or base.license
+    seconds = training_seconds(run / "metrics.csv", images_per_step(config))
+    content = {
+        "kind": kind,
+        "below": adapters[:-1],
+        "base": base,
+        "notes": notes(base, license, given=settings.license is not None),
+        "data": config["data"]["name"],
+        "usage": usage(adapters, base, next(iter(samples.values()), "a photo of a dog"), config, settings.repo_id),
+        "repo_id": settings.repo_id,
+        "files": {file.name for file in folder.iterdir()},
+        "pictures": samples,
+        "evaluation": metrics,
+        "quality": quality_table(metrics["models"]) if metrics else None,
+        "has_grid": (folder / EVALUATION_GRID).is_file(),
+        "training": training_table(config, adapters[-1].step, seconds),
+        "command": training_command(run),
+        "versions": read_versions(folder / MANIFEST),
+        "mark": MARK,
+    }
+    data = card_data(kind, base, license, config, samples, is_xl(folder, kind))
+    return ModelCard(f"---\n{data.to_yaml()}\n---\n\n{_template('model_card.md.j2').render(content)}").content
+
+
+def notes(base: BaseModel, license: str | None, *, given: bool) -> list[str]:
+    """What a reader should know of origin and licence.
+
+    Args:
+        given: whether a person has said the licence.
+    """
+    origin = [] if base.hub_id else [(EMBEDDED_BASE if base.embedded else LOCAL_BASE).format(base.name)]
+    if given:
+        return origin
+    return [*origin, LICENSE if license else NO_LICENSE.format(base.name)]
+
+
+def card_data(
+    kind: AdapterKind,
+    base: BaseModel,
+    license: str | None,
+    config: Mapping[str, Any],
+    samples: Mapping[str, str],
+    xl: bool,
+) -> ModelCardData:
+    """The head, by which the hub files a model."""
+    tags = ["text-to-image", "diffusers", "stable-diffusion-xl" if xl else "stable-diffusion"]
+    tags += [] if kind.whole else ["lora"]
+    tags += [kind.name, "distillation"] if kind.role == "student" else []
+    relation = {"base_model_relation": "finetune" if kind.whole else "adapter"}
+    return ModelCardData(
+        base_model=base.hub_id,
+        library_name="diffusers",
+        pipeline_tag="text-to-image",
+        **license_head(license),
+        datasets=hub_datasets(config["data"]) or None,
+        tags=[*tags, "lcm-lightning"],
+        widget=[{"text": prompt, "output": {"url": picture}} for picture, prompt in samples.items()] or None,
+        **(relation if base.hub_id else {}),
+    )
+
+
+def license_head(license: str | None) -> dict[str, str]:
+    """How a card names a licence: by an id of the hub's list, or as another one."""
+    if license is not None and re.fullmatch(r"[a-z0-9][a-z0-9.+-]*", license):
+        return {"license": license}
+    name = "unknown" if license is None else re.sub(r"[^a-z0-9.+]+", "-", license.lower()).strip("-")
+    return {"license": "other", "license_name": name}
+
+
+def hub_datasets(data: Mapping[str, Any]) -> list[str]:
+    """Ids of the data sets on the hub that a run's `data` section means."""
+    source = str(data.get("source") or "")
+    if source.startswith("hf://datasets/"):
+        return ["/".join(source.removeprefix("hf://datasets/").split("/")[:2])]
+    if HUB_ID.fullmatch(source) and not Path(source).exists():
+        return [source]
+    known = DOWNLOADS.get(data["name"], ("", ""))[1]
+    return [known] if known else []
+
+
+def is_xl(folder: Path, kind: AdapterKind) -> bool:
+    """Whether an export is for SDXL, by its own files."""
+    if kind.whole:
+        index = json.loads((folder / "model_index.json").read_text())
+        return "XL" in index["_class_name"]
+    with safe_open(folder / LORA_FILE, "pt") as file:
+        return any(".transformer_blocks.1." in key for key in file.keys())  # noqa: SIM118  # no mapping
+
+
+def usage(
+    adapters: Sequence[Adapter], base: BaseModel, prompt: str, config: Mapping[str, Any], repo_id: str | None
+) -> str:
+    """A program for diffusers that draws `prompt` with what was exported, as its method means it to be drawn with."""
+    kind = adapters[-1].kind
+    settings = {key: value for key, value in kind.sampler.settings.items() if key != "eta"}
+    scheduler = getattr(diffusers, kind.sampler.scheduler)
+    if base.zero_terminal_snr and "timestep_spacing" in inspect.signature(scheduler.__init__).parameters:
+        settings["timestep_spacing"] = "trailing"  # see `make_scheduler`
+    call: dict[str, Any] = {"num_inference_steps": kind.steps, "guidance_scale": kind.guidance_scale}
+    if "eta" in kind.sampler.settings:
+        call["eta"] = kind.sampler.settings["eta"]
+    if side := config["data"].get("resolution"):
+        call |= {"height": side, "width": side}
+    return _template("usage.py.j2").render(
+        kind=kind,
+        adapters=adapters,
+        base=base.hub_id or f"path/to/{base.name}",
+        loader="from_single_file" if base.is_file else "from_pretrained",
+        place=repo_id or "path/to/this/folder",
+        settings=[f"{key}={value!r}" for key, value in settings.items()],
+        call=[f"{key}={value!r}" for key, value in call.items()],
+        prompt=json.dumps(prompt, ensure_ascii=False),
+    )
+
+
+def write_pictures(run: Path, folder: Path) -> dict[str, str]:
+    """Put what was drawn in the usual steps in the run's last grid beside the card; prompts by picture."""
+    *_, adapter = read_manifest(run)
+    grids = sorted((run / "samples").glob("step_*.png"))
+    exact = run / "samples" / f"step_{adapter.step or 0:06d}.png"  # that of the best step, where that is kept
+    if not grids:
+        return {}
+    with Image.open(exact if exact in grids else grids[-1]) as file:
+        images = grid_images(file.convert("RGB"))
+    headings = [image.heading for image in images]
+    wanted = adapter.kind.label(adapter.kind.steps)
+    if wanted not in headings:
+        wanted = headings[-1] if headings else ""
+    prompts = {}
+    for number, image in enumerate((image for image in images if image.heading == wanted), start=1):
+        image.picture.thumbnail((LARGEST_PICTURE, LARGEST_PICTURE), Image.Resampling.LANCZOS)
+        write_atomic(folder / PICTURES / f"{number}.png", png_bytes(image.picture))
+        prompts[f"{PICTURES}/{number}.png"] = image.caption
+    for stale in (folder / PICTURES).glob("*.png"):
+        if f"{PICTURES}/{stale.name}" not in prompts:
+            stale.unlink()
+    return prompts
+
+
+def evaluation_of(run: Path) -> dict[str, Any] | None:
+    """The metrics.json of a run's newest evaluation, fit to be published."""
+    file = run / "evaluation" / "metrics.json"
+    if not file.is_file():
+        return None
+    metrics: dict[str, Any] = public(json.loads(file.read_text()))
+    return metrics
+
+
+def copy_evaluation_grid(run: Path, folder: Path) -> None:
+    """Put the grid of a run's newest evaluation beside the card."""
+    metrics = evaluation_of(run)
+    grid = run / "evaluation" / metrics["protocol"] / "grid.png" if metrics else None
+    if grid is not None and grid.is_file():
+        write_atomic(folder / EVALUATION_GRID, grid.read_bytes())
+
+
+def _template(name: str) -> jinja2.Template:
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(TEMPLATES), autoescape=False, trim_blocks=True, lstrip_blocks=True
+    )
+    environment.filters["pipes"] = pipes
+    return environment.get_template(name)
+
+
+def pipes(table: Table) -> str:
+    """A table in Markdown."""
+    lines = [[heading for heading, _ in table.headings], ["---"] * len(table.headings)]
+    lines += [[row.title, *map(str, row.cells)] for row in table.rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)

@@ -1,0 +1,303 @@
+"""A model card: its head is what the hub files by, its program draws, and nothing in it is of this machine."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from huggingface_hub import ModelCard
+from omegaconf import DictConfig, OmegaConf
+from PIL import Image
+
+from helpers.commands import ROOT, SMALL, SMALLER, in_process
+from lcm_lightning.errors import UserError
+from lcm_lightning.output.pictures import grid_images, labelled_grid, png_bytes
+from lcm_lightning.sharing.base_models import base_model
+from lcm_lightning.sharing.model_card import CARD, EVALUATION_GRID, MARK, CardSettings, write_card
+from lcm_lightning.sharing.redaction import HIDDEN, public, public_overrides, public_text
+from lcm_lightning.sharing.training_facts import images_per_step, training_seconds
+
+TINY = ROOT / "lcm_lightning" / "assets" / "tiny"
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory, flickr_shards: Path) -> dict[str, Path]:
+    """A fine-tuning, and a distillation of what it made, of a step each."""
+    folder = tmp_path_factory.mktemp("secret-user")
+    shared = ("model=tiny", f"data.source={flickr_shards}", "trainer=cpu", "logger=csv", "max_steps=1", "val_every=1")
+    shared += ("method.warmup_steps=0", "optimizer.lr=0.05")  # far enough that its adapter shows in a picture
+    places = {name: folder / name for name in ("finetuned", "student")}
+    for name, options in {
+        "finetuned": ("method=lora", "callbacks.samples.guidance_scale=2.0"),
+        "student": (
+            "method=tcd_lora",
+            f"method.teacher_lora={places['finetuned']}",
+            "callbacks.samples.student_steps=[4]",
+        ),
+    }.items():
+        in_process("lcm_lightning.train", *SMALL, *shared, *options, f"hydra.run.dir={places[name]}")
+    return places
+
+
+@pytest.fixture
+def student(runs: dict[str, Path], tmp_path: Path) -> Path:
+    """A copy of the student's run to write into."""
+    return Path(shutil.copytree(runs["student"], tmp_path / "run"))
+
+
+def card(run: Path) -> ModelCard:
+    return ModelCard.load(run / "lora" / CARD)
+
+
+def set_in_config(run: Path, **values: object) -> None:
+    config = OmegaConf.load(run / "config.yaml")
+    assert isinstance(config, DictConfig)
+    for key, value in values.items():
+        OmegaConf.update(config, key.replace("__", "."), value)
+    OmegaConf.save(config, run / "config.yaml")
+
+
+def test_training_writes_a_card_with_a_head_and_pictures_of_its_last_grid(runs: dict[str, Path]):
+    head = card(runs["student"]).data.to_dict()
+    assert head["library_name"] == "diffusers" and head["pipeline_tag"] == "text-to-image"
+    assert {"lora", "text-to-image", "diffusers", "stable-diffusion", "tcd"} <= set(head["tags"])
+    assert head["license"] == "apache-2.0"  # the embedded pipeline's
+    prompts = [entry["text"] for entry in head["widget"]]
+    assert len(prompts) == 2 and all(prompt.startswith("photo") for prompt in prompts)
+    for entry in head["widget"]:
+        with Image.open(runs["student"] / "lora" / entry["output"]["url"]) as picture:
+            assert picture.size == (128, 128)  # of 32 px, enlarged as in the grid
+
+
+def test_a_card_says_nothing_of_this_machine(runs: dict[str, Path], flickr_shards: Path):
+    for run in runs.values():
+        text = (run / "lora" / CARD).read_text()
+        for private in ("secret-user", str(ROOT), str(flickr_shards.parent), str(Path.home()) + "/"):
+            assert private not in text
+
+
+def program(run: Path) -> str:
+    (found,) = re.findall(r"```python\n(.*?)```", (run / "lora" / CARD).read_text(), re.DOTALL)
+    return found
+
+
+@pytest.mark.parametrize("name", ["finetuned", "student"])
+def test_the_card_s_program_draws_what_the_run_draws(
+    runs: dict[str, Path], name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Only the two places that it leaves open are filled in."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    lora = runs[name] / "lora"
+    code = program(runs[name]).replace("path/to/tiny", str(TINY)).replace("path/to/this/folder", str(lora))
+    assert code.count("load_lora_weights") == {"finetuned": 1, "student": 2}[name]
+    code = re.sub("num_inference_steps=50", "num_inference_steps=10", code)
+    exec(compile(code, str(lora / CARD), "exec"), {})
+
+    prompt = card(runs[name]).data.to_dict()["widget"][0]["text"]
+    steps = ("steps=10",) if name == "finetuned" else ()
+    in_process(
+        "lcm_lightning.generate",
+        *(f"run={runs[name]}", f'prompt="{prompt}"', "num_images=1", "accelerator=cpu", "dtype=float32"),
+        *("resolution=32", *steps, "output=ours"),
+    )
+    (ours,) = Path("ours").glob("*.png")
+    theirs = torch.frombuffer(bytearray(Image.open("image.png").tobytes()), dtype=torch.uint8).short()
+    expected = torch.frombuffer(bytearray(Image.open(ours).tobytes()), dtype=torch.uint8).short()
+    assert (theirs - expected).abs().max() <= 2
+
+
+def test_settings_are_those_of_the_run(runs: dict[str, Path]):
+    text = (runs["student"] / "lora" / CARD).read_text()
+    for line in (
+        "| method | `TcdLoraDistillation` |",
+        "| optimizer steps | 1 |",
+        "| images a step | 2 |",
+        "| LoRA | rank 4, alpha 4, layers: lcm_lora |",
+        "| fine-tuned teacher | `finetuned` |",
+    ):
+        assert line in text
+    assert re.search(r"^    python train\.py .*method=tcd_lora", text, re.MULTILINE)
+    assert re.search(r"\| versions \| python 3.*diffusers \d", text)
+
+
+def test_an_evaluation_adds_its_table_and_grid(student: Path):
+    assert "## Evaluation" not in (student / "lora" / CARD).read_text()
+    (student / "evaluation" / "quick").mkdir(parents=True)
+    Image.new("RGB", (8, 8)).save(student / "evaluation" / "quick" / "grid.png")
+    (student / "evaluation" / "metrics.json").write_text(json.dumps(metrics()))
+    write_card(student)
+    text = (student / "lora" / CARD).read_text()
+    assert "| TCD-LoRA, 4 steps | 4 | 0.100 | 10.0× | 12.0 [11.0, 13.0] |" in text
+    assert "(evaluation.png)" in text and (student / "lora" / EVALUATION_GRID).is_file()
+    assert "/home/alice" not in text and "features tiny_clip" in text
+
+
+def metrics() -> dict[str, object]:
+    entries = []
+    for slug, label, evaluations, seconds, fid in (
+        ("base", "base, DDIM 50 steps", 100, 1.0, 20.0),
+        ("tcd", "TCD-LoRA, 4 steps", 4, 0.1, 12.0),
+    ):
+        entry = {"slug": slug, "role": "base", "label": label, "network_evaluations": evaluations, "teacher": "base"}
+        entry |= {"n_images": 100, "seconds_per_image": {"median": seconds}}
+        entries.append(entry | {"fid": {"value": fid, "low": fid - 1, "high": fid + 1}})
+    machine = {"cpu": "a CPU", "gpu": None, "dtype": "bfloat16"}
+    measured = {"dataset": "flickr8k/test", "protocol": "quick", "features": "/home/alice/tiny_clip", "n_real": 100}
+    return {**measured, "resolution": 32, "machine": machine, "warnings": [], "models": entries}
+
+
+def test_a_card_that_a_person_has_made_their_own_is_kept(student: Path):
+    path = student / "lora" / CARD
+    path.write_text(path.read_text().replace(MARK, "") + "my words")
+    written = path.read_text()
+    write_card(student)
+    assert path.read_text() == written
+
+
+def test_a_base_model_of_the_hub_is_in_the_head_and_gives_its_licence(student: Path):
+    set_in_config(
+        student, model__path="stable-diffusion-v1-5/stable-diffusion-v1-5", data__name="flickr30k", data__source=None
+    )
+    write_card(student, CardSettings(repo_id="me/student"))
+    head = card(student).data.to_dict()
+    assert head["base_model"] == "stable-diffusion-v1-5/stable-diffusion-v1-5"
+    assert head["base_model_relation"] == "adapter" and head["license"] == "creativeml-openrail-m"
+    assert head["datasets"] == ["clip-benchmark/wds_flickr30k"]
+    assert 'from_pretrained("stable-diffusion-v1-5/stable-diffusion-v1-5"' in program(student)
+    assert 'lora = "me/student"' in program(student)
+
+
+def test_a_base_model_in_a_local_folder_is_a_name_and_its_licence_unknown(student: Path, tmp_path: Path):
+    set_in_config(student, model__path=str(tmp_path / "my-model"))
+    write_card(student)
+    head = card(student).data.to_dict()
+    assert "base_model" not in head and (head["license"], head["license_name"]) == ("other", "unknown")
+    text = (student / "lora" / CARD).read_text()
+    assert "lay in a local folder or file, `my-model`" in text and "The licence is not known" in text
+    write_card(student, CardSettings(base_model="me/my-model", license="openrail++"))
+    head = card(student).data.to_dict()
+    assert (head["base_model"], head["license"]) == ("me/my-model", "openrail++")
+
+
+def test_a_base_model_s_own_card_gives_its_licence(tmp_path: Path):
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "README.md").write_text("---\nlicense: mit\n---\nwords")
+    assert base_model({"path": str(tmp_path / "model")}).license == "mit"
+
+
+def test_a_model_in_the_hub_s_cache_is_known_by_its_id(tmp_path: Path):
+    snapshot = tmp_path / "models--owner--name" / "snapshots" / ("0" * 40)
+    assert base_model({"path": str(snapshot)}).hub_id == "owner/name"
+
+
+def test_a_base_model_that_is_no_id_is_refused(student: Path):
+    with pytest.raises(UserError, match=r"base_model=/home/me: expected an id on the hub"):
+        write_card(student, CardSettings(base_model="/home/me"))
+
+
+def test_a_schedule_of_zero_terminal_snr_is_walked_with_trailing_spacing(student: Path, tmp_path: Path):
+    folder = tmp_path / "zsnr" / "scheduler"
+    folder.mkdir(parents=True)
+    (folder / "scheduler_config.json").write_text(json.dumps({"rescale_betas_zero_snr": True}))
+    set_in_config(student, model__path=str(folder.parent))
+    write_card(student)
+    assert "timestep_spacing='trailing'" in program(student)
+
+
+def test_no_export_or_no_settings_make_no_card(tmp_path: Path, student: Path):
+    assert write_card(tmp_path) is None
+    (student / "config.yaml").unlink()
+    assert write_card(student) is None
+
+
+def test_a_card_that_cannot_be_written_does_not_end_training(
+    runs: dict[str, Path], tmp_path: Path, flickr_shards: Path, monkeypatch: pytest.MonkeyPatch, caplog
+):
+    def broken(run: Path) -> None:
+        raise ValueError("of a library")
+
+    monkeypatch.setattr("lcm_lightning.callbacks.export.write_card", broken)
+    in_process(
+        "lcm_lightning.train",
+        *(*SMALL, "model=tiny", "method=lora", f"data.source={flickr_shards}", "trainer=cpu", "logger=csv"),
+        *("max_steps=1", "val_every=1", f"hydra.run.dir={tmp_path / 'run'}"),
+    )
+    assert (tmp_path / "run" / "lora" / "adapters.json").is_file()
+    assert not (tmp_path / "run" / "lora" / CARD).exists()
+
+
+@pytest.mark.slow
+def test_a_whole_unet_s_card_draws_from_its_folder(
+    tmp_path: Path, flickr_shards: Path, monkeypatch: pytest.MonkeyPatch
+):
+    run = tmp_path / "run"
+    in_process(
+        "lcm_lightning.train",
+        *(*SMALLER, "model=tiny", "method=lcm", f"data.source={flickr_shards}", "trainer=cpu", "logger=csv"),
+        *("max_steps=1", "val_every=1", f"hydra.run.dir={run}"),
+    )
+    text = (run / "pipeline" / CARD).read_text()
+    head = ModelCard(text).data.to_dict()
+    assert "lora" not in head["tags"] and "full_lcm" in head["tags"]
+    (code,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    exec(compile(code.replace("path/to/this/folder", str(run / "pipeline")), "card", "exec"), {})
+    assert Image.open("image.png").size == (32, 32)
+
+
+# ---- its parts -----------------------------------------------------------------------------------------------------
+
+
+def test_a_grid_s_file_can_be_taken_apart_again(tmp_path: Path):
+    columns = [torch.rand(3, 3, 160, 200) for _ in range(2)]
+    (tmp_path / "grid.png").write_bytes(png_bytes(labelled_grid(columns, ["a\nb", "c"], ["x", "y", "z"])))
+    found = grid_images(Image.open(tmp_path / "grid.png"))
+    assert [(image.heading, image.caption) for image in found] == [(h, c) for c in "xyz" for h in ("a\nb", "c")]
+    for number, image in enumerate(found):
+        expected = (columns[number % 2][number // 2] * 255).round().byte().permute(1, 2, 0)
+        assert torch.equal(
+            torch.frombuffer(bytearray(image.picture.tobytes()), dtype=torch.uint8).view(160, 200, 3), expected
+        )
+    assert grid_images(Image.new("RGB", (10, 10))) == []
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("/home/alice/models/sd15", "sd15"),
+        ("~/models/sd15", "sd15"),
+        ("../../alice/sd15", "sd15"),
+        (r"C:\Users\alice\sd15", "sd15"),
+        ("run:/home/alice/outputs/a and more", "run:a and more"),
+        ("[/home/alice/a,/home/alice/b]", "[a,b]"),
+        ("https://alice:pw@example.org/x/y.tar?sig=1", "https://example.org/x/y.tar"),
+        ("file:///home/alice/x.tar", "x.tar"),
+        ("outputs/lcm/2026-01-01", "outputs/lcm/2026-01-01"),
+        ("clip-benchmark/wds_flickr8k", "clip-benchmark/wds_flickr8k"),
+        ("a photo of 1/2 an apple", "a photo of 1/2 an apple"),
+        ("hf_abcdefghijklmnopqrst", HIDDEN),
+    ],
+)
+def test_of_paths_and_addresses_only_what_is_no_secret_is_told(text: str, expected: str):
+    assert public_text(text) == expected
+
+
+def test_values_of_keys_that_name_secrets_are_removed(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("MY_API_KEY", "swordfish-swordfish")
+    told = public({"api_key": "x", "hub_token": "y", "num_tokens": 77, "note": "swordfish-swordfish!", "a": ["/b/c"]})
+    assert told == {"api_key": HIDDEN, "hub_token": HIDDEN, "num_tokens": 77, "note": f"{HIDDEN}!", "a": ["c"]}
+    overrides = ["experiment=x", "logger.wandb.api_key=abc", "data.source=/a/b", "+logger=csv", "data.token=abc"]
+    assert public_overrides(overrides) == ["experiment=x", "data.source=b", f"data.token={HIDDEN}"]
+
+
+def test_training_time_is_read_from_the_images_a_second(tmp_path: Path):
+    (tmp_path / "metrics.csv").write_text("step,train/images_per_second\n9,20\n9,\n19,40\n")
+    assert training_seconds(tmp_path / "metrics.csv", 8) == 10 * 8 / 20 + 10 * 8 / 40
+    config = {"trainer": {"devices": "auto", "accumulate_grad_batches": 1}, "data": {"batch_size": 8}}
+    assert images_per_step(config) is None and training_seconds(tmp_path / "metrics.csv", None) is None
