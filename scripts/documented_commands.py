@@ -1,4 +1,4 @@
-"""The shell commands that README.md and docs/ show, and what stands for a reader's own folders in them.
+"""The commands and the Python that README.md and docs/ show, and what stands for a reader's own folders in them.
 
 What a command needs that a clone without a network and a GPU lacks is told by its own words (`TELLING`), or else by a
 comment above its block in the Markdown, which no reader sees: `<!-- needs: hours -->` for all commands of the block,
@@ -30,7 +30,7 @@ NEEDS = {
 }
 TELLING = {
     "hub": r"latent-consistency/|clip-benchmark/|SimianLuo/|stabilityai/|https?://|\bnpm\b|git clone"
-    r"|wandb:|push_to_hub",
+    r"|wandb:|push_to_hub|hparams_search=student|callbacks=(student_quality|early_stopping)(?!.*tiny_clip)",
     "gpu": r"\btrainer=(ddp|fsdp|gpu)\b|adamw8bit|on_gpu",
     "cluster": r"^srun|--nnodes|submitit_slurm",
     "hours": r"make (quickstart|test\S*|coverage|bench|methods-table|pretrain|lint|docs-commands)(?= |$)"
@@ -120,6 +120,7 @@ class Command:
     needs: tuple[str, ...] = ()
     refused: bool = False  # the page shows the error that it ends with
     variables: Mapping[str, str] = field(default_factory=dict)  # of the shell, set before in the page
+    code: str = ""  # of a block of Python, whose first line is `text`
 
     def __str__(self) -> str:
         return f"{self.page}:{self.line}: {self.text}"
@@ -140,7 +141,7 @@ def pages() -> list[Path]:
 
 
 def documented_commands(page: Path) -> list[Command]:
-    """The shell commands in the code blocks of a page, in its order."""
+    """The shell commands in the code blocks of a page, and its blocks of Python, in its order."""
     name = page.relative_to(ROOT).as_posix() if page.is_relative_to(ROOT) else page.name
     variables: dict[str, str] = {}
     found: list[Command] = []
@@ -150,6 +151,9 @@ def documented_commands(page: Path) -> list[Command]:
             variables |= variables_in_prose(token)
         if token.type in ("code_block", "fence") and token.info in SHELLS:
             found += commands_of_block(token, name, needs_of_mark(mark), variables)
+        elif token.type == "fence" and token.info == "python":
+            text = token.content.splitlines()[0]
+            found.append(Command(name, (token.map or [0])[0] + 2, text, tuple(needs_of_mark(mark)), code=token.content))
         comment = MARK.search(token.content) if token.type == "html_block" else None
         mark = comment[1] if comment else ""
     return found
@@ -222,9 +226,11 @@ def expanded(text: str, variables: Mapping[str, str]) -> str:
 
 def programs(command: Command) -> list[list[str]]:
     """The words of each program that a command starts, with variables and placeholders replaced."""
-    text = expanded(command.text, command.variables)
+    text = command.code or expanded(command.text, command.variables)
     for pattern, replacement in PLACEHOLDERS:
         text = re.sub(pattern, replacement, text)
+    if command.code:
+        return [["python", "-c", text]]
     started: list[list[str]] = [[]]
     for word in shlex.split(text):
         if word == "&&":

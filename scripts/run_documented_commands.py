@@ -43,7 +43,7 @@ LINKED = ("conf", "lcm_lightning", "benchmarks", "scripts", "tests", "docs", "tr
 LINKED += ("Makefile", "README.md", "pyproject.toml", "constraints.txt")
 EMOJI = ROOT / "lcm_lightning" / "assets" / "data" / "twemoji_small"
 PREPARE = "-m lcm_lightning.prepare prepare.workers=1 data.source=material/photos"
-CACHE = "-m lcm_lightning.prepare data.buckets=false model=tiny cache.batch_size=8"
+CACHE = "-m lcm_lightning.prepare model=tiny cache.batch_size=8"
 TRAIN = f"train.py data=twemoji_small {TINY['train']}"
 # What the placeholders of documented_commands.py stand for is made by these, once.
 MATERIAL = (

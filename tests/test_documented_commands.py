@@ -14,7 +14,6 @@ from hydra import compose, initialize_config_dir
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import IntervalSweep, Override
-from markdown_it import MarkdownIt
 from omegaconf import open_dict
 
 from documented_commands import (
@@ -158,16 +157,11 @@ def test_installed_commands_are_those_of_the_package():
     assert {SCRIPTS[name] for name in typed} - {"lcm_lightning.inspect", "lcm_lightning.summarize"} <= set(PROGRAMS)
 
 
-def snippets() -> Iterator[tuple[str, str]]:
-    for page in pages():
-        for token in MarkdownIt().parse(page.read_text()):
-            if token.type == "fence" and token.info == "python":
-                yield f"{page.relative_to(ROOT)}:{token.map[0] + 1}", token.content
-
-
-@pytest.mark.parametrize(("where", "code"), list(snippets()), ids=lambda text: text.splitlines()[0])
-def test_python_in_the_pages_is_python(where: str, code: str):
-    compile(code, where, "exec")
+def test_python_in_the_pages_is_python():
+    snippets = [command for command in COMMANDS if command.code]
+    assert snippets
+    for command in snippets:
+        compile(command.code, f"{command.page}:{command.line}", "exec")
 
 
 def test_commands_are_told_from_what_they_print(tmp_path: Path):
