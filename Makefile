@@ -9,7 +9,7 @@ PRETRAIN := outputs/pretrain
 # A process a core, each with one thread: a file of tests shares what is costly to make.
 PARALLEL := -n auto --maxprocesses 8 --dist loadfile
 
-.PHONY: help setup quickstart test test-fast test-faults coverage eval bench methods-table lint pretrain
+.PHONY: help setup quickstart test test-fast test-faults coverage eval bench methods-table lint docs docs-commands pretrain
 
 help:
 	@echo "make quickstart        fine-tune, distil and evaluate the embedded pipeline, 8 minutes on two cores"
@@ -20,6 +20,8 @@ help:
 	@echo "make bench             step time, memory, FLOPs; peer=PATH runs diffusers' script beside; more in ARGS=..."
 	@echo "make methods-table     every distillation from one teacher at one price, two hours; more in ARGS=..."
 	@echo "make lint              style and types"
+	@echo "make docs              these pages as a site: site/index.html; it needs pip install -e .[docs]"
+	@echo "make docs-commands     run every command of README and docs that can run here, an hour; PAGES=drawing.md some"
 	@echo "make pretrain          train the embedded pipeline from scratch, hours; goes on where it was stopped"
 
 # Asked first: setting up takes minutes.
@@ -77,6 +79,13 @@ lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# NO_MKDOCS_2_WARNING: Material's banner about its successor, which --strict would not count but nobody needs to read.
+docs: $(READY)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
+
+docs-commands: $(READY)
+	$(BIN)/python scripts/run_documented_commands.py $(PAGES) $(ARGS)
 
 # Each stage is skipped where its network lies, and resumed where its checkpoint does.
 stage = $(BIN)/python train.py experiment=pretrain_$(1) hydra.run.dir=$(PRETRAIN)/$(1) \
