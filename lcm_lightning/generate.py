@@ -155,14 +155,6 @@ def find_sampler(name: str, adapters: Sequence[AdapterKind]) -> Sampler:
     return samplers[name]
 
 
-def usual_kind(adapters: Sequence[AdapterKind]) -> AdapterKind:
-    """How a model with `adapters` is drawn from where nothing else is asked for: as its student, if it has one."""
-    from lcm_lightning.models.kinds import BASE
-
-    students = [kind for kind in adapters if kind.role == "student"]
-    return [BASE, *adapters, *students][-1]
-
-
 @command("generate")
 def main(cfg: DictConfig) -> None:
     """Entry point."""
@@ -181,6 +173,7 @@ def main(cfg: DictConfig) -> None:
 
     from lcm_lightning.config.quiet import quiet_known_warnings
     from lcm_lightning.models.adapters import merged_adapters
+    from lcm_lightning.models.kinds import usual_kind
     from lcm_lightning.models.sampling import InitialImage, check_finite, sample
 
     quiet_known_warnings()

@@ -19,13 +19,15 @@ USES = {
     "models": {"diffusion", "hub", "output"},
     "methods": {"diffusion", "models"},
     "runs": {"methods", "models", "output"},
+    "exports": {"models", "output"},
     "evaluation": {"data", "hub", "models", "output"},
-    "callbacks": {"data", "evaluation", "methods", "models", "output", "runs"},
+    "callbacks": {"data", "evaluation", "exports", "methods", "models", "output", "runs"},
     "toy": {"data", "diffusion", "methods", "models"},
     "config": {"data", "evaluation", "methods", "models", "runs"},
     "prepare": {"config", "data", "methods", "models", "output"},
     "train": {"callbacks", "config", "runs"},
     "evaluate": {"config", "evaluation"},
+    "export": {"config", "exports", "models"},
     "generate": {"config", "data", "methods", "models", "output"},
     "inspect": {"models", "runs"},
     "summarize": {"output", "runs"},
@@ -98,9 +100,9 @@ def code(file: Path) -> str:
     return ast.unparse(tree)
 
 
-def test_no_two_files_of_the_package_share_a_name_but_for_what_prepare_is_about():
+def test_no_two_files_of_the_package_share_a_name_but_for_what_prepare_and_export_are_about():
     names = [file.name for file in MODULES.values() if file.name not in ("__init__.py", "__main__.py")]
-    assert {name for name in names if names.count(name) > 1} == {"images.py", "latents.py"}
+    assert {name for name in names if names.count(name) > 1} == {"images.py", "latents.py", "export.py"}
 
 
 def test_every_file_that_the_pages_name_is_there():

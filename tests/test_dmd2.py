@@ -14,13 +14,13 @@ from diffusers import LCMScheduler, StableDiffusionPipeline
 from torch import Tensor, nn
 
 from helpers.adapters import random_batch, randomise, train
-from lcm_lightning.callbacks.export import KOHYA_FILE, ExportLora
+from lcm_lightning.callbacks.export import ExportLora
 from lcm_lightning.diffusion.distribution_matching import DistributionMatching
 from lcm_lightning.diffusion.schedule import alphas_cumprod_from_config
 from lcm_lightning.methods.dmd2_lora import Dmd2LoraDistillation
 from lcm_lightning.models.adapters import LoraSettings, active_adapters, lora_parameters
 from lcm_lightning.models.architectures import SD15_SCHEDULER
-from lcm_lightning.models.kinds import LORA_FILE
+from lcm_lightning.models.kinds import KOHYA_FILE, LORA_FILE
 from lcm_lightning.models.sampling import make_scheduler, sample
 from lcm_lightning.models.stable_diffusion import StableDiffusion, load_stable_diffusion
 from lcm_lightning.runs.contents import read_manifest

@@ -20,11 +20,11 @@ from PIL import ExifTags, Image
 
 from helpers.commands import in_process
 from lcm_lightning.errors import UserError
-from lcm_lightning.generate import fit_photo, usual_kind
+from lcm_lightning.generate import fit_photo
 from lcm_lightning.methods.lcm_lora import LCM, LcmLoraDistillation
 from lcm_lightning.methods.lora import LoraFinetuning
 from lcm_lightning.models.adapters import LoraSettings, add_lora, lora_parameters, lora_state_dict
-from lcm_lightning.models.kinds import BASE
+from lcm_lightning.models.kinds import BASE, usual_kind
 from lcm_lightning.models.lora_files import save_lora
 from lcm_lightning.models.sampling import DDIM, DPMPP, InitialImage, Sampler, sample
 from lcm_lightning.models.stable_diffusion import StableDiffusion, load_stable_diffusion

@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from lcm_lightning.callbacks.export import KOHYA_FILE, TEACHER_FILE, ExportLora
+from lcm_lightning.callbacks.export import TEACHER_FILE, ExportLora
 from lcm_lightning.diffusion.consistency import ConsistencyDistillation
 from lcm_lightning.diffusion.solver import ode_timesteps
 from lcm_lightning.errors import UserError
@@ -27,7 +27,7 @@ from lcm_lightning.methods.lora import LoraFinetuning
 from lcm_lightning.models.adapters import LoraSettings, active_adapters, add_lora, fuse_lora, load_lora, lora_parameters
 from lcm_lightning.models.architectures import SD15_UNET
 from lcm_lightning.models.condition import Condition
-from lcm_lightning.models.lora_files import LORA_FILE
+from lcm_lightning.models.kinds import KOHYA_FILE, LORA_FILE
 from lcm_lightning.models.sampling import Sampler, make_scheduler, sample
 from lcm_lightning.models.stable_diffusion import StableDiffusion, load_stable_diffusion
 from lcm_lightning.runs.contents import read_manifest

@@ -15,7 +15,6 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from helpers.adapters import randomise
-from lcm_lightning.callbacks.export import KOHYA_FILE
 from lcm_lightning.methods.lcm_lora import LCM
 from lcm_lightning.models.adapters import (
     LoraSettings,
@@ -28,7 +27,7 @@ from lcm_lightning.models.adapters import (
 )
 from lcm_lightning.models.architectures import SDXL_UNET
 from lcm_lightning.models.identity import encoder_key
-from lcm_lightning.models.kinds import LORA_FILE
+from lcm_lightning.models.kinds import KOHYA_FILE, LORA_FILE
 from lcm_lightning.models.lora_files import adaptable_layers, kohya_name, match_layers, read_lora, save_lora
 from lcm_lightning.models.sampling import sample
 from lcm_lightning.models.stable_diffusion import StableDiffusionXL, load_stable_diffusion

@@ -290,7 +290,7 @@ def test_a_run_ends_where_pictures_no_longer_get_better_keeps_the_best_and_says_
     assert [adapter.step for adapter in read_manifest(run)] == [2]
     for name in ("pytorch_lora_weights", "kohya_lora_weights"):
         with safe_open(run / "lora" / f"{name}.safetensors", framework="pt") as file:
-            assert file.metadata() == {"format": "pt", "step": "2"}
+            assert file.metadata()["step"] == "2"
     assert (run / "quality" / "quality.png").is_file()
 
 

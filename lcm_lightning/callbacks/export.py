@@ -13,10 +13,11 @@ from lightning.pytorch.loggers import WandbLogger
 from torch import Tensor
 
 from lcm_lightning.callbacks.trainers import Lowest
+from lcm_lightning.exports.lora import write_diffusers_lora, write_kohya_lora
 from lcm_lightning.methods.adapter_training import Training
-from lcm_lightning.models.adapters import kohya_state_dict, lora_state_dict
-from lcm_lightning.models.kinds import LORA_FILE, AdapterKind
-from lcm_lightning.models.lora_files import copy_lora, save_lora
+from lcm_lightning.models.adapters import lora_state_dict
+from lcm_lightning.models.kinds import AdapterKind
+from lcm_lightning.models.lora_files import copy_lora
 from lcm_lightning.models.stable_diffusion import StableDiffusion
 from lcm_lightning.models.variants import save_pipeline
 from lcm_lightning.runs.contents import Adapter, exported_step, write_manifest
@@ -24,7 +25,6 @@ from lcm_lightning.runs.contents import Adapter, exported_step, write_manifest
 log = logging.getLogger(__name__)
 
 TEACHER_FILE = "teacher_lora_weights.safetensors"
-KOHYA_FILE = "kohya_lora_weights.safetensors"
 
 
 class Export(L.Callback, ABC):
@@ -127,7 +127,8 @@ class ExportLora(Export):
     """Write an adapter as safetensors (into a run's `lora/`).
 
     `pytorch_lora_weights.safetensors` loads with diffusers' `load_lora_weights`, `kohya_lora_weights.safetensors` with
-    ComfyUI and A1111. Both say their step in their headers too. For the rest see `Export`.
+    ComfyUI and A1111. Their headers say what they are (`lcm_lightning.exports.metadata`), and their step. For the rest
+    see `Export`.
     """
 
     artifact = "lora"
@@ -142,8 +143,8 @@ class ExportLora(Export):
 
     def write(self, collected: dict[str, Tensor], module: Training, step: int) -> Adapter:
         """Both files."""
-        save_lora(collected, self.folder / LORA_FILE, step=str(step))
-        save_lora(kohya_state_dict(collected, module.model.unet), self.folder / KOHYA_FILE, step=str(step))
+        for write in (write_diffusers_lora, write_kohya_lora):
+            write(collected, module.model, (module.kind,), self.folder, step=str(step))
         return Adapter(module.kind, step=step)
 
 

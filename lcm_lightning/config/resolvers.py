@@ -53,6 +53,11 @@ def generated_folder(run: str | None) -> str:
     return "outputs/generate" if run is None else str(Path(run).expanduser() / "generated")
 
 
+def exported_folder(run: str | None, format: str) -> str:
+    """Where a model is written for other programs: into the folder of its run, or else into `outputs/exports`."""
+    return str(Path("outputs/exports" if run is None else Path(run).expanduser() / "exports") / str(format))
+
+
 def package_file(name: str) -> str:
     """Path of a file or folder that ships inside the package."""
     return str(PACKAGE / name)
@@ -64,6 +69,7 @@ def register_resolvers() -> None:
     OmegaConf.register_new_resolver("auto_run_folder", auto_run_folder, replace=True, use_cache=True)
     OmegaConf.register_new_resolver("chosen", chosen, replace=True)
     OmegaConf.register_new_resolver("evaluation_folder", evaluation_folder, replace=True)
+    OmegaConf.register_new_resolver("exported_folder", exported_folder, replace=True)
     OmegaConf.register_new_resolver("fused_adamw", fused_adamw, replace=True)
     OmegaConf.register_new_resolver("generated_folder", generated_folder, replace=True)
     OmegaConf.register_new_resolver("made_folder", made_folder, replace=True)

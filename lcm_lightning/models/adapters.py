@@ -32,6 +32,13 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 ROUNDING = 0.1
+KOHYA_PREFIXES = {  # by network, and whether it is SDXL's
+    ("unet", False): "lora_unet",
+    ("unet", True): "lora_unet",
+    ("text_encoder", False): "lora_te",
+    ("text_encoder", True): "lora_te1",
+    ("text_encoder_2", True): "lora_te2",
+}
 
 ATTENTION_LAYERS = ("to_q", "to_k", "to_v", "to_out.0")
 TARGET_PRESETS: dict[str, tuple[str, ...]] = {
@@ -258,32 +265,41 @@ def merged_adapters(module: nn.Module, names: Sequence[str]) -> Iterator[None]:
 
 
 @torch.no_grad()
-def fuse_lora(model: StableDiffusion, source: str | Path, scale: float = 1.0, key: str = "lora") -> None:
-    """Add the LoRA at `source` to the frozen weights, ``W + scale (alpha / r) B A``, summed in float32.
+def fuse_adapters(model: StableDiffusion, names: Sequence[str]) -> float:
+    """Add the adapters `names` to the frozen weights, ``W + sum_i (alpha_i / r_i) B_i A_i``, and take all away.
 
-    `model` must carry no other adapter; it carries none afterwards. `key` is as for `load_lora`. Half-precision weights
-    round the sum: a warning says so where that loses more than `ROUNDING` of the change, in root mean square.
+    Summed in float32. Returns which share of the change half-precision weights round away, in root mean square.
     """
-    name = "fused"
-    load_lora(model, source, name, key)
     change, lost = 0.0, 0.0
     for layer in lora_layers(model):
-        if name in layer.lora_A:
+        updates = [_update(layer, name) for name in names if name in layer.lora_A]
+        if updates:
             weight = layer.get_base_layer().get_parameter("weight")
-            delta = scale * _update(layer, name)
+            delta = torch.stack(updates).sum(0) if len(updates) > 1 else updates[0]
             exact = weight.float() + delta
             weight.copy_(exact)
             change += float(delta.square().sum())
             lost += float((weight.float() - exact).square().sum())
     as_pipeline(model).unload_lora_weights()
-    if lost > ROUNDING**2 * change:
+    return (lost / change) ** 0.5 if change else 0.0
+
+
+def fuse_lora(model: StableDiffusion, source: str | Path, scale: float = 1.0, key: str = "lora") -> None:
+    """Add the LoRA at `source` to the frozen weights, its changes multiplied by `scale`; see `fuse_adapters`.
+
+    `model` must carry no other adapter. `key` is as for `load_lora`. A warning says where more than `ROUNDING` of the
+    change is lost.
+    """
+    load_lora(model, source, "fused", key, scale)
+    lost = fuse_adapters(model, ["fused"])
+    if lost > ROUNDING:
         log.warning(
             "%s=%s: rounding to %s loses %.0f %% of what this LoRA changes, which is little beside the weights; "
             "float32 (trainer.precision=32-true) would keep it",
             key,
             source,
             str(model.unet.dtype).removeprefix("torch."),
-            100 * (lost / change) ** 0.5,
+            100 * lost,
         )
 
 
@@ -304,15 +320,17 @@ def lora_state_dict(unet: UNet2DConditionModel, name: str) -> dict[str, Tensor]:
     return tensors
 
 
-def kohya_state_dict(state_dict: dict[str, Tensor], unet: UNet2DConditionModel) -> dict[str, Tensor]:
-    """A `lora_state_dict` of `unet` under the keys of kohya's scripts, which ComfyUI and A1111 read.
+def kohya_state_dict(state_dict: Mapping[str, Tensor], unet: UNet2DConditionModel) -> dict[str, Tensor]:
+    """A LoRA under diffusers' keys, alpha being the rank, under those of kohya's scripts; `unet` is the model's.
 
-    Alpha is spelled out.
+    ComfyUI and A1111 read them. Alpha is spelled out.
     """
-    tensors = {}
+    xl, tensors = unet.config.addition_embed_type == "text_time", {}
     for key, tensor in state_dict.items():
-        layer, side, _ = key.removeprefix("unet.").rsplit(".", 2)
-        prefix = "lora_unet_" + kohya_name(layer, unet.config).replace(".", "_")
+        network, _, name = key.partition(".")
+        layer, side, _ = name.rsplit(".", 2)
+        named = kohya_name(layer, unet.config) if network == "unet" else layer
+        prefix = f"{KOHYA_PREFIXES[network, xl]}_{named.replace('.', '_')}"
         tensors[f"{prefix}.{'lora_down' if side == 'lora_A' else 'lora_up'}.weight"] = tensor
         if side == "lora_A":
             tensors[f"{prefix}.alpha"] = torch.tensor(float(tensor.shape[0]))

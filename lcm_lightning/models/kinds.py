@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal, TypeAlias
 
 from lcm_lightning.models.sampling import DDIM, Sampler
 
 LORA_FILE = "pytorch_lora_weights.safetensors"  # what diffusers calls it
+KOHYA_FILE = "kohya_lora_weights.safetensors"
 
 Role: TypeAlias = Literal["base", "finetuned", "student"]
 
@@ -79,3 +80,9 @@ class AdapterKind:
 
 
 BASE = AdapterKind("", "base", "base", "base")
+
+
+def usual_kind(adapters: Sequence[AdapterKind]) -> AdapterKind:
+    """How a model with `adapters` is drawn from where nothing else is asked for: as its student, if it has one."""
+    students = [kind for kind in adapters if kind.role == "student"]
+    return [BASE, *adapters, *students][-1]

@@ -22,13 +22,13 @@ from huggingface_hub import HfApi, hf_hub_download, snapshot_download
 from huggingface_hub.errors import EntryNotFoundError
 from peft.utils.other import get_pattern_key
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
 from torch import Tensor, nn
 
 from lcm_lightning.errors import UserError, first_line, short
 from lcm_lightning.hub import hub_answers, hub_refusal
 from lcm_lightning.models.kinds import LORA_FILE
 from lcm_lightning.output.files import write_atomic
+from lcm_lightning.output.tensors import save_tensors
 
 log = logging.getLogger(__name__)
 
@@ -483,6 +483,7 @@ def _other_names(layer: str, layers_per_block: int | None) -> Iterator[str]:
 
 OUTSIDE_BLOCKS = {
     "conv_in": "input_blocks.0.0",
+    "conv_norm_out": "out.0",
     "conv_out": "out.2",
     "time_embedding.linear_1": "time_embed.0",
     "time_embedding.linear_2": "time_embed.2",
@@ -490,6 +491,8 @@ OUTSIDE_BLOCKS = {
     "add_embedding.linear_2": "label_emb.0.2",
 }
 IN_RESNETS = {
+    "norm1": "in_layers.0",
+    "norm2": "out_layers.0",
     "conv1": "in_layers.2",
     "conv2": "out_layers.3",
     "time_emb_proj": "emb_layers.1",
@@ -520,39 +523,31 @@ def _original_names(layer: str, layers_per_block: int) -> Iterator[str]:
             yield f"{start.format(block * stride + number + (side == 'down'))}.{place}.{inside}"
 
 
+def original_name(layer: str, config: Any) -> str:
+    """What the code of Rombach et al. (2022) calls a layer of a UNet with `config`."""
+    names = list(_original_names(layer, config.layers_per_block)) or [layer]
+    block = re.match(r"up_blocks\.(\d+)\.upsamplers", layer)
+    return names[-1 if block and "Attn" in config.up_block_types[int(block[1])] else 0]
+
+
 def kohya_name(layer: str, config: Any) -> str:
     """What kohya's scripts call a layer of a UNet with `config`, before they make it flat.
 
     For Stable Diffusion 1 and 2 they train diffusers' UNet, for SDXL one named as in the original code.
     """
-    if config.addition_embed_type != "text_time":
-        return layer
-    names = list(_original_names(layer, config.layers_per_block)) or [layer]
-    block = re.match(r"up_blocks\.(\d+)\.upsamplers", layer)
-    return names[-1 if block and "Attn" in config.up_block_types[int(block[1])] else 0]
+    return original_name(layer, config) if config.addition_embed_type == "text_time" else layer
 
 
 # ---- writing -------------------------------------------------------------------------------------------------------
 
 
 def save_lora(state_dict: dict[str, Tensor], path: Path, **metadata: str) -> None:
-    """Write a LoRA's tensors as `path` (.safetensors), whole or not at all, `metadata` in its header.
+    """Write a LoRA's tensors as `path` (.safetensors), whole or not at all; see `save_tensors`.
 
     Raises:
         OSError: it cannot be written.
     """
-    # safetensors' save_file makes files that only their owner can read.
-    tensors = {key: tensor.contiguous() for key, tensor in state_dict.items()}
-    write_atomic(path, _in_order(save(tensors, {"format": "pt", **metadata})))
-
-
-def _in_order(content: bytes) -> bytes:
-    """A .safetensors file with its metadata sorted: the library writes it in an order of each process's own."""
-    end = 8 + int.from_bytes(content[:8], "little")
-    header = json.loads(content[8:end])
-    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
-    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode().ljust(end - 8)
-    return len(text).to_bytes(8, "little") + text + content[end:]
+    save_tensors(state_dict, path, metadata)
 
 
 def copy_lora(source: str | Path, path: Path, key: str = "lora") -> None:

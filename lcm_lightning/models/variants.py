@@ -120,13 +120,18 @@ def said_of(key: str) -> Iterator[None]:
 def save_pipeline(model: StableDiffusion, name: str, sampler: Sampler, folder: Path) -> None:
     """Write the model with its variant `name` as a folder that diffusers' pipelines of full LCMs load.
 
-    Every file appears whole, the index last. Raises `OSError`.
+    See `save_whole`.
     """
     model.load_encoders()
     parts = {**model.pipeline_parts(), "unet": model.variants[name]}
     pipeline = getattr(diffusers, model.lcm_pipeline)(
         **parts, scheduler=make_scheduler(sampler, model.scheduler_config)
     )
+    save_whole(pipeline, folder)
+
+
+def save_whole(pipeline: diffusers.DiffusionPipeline, folder: Path) -> None:
+    """Write a pipeline's folder; every file appears whole, the index last. Raises `OSError`."""
     folder.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory(dir=folder, prefix=".") as temporary:
         try:

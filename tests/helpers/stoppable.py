@@ -159,8 +159,11 @@ def weights_file(run: Path) -> Path:
 
 
 def differing_bits(first: Path, second: Path) -> int:
-    """Of the two files of weights, LoRAs' or whole UNets'."""
-    one, two = (np.frombuffer(weights_file(run).read_bytes(), np.uint8) for run in (first, second))
+    """Of the two files of weights, LoRAs' or whole UNets', behind their headers: these say when they were written."""
+    contents = [weights_file(run).read_bytes() for run in (first, second)]
+    one, two = (
+        np.frombuffer(content, np.uint8, offset=8 + int.from_bytes(content[:8], "little")) for content in contents
+    )
     assert len(one) == len(two) > 10_000
     return int(np.unpackbits(one ^ two).sum())
 

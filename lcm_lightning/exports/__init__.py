@@ -1,0 +1,1 @@
+"""What was trained, in the files that other programs open."""

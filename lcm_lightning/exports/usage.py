@@ -1,0 +1,70 @@
+"""The lines that draw with what was exported."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from lcm_lightning.models.kinds import AdapterKind, usual_kind
+from lcm_lightning.models.latent_diffusion import LatentDiffusionModel
+
+
+def diffusers_lora(file: Path, model: LatentDiffusionModel, kinds: Sequence[AdapterKind]) -> str:
+    """Python code for a LoRA with diffusers' pipeline of its base model."""
+    usual = usual_kind(kinds)
+    scheduler = usual.sampler.scheduler
+    told = "".join(f", {key}={value!r}" for key, value in usual.sampler.settings.items() if key != "eta")
+    return "\n".join(
+        [
+            f"from diffusers import DiffusionPipeline, {scheduler}",
+            "",
+            f'pipe = DiffusionPipeline.from_pretrained("{model.name_or_path}")',
+            f"pipe.scheduler = {scheduler}.from_config(pipe.scheduler.config{told})",
+            f'pipe.load_lora_weights("{file.parent}", weight_name="{file.name}")',
+            drawing(usual),
+        ]
+    )
+
+
+def diffusers_folder(folder: Path, kinds: Sequence[AdapterKind], dtype: torch.dtype) -> str:
+    """Python code for a folder of diffusers'."""
+    return "\n".join(
+        [
+            "import torch",
+            "from diffusers import DiffusionPipeline",
+            "",
+            f'pipe = DiffusionPipeline.from_pretrained("{folder}", torch_dtype={dtype})',
+            drawing(usual_kind(kinds)),
+        ]
+    )
+
+
+def single_file(file: Path, kinds: Sequence[AdapterKind]) -> str:
+    """Where ComfyUI and A1111 look for a model, and what to set there."""
+    return (
+        f"Copy {file.name} to ComfyUI/models/checkpoints, or stable-diffusion-webui/models/Stable-diffusion, and "
+        f"{settings(kinds)}"
+    )
+
+
+def kohya_lora(file: Path, kinds: Sequence[AdapterKind]) -> str:
+    """Where ComfyUI and A1111 look for it, and what to set there."""
+    return f"Copy {file.name} to ComfyUI/models/loras, or stable-diffusion-webui/models/Lora, and {settings(kinds)}"
+
+
+def settings(kinds: Sequence[AdapterKind]) -> str:
+    """How to draw, in the words of user interfaces."""
+    usual = usual_kind(kinds)
+    return f"draw with {usual.steps} steps of {usual.sampler.title} at CFG {usual.guidance_scale:g}."
+
+
+def drawing(usual: AdapterKind) -> str:
+    """The call of a pipeline `pipe` that draws as `generate` does."""
+    eta = usual.sampler.settings.get("eta", 0.0)
+    told = f", eta={eta!r}" if eta else ""  # the pipeline's own is 0
+    return (
+        f'image = pipe("a photo of a dog", num_inference_steps={usual.steps}, '
+        f"guidance_scale={usual.guidance_scale:g}{told}).images[0]"
+    )

@@ -1,0 +1,359 @@
+"""What `python -m lcm_lightning.export` writes is opened by programs that are not ours, and means the same to them."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import DiffusionPipeline, LCMScheduler, StableDiffusionPipeline, TCDScheduler
+from safetensors import safe_open
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from helpers.commands import in_process
+from helpers.pipelines import build_tiny_sdxl, save_full_lcm
+from helpers.single_files import TINY, build_pipeline, checkpoint
+from lcm_lightning.exports.lora import joint_state_dict, write_diffusers_lora, write_kohya_lora
+from lcm_lightning.exports.metadata import Described
+from lcm_lightning.exports.single_checkpoint import original_state_dict, write_single_file
+from lcm_lightning.methods.lcm_lora import LcmLoraDistillation
+from lcm_lightning.methods.lora import LoraFinetuning
+from lcm_lightning.methods.tcd_lora import TcdLoraDistillation
+from lcm_lightning.models import single_file
+from lcm_lightning.models.adapters import load_lora, merged_adapters, set_active_adapters
+from lcm_lightning.models.kinds import KOHYA_FILE, LORA_FILE, AdapterKind
+from lcm_lightning.models.lora_files import adaptable_layers, save_lora
+from lcm_lightning.models.sampling import sample
+from lcm_lightning.models.stable_diffusion import StableDiffusion, load_stable_diffusion
+from lcm_lightning.runs.contents import Adapter, write_manifest
+
+KINDS = tuple(TINY)  # Stable Diffusion 1 and 2, SDXL
+STUDENT, STYLE = LcmLoraDistillation.kind, LoraFinetuning.kind
+ROUNDING = 2e-5  # of weights and outputs of order 1, in float32
+
+
+def build(kind: str) -> DiffusionPipeline:
+    return build_tiny_sdxl() if kind == "xl_base" else build_pipeline(TINY[kind])
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """Saved pipelines of the three versions, each once."""
+    made: dict[str, Path] = {}
+
+    def saved(kind: str) -> Path:
+        if kind not in made:
+            made[kind] = tmp_path_factory.mktemp(kind)
+            build(kind).save_pretrained(made[kind])
+        return made[kind]
+
+    return saved
+
+
+def random_lora(
+    model: StableDiffusion, path: Path, rank: int, alpha: float, endings: tuple[str, ...], seed: int
+) -> Path:
+    """A LoRA of every layer of UNet and text encoders with one of these endings; of convolutions, of twice the rank."""
+    generator, tensors = torch.Generator().manual_seed(seed), {}
+    for network, module in {"unet": model.unet, **model.text_encoders}.items():
+        for name, layer in adaptable_layers(module):
+            if not name.endswith(endings):
+                continue
+            shape = layer.weight.shape
+            r, key = rank * (2 if len(shape) == 4 else 1), f"{network}.{name}"
+            tensors[f"{key}.lora_A.weight"] = 0.1 * torch.randn(r, *shape[1:], generator=generator)
+            tensors[f"{key}.lora_B.weight"] = 0.1 * torch.randn(
+                shape[0], r, *[1] * (len(shape) - 2), generator=generator
+            )
+            tensors[f"{key}.alpha"] = torch.tensor(alpha)
+    save_lora(tensors, path)
+    return path
+
+
+STUDENT_LAYERS = ("to_q", "conv1", "proj_in", "ff.net.2", "time_emb_proj")
+STYLE_LAYERS = ("to_q", "to_v", "q_proj", "fc1")
+
+
+@pytest.fixture
+def adapted(folders: Callable[[str], Path], tmp_path: Path) -> Callable[[str], StableDiffusion]:
+    """A model with a student's LoRA, and a style's of which there is 0.5 that is on the text encoders too."""
+
+    def make(kind: str) -> StableDiffusion:
+        model = load_stable_diffusion(str(folders(kind)))
+        student = random_lora(model, tmp_path / "student.safetensors", 4, 2.0, STUDENT_LAYERS, 1)
+        style = random_lora(model, tmp_path / "style.safetensors", 2, 3.0, STYLE_LAYERS, 2)
+        load_lora(model, student, STUDENT.name)
+        load_lora(model, style, STYLE.name, scale=0.5)
+        set_active_adapters(model, [STUDENT.name, STYLE.name])
+        return model
+
+    return make
+
+
+def weights(network: nn.Module) -> dict[str, Tensor]:
+    """Of all layers a LoRA can be on, as they are now."""
+    return {name: layer.get_parameter("weight").detach().clone() for name, layer in adaptable_layers(network)}
+
+
+def merged(model: StableDiffusion) -> dict[str, dict[str, Tensor]]:
+    """The weights that our own drawing uses, by network."""
+    with merged_adapters(model, [STUDENT.name, STYLE.name]):
+        return {name: weights(network) for name, network in {"unet": model.unet, **model.text_encoders}.items()}
+
+
+def header(path: Path) -> dict[str, str]:
+    with safe_open(path, "pt") as file:
+        return file.metadata()
+
+
+# ---- LoRA files ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_diffusers_gets_the_sum_of_all_adapters_of_one_file(kind: str, adapted, folders, tmp_path: Path):
+    model = adapted(kind)
+    expected = merged(model)
+    tensors = joint_state_dict(model, [STUDENT.name, STYLE.name])
+    write_diffusers_lora(tensors, model, (STYLE, STUDENT), tmp_path)
+    pipeline = DiffusionPipeline.from_pretrained(folders(kind))
+    pipeline.load_lora_weights(tmp_path, weight_name=LORA_FILE)
+    pipeline.fuse_lora()
+    for network, by_layer in expected.items():
+        found = weights(getattr(pipeline, network))
+        for layer, weight in by_layer.items():
+            torch.testing.assert_close(found[layer], weight, atol=ROUNDING, rtol=0)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_kohya_s_formula_gives_the_sum_of_all_adapters(kind: str, adapted, folders, tmp_path: Path):
+    model = adapted(kind)
+    expected = merged(model)
+    tensors = joint_state_dict(model, [STUDENT.name, STYLE.name])
+    written = load_file(write_kohya_lora(tensors, model, (STYLE, STUDENT), tmp_path))
+    network = {"lora_unet": "unet", "lora_te": "text_encoder", "lora_te1": "text_encoder", "lora_te2": "text_encoder_2"}
+    # The reader is ours; test_lora_files.py and test_sdxl_lora.py hold it against diffusers and kohya's names.
+    fresh = load_stable_diffusion(str(folders(kind)))
+    load_lora(fresh, tmp_path / KOHYA_FILE, "x")
+    with merged_adapters(fresh, ["x"]):
+        for name, by_layer in expected.items():
+            found = weights({"unet": fresh.unet, **fresh.text_encoders}[name])
+            for layer, weight in by_layer.items():
+                torch.testing.assert_close(found[layer], weight, atol=ROUNDING, rtol=0)
+    assert {network[key.split("_")[0] + "_" + key.split("_")[1]] for key in written} == set(expected)
+    assert all(written[f"{key.partition('.')[0]}.alpha"] == len(t) for key, t in written.items() if "lora_down" in key)
+
+
+@pytest.mark.parametrize(
+    ("kind", "spec", "base", "v2"),
+    [
+        ("v1", "stable-diffusion-v1", "sd_v1", "False"),
+        ("v2", "stable-diffusion-v2-512", "sd_v2", "True"),
+        ("xl_base", "stable-diffusion-xl-v1-base", "sdxl_base_v1-0", "False"),
+    ],
+)
+def test_headers_say_the_base_model_as_others_read_it(
+    kind: str, spec: str, base: str, v2: str, adapted, tmp_path: Path
+):
+    model = adapted(kind)
+    tensors = joint_state_dict(model, [STUDENT.name])
+    for write in (write_diffusers_lora, write_kohya_lora):
+        said = header(write(tensors, model, (STUDENT,), tmp_path, Described(title="Mine", author="me")))
+        assert said["modelspec.sai_model_spec"] == "1.0.0" and said["modelspec.architecture"] == f"{spec}/lora"
+        assert (said["ss_base_model_version"], said["ss_v2"]) == (base, v2)
+        assert (said["modelspec.title"], said["modelspec.author"]) == ("Mine", "me")
+        assert said["modelspec.prediction_type"] == "epsilon" and said["modelspec.date"].endswith("Z")
+        assert said["modelspec.resolution"] == f"{model.default_resolution}x{model.default_resolution}"
+        assert (said["sampler"], said["steps"], said["guidance_scale"]) == ("LCMScheduler", "4", "1")
+        assert json.loads(said["sampler_settings"])["original_inference_steps"] == 50
+
+
+def test_the_hash_is_of_everything_behind_the_header(adapted, tmp_path: Path):
+    model = adapted("v1")
+    tensors = joint_state_dict(model, [STUDENT.name])
+    file = write_kohya_lora(tensors, model, (STUDENT,), tmp_path)
+    content = file.read_bytes()
+    digest = hashlib.sha256(content[8 + int.from_bytes(content[:8], "little") :]).hexdigest()
+    assert header(file)["modelspec.hash_sha256"] == f"0x{digest}"
+    assert list(header(file)) != [] and write_kohya_lora(tensors, model, (STUDENT,), tmp_path / "again").is_file()
+
+
+@pytest.mark.parametrize("names", [[STUDENT], [STYLE], [STYLE, STUDENT]])
+def test_diffusers_reads_rank_and_alpha_from_the_header(names: list[AdapterKind], adapted, folders, tmp_path: Path):
+    model = adapted("v1")
+    tensors = joint_state_dict(model, [kind.name for kind in names])
+    write_diffusers_lora(tensors, model, names, tmp_path)
+    pipeline = DiffusionPipeline.from_pretrained(folders("v1"))
+    pipeline.load_lora_weights(tmp_path, adapter_name="x")
+    for network in {key.partition(".")[0] for key in tensors}:
+        config = getattr(pipeline, network).peft_config["x"]
+        assert config.r == config.lora_alpha and config.rank_pattern == config.alpha_pattern
+    for name, layer in pipeline.unet.named_modules():
+        if hasattr(layer, "lora_A") and "x" in layer.lora_A:
+            assert layer.r["x"] == layer.lora_alpha["x"] == len(tensors[f"unet.{name}.lora_A.weight"])
+            assert layer.scaling["x"] == 1
+
+
+def test_kohya_s_rank_is_a_number_where_all_layers_have_it(adapted, tmp_path: Path):
+    model = adapted("v1")
+    linear = {k: v for k, v in joint_state_dict(model, [STYLE.name]).items() if v.dim() == 2}
+    said = header(write_kohya_lora(linear, model, (STYLE,), tmp_path))
+    assert (said["ss_network_module"], said["ss_network_dim"], said["ss_network_alpha"]) == ("networks.lora", "2", "2")
+    both = joint_state_dict(model, [STYLE.name, STUDENT.name])
+    said = header(write_kohya_lora(both, model, (STYLE, STUDENT), tmp_path))
+    assert (said["ss_network_dim"], said["ss_network_alpha"]) == ("Dynamic", "Dynamic")
+
+
+# ---- whole models --------------------------------------------------------------------------------------------------
+
+
+def of_types(tensors: dict[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
+    return {key: tensor.to(dtype) if tensor.is_floating_point() else tensor for key, tensor in tensors.items()}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_original_names_are_those_that_an_independent_list_gives(kind: str, folders):
+    found = original_state_dict(load_stable_diffusion(str(folders(kind))))
+    expected = checkpoint(build(kind))  # which adds what training code kept and diffusers drops
+    dropped = {key for key in expected.keys() - found.keys() if not key.endswith("text_projection")}
+    assert all(key.endswith("logit_scale") for key in dropped) and found.keys() <= expected.keys()
+    for key, tensor in found.items():
+        assert torch.equal(tensor, expected[key]), key
+
+
+@pytest.mark.parametrize(
+    ("kind", "dtype"),
+    [("v1", torch.float32), ("v1", torch.float16), ("v2", torch.bfloat16), ("xl_base", torch.float16)],
+)
+def test_a_single_file_comes_back_tensor_for_tensor(
+    kind: str, dtype: torch.dtype, adapted, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(single_file, "ARCHITECTURES", TINY)
+    model = adapted(kind)
+    expected = merged(model)
+    file = write_single_file(model, (STYLE, STUDENT), tmp_path, dtype, Described())
+    assert {t.dtype for t in load_file(file).values() if t.is_floating_point()} == {dtype}
+    again = load_stable_diffusion(str(file), dtype=dtype)  # by diffusers' conversions
+    for network, by_layer in expected.items():
+        found = weights({"unet": again.unet, **again.text_encoders}[network])
+        for layer, weight in by_layer.items():
+            assert torch.equal(found[layer], weight.to(dtype)), layer
+    for name in ("unet", "vae", *model.text_encoders):
+        ours, theirs = (getattr(one, name).state_dict() for one in (model, again))
+        assert ours.keys() == theirs.keys() and all(torch.equal(ours[key], theirs[key]) for key in ours), name
+    said = header(file)
+    assert (
+        said["modelspec.title"].endswith(" + fine-tuned + LCM-LoRA") and "/lora" not in said["modelspec.architecture"]
+    )
+
+
+def test_a_single_file_says_that_it_predicts_velocity(folders, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(single_file, "ARCHITECTURES", TINY)
+    model = load_stable_diffusion(str(folders("v1")), prediction_type="v_prediction")
+    model.scheduler_config["rescale_betas_zero_snr"] = True
+    file = write_single_file(model, (STUDENT,), tmp_path, torch.float32, Described())
+    assert {"v_pred", "ztsnr"} <= load_file(file).keys() and header(file)["modelspec.prediction_type"] == "v"
+    assert load_stable_diffusion(str(file)).prediction_type == "v_prediction"
+
+
+# ---- the command ---------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def student(folders, tmp_path: Path) -> Path:
+    """A run's folder with a TCD student and its teacher's LoRA, as training leaves it."""
+    model = load_stable_diffusion(str(folders("v1")))
+    lora = tmp_path / "run" / "lora"
+    random_lora(model, lora / "teacher_lora_weights.safetensors", 2, 2.0, ("to_q", "to_v"), 4)
+    random_lora(model, lora / LORA_FILE, 4, 4.0, STUDENT_LAYERS, 3)
+    kind = TcdLoraDistillation.kind
+    write_manifest(lora, [Adapter(STYLE, "teacher_lora_weights.safetensors"), Adapter(kind)])
+    (tmp_path / "run" / "config.yaml").write_text(
+        "name: tiny\ndata: null\nmodel:\n  _target_: lcm_lightning.models.stable_diffusion.load_stable_diffusion\n"
+        f"  path: {folders('v1')}\n"
+    )
+    return tmp_path / "run"
+
+
+def export(*options: str) -> None:
+    in_process("lcm_lightning.export", *options)
+
+
+def test_a_fused_folder_draws_our_picture_in_plain_diffusers(student: Path, tmp_path: Path, folders):
+    export(f"run={student}", "format=fused", "dtype=float32", f"output={tmp_path / 'fused'}")
+    pipeline = DiffusionPipeline.from_pretrained(tmp_path / "fused")
+    pipeline.set_progress_bar_config(disable=True)
+    assert type(pipeline) is StableDiffusionPipeline and type(pipeline.scheduler) is TCDScheduler
+    options = {"num_inference_steps": 4, "guidance_scale": 1.0, "output_type": "pt"}
+    found = pipeline("a dog", generator=torch.Generator().manual_seed(7), **options).images
+
+    kind, model = TcdLoraDistillation.kind, load_stable_diffusion(str(folders("v1")))
+    load_lora(model, student / "lora" / "teacher_lora_weights.safetensors", STYLE.name)
+    load_lora(model, student, kind.name)
+    way = {"seeds": [7], "steps": 4, "guidance_scale": 1.0, "sampler": kind.sampler}
+    base = sample(load_stable_diffusion(str(folders("v1"))), ["a dog"], **way)
+    with merged_adapters(model, [STYLE.name, kind.name]):
+        expected = sample(model, ["a dog"], **way)
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
+    assert (expected - base).abs().max() > 1e-2
+
+
+def test_the_command_says_what_it_wrote_and_how_to_use_it(
+    student: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    export(f"run={student}", "format=diffusers")
+    file = student / "exports" / "diffusers" / LORA_FILE
+    said = capsys.readouterr().out
+    assert file.is_file() and f"{file}  " in said and "TCDScheduler.from_config" in said
+    code = said[said.index("from diffusers") :].replace('"a photo of a dog"', '"a dog", output_type="pt"')
+    names: dict[str, object] = {}
+    exec(code, names)  # what is printed runs as it is
+    assert names["image"].shape == (3, 32, 32) and type(names["pipe"].scheduler) is TCDScheduler
+
+
+def test_a_lora_s_file_gives_the_other_layout(folders, student: Path, tmp_path: Path):
+    options = ("model=sd15", f"model.path={folders('v1')}", f"lora={student / 'lora' / LORA_FILE}", "lora_role=tcd")
+    export(*options, "format=kohya", "dtype=float16", f"output={tmp_path / 'out'}")
+    tensors = load_file(tmp_path / "out" / KOHYA_FILE)
+    assert {t.dtype for key, t in tensors.items() if "lora_" in key.partition(".")[2]} == {torch.float16}
+    assert header(tmp_path / "out" / KOHYA_FILE)["sampler"] == "TCDScheduler"
+
+
+def refused(capsys: pytest.CaptureFixture[str], *options: str) -> str:
+    with pytest.raises(SystemExit) as stopped:
+        export(*options)
+    assert stopped.value.code == 2
+    return capsys.readouterr().err
+
+
+def test_what_cannot_be_written_is_refused_with_a_remedy(
+    student: Path, tmp_path: Path, folders, capsys: pytest.CaptureFixture[str]
+):
+    assert "format=kohia: expected one of diffusers, kohya" in refused(capsys, f"run={student}", "format=kohia")
+    base = ("model=sd15", f"model.path={folders('v1')}", f"output={tmp_path / 'out'}")
+    assert "there is none; give run=outputs/... or lora=..." in refused(capsys, *base, "format=kohya")
+    assert not (tmp_path / "out").exists()
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "notes.txt").touch()
+    assert "holds files already; set overwrite=true" in refused(capsys, *base, "format=fused")
+    save_full_lcm(build("v1"), tmp_path / "full")
+    full = ("model=sd15", f"model.path={tmp_path / 'full'}", f"output={tmp_path / 'of_full'}")
+    assert "set format=fused" in refused(capsys, *full, "format=single_file")
+    assert "set format=fused" in refused(capsys, *full, "format=diffusers")
+
+
+def test_a_full_lcm_s_folder_draws_as_it_did(tmp_path: Path):
+    save_full_lcm(build("v1"), tmp_path / "full")
+    export(
+        "model=sd15", f"model.path={tmp_path / 'full'}", "format=fused", "dtype=float32", f"output={tmp_path / 'out'}"
+    )
+    before, after = (DiffusionPipeline.from_pretrained(tmp_path / name) for name in ("full", "out"))
+    assert type(after.scheduler) is LCMScheduler and type(after) is type(before)
+    drawn = [
+        pipe("a dog", num_inference_steps=2, generator=torch.Generator().manual_seed(1), output_type="pt").images
+        for pipe in (before, after)
+    ]
+    torch.testing.assert_close(*drawn, atol=1e-5, rtol=0)
