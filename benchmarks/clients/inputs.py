@@ -1,0 +1,139 @@
+"""What clients read: a pipeline, a LoRA of it in both layouts, the two fused, and the pictures that we draw of them.
+
+In a folder of each size:
+
+    pipeline/           as diffusers saves it, float16
+    lora/               pytorch_lora_weights.safetensors, kohya_lora_weights.safetensors
+    fused/              the pipeline with the LoRA added to its weights, float32, and the scheduler that draws from it
+    base.safetensors    the pipeline in one file with Stable Diffusion's own names, float16   (real sizes only)
+    fused.safetensors   fused/ as such a file, float32                                         (real sizes only)
+    noise.npy           the noise that the pictures start from, [1, 4, h, w]
+    base.npy, lora.npy  pictures of our own without and with the LoRA, [H, W, 3], float32 in 0..255, not rounded
+    expected.json       prompt, seed, size, steps, guidance, and the scheduler with its settings
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from lcm_lightning.callbacks.export import KOHYA_FILE
+from lcm_lightning.config.resolvers import package_file
+from lcm_lightning.methods.lcm_lora import LCM
+from lcm_lightning.models.adapters import (
+    LoraSettings,
+    active_adapters,
+    add_lora,
+    as_pipeline,
+    fuse_lora,
+    kohya_state_dict,
+    load_lora,
+    lora_parameters,
+    lora_state_dict,
+)
+from lcm_lightning.models.architectures import clip_tokenizer
+from lcm_lightning.models.lora_files import LORA_FILE, save_lora
+from lcm_lightning.models.sampling import Sampler, make_scheduler, sample
+from lcm_lightning.models.stable_diffusion import StableDiffusion, load_stable_diffusion
+from lcm_lightning.runs.contents import read_manifest
+from lcm_lightning.toy.networks import save_pipeline
+
+PROMPT = "a red heart"
+NAME = "client"
+
+
+@dataclass(frozen=True)
+class Size:
+    """One pipeline to hand to clients.
+
+    Attributes:
+        load: makes the model with its LoRA as an adapter, and says its name and how it is drawn from.
+        resolution: of pictures, px.
+        steps: of drawing. One needs no random numbers beside the first noise, which any client can be given.
+        single_file: whether clients read it in one file, too.
+    """
+
+    load: Callable[[], tuple[StableDiffusion, str, Sampler]]
+    resolution: int
+    steps: int
+    single_file: bool
+
+
+def embedded() -> tuple[StableDiffusion, str, Sampler]:
+    """The embedded pipeline with the student that ships."""
+    model, student = load_stable_diffusion(package_file("assets/tiny")), Path(package_file("assets/tiny/student"))
+    adapter = read_manifest(student)[-1]
+    load_lora(model, student / "lora" / adapter.file, adapter.kind.name)
+    return model, adapter.kind.name, adapter.kind.sampler
+
+
+@torch.no_grad()
+def real_sizes() -> tuple[StableDiffusion, str, Sampler]:
+    """SD v1-5's architecture and CLIP's tokenizer, random weights that float16 holds, and a LoRA of random numbers."""
+    torch.manual_seed(0)
+    model = load_stable_diffusion("", dtype=torch.float32, unet_init="random")
+    model.tokenizer = clip_tokenizer("<|endoftext|>")
+    for parameter in model.parameters():
+        parameter.copy_(parameter.half())
+    add_lora(model.unet, NAME, LoraSettings(rank=4, alpha=4), fused=False)
+    generator = torch.Generator().manual_seed(1)
+    for number, parameter in enumerate(lora_parameters(model.unet, NAME)):
+        # A keeps its input's size; B changes the layers' outputs by a fifth.
+        std = parameter[0].numel() ** -0.5 if number % 2 == 0 else 0.2
+        parameter.normal_(0, std, generator=generator)
+    return model, NAME, LCM
+
+
+SIZES = {
+    "tiny": Size(embedded, resolution=64, steps=4, single_file=False),
+    "sd15": Size(real_sizes, resolution=256, steps=1, single_file=True),
+}
+
+
+def make_inputs(folder: Path, size: Size) -> Path:
+    """`folder` with all that clients of one size read; made where it is missing, `expected.json` last."""
+    if (folder / "expected.json").is_file():
+        return folder
+    folder.mkdir(parents=True, exist_ok=True)
+    model, name, sampler = size.load()
+    lora = lora_state_dict(model.unet, name)
+    save_lora(lora, folder / "lora" / LORA_FILE)
+    save_lora(kohya_state_dict(lora, model.unet), folder / "lora" / KOHYA_FILE)
+    seed = 7
+    drawn = {"steps": size.steps, "seed": seed, "size": size.resolution, "guidance_scale": 1.0}
+    for picture, adapters in {"base": (), "lora": (name,)}.items():
+        with active_adapters(model, adapters):
+            np.save(folder / f"{picture}.npy", draw(model, sampler, seed, size))
+    shape = model.latent_shape(size.resolution, size.resolution)
+    np.save(folder / "noise.npy", torch.randn(1, *shape, generator=torch.Generator().manual_seed(seed)).numpy())
+    as_pipeline(model).unload_lora_weights()
+    save_pipeline(model, folder / "pipeline")
+    fuse_lora(model, folder / "lora" / LORA_FILE)
+    scheduler: Any = make_scheduler(sampler, model.scheduler_config)
+    fused = as_pipeline(model)
+    fused.scheduler = scheduler
+    fused.save_pretrained(folder / "fused")
+    config = {key: value for key, value in scheduler.config.items() if not key.startswith("_")}
+    expected = {"prompt": PROMPT, **drawn, "scheduler": type(scheduler).__name__, "scheduler_config": config}
+    (folder / "expected.json").write_text(json.dumps(expected, indent=1) + "\n")
+    return folder
+
+
+def draw(model: StableDiffusion, sampler: Sampler, seed: int, size: Size) -> np.ndarray:
+    """Our picture, [H, W, 3] in 0..255."""
+    picture = sample(
+        model,
+        [PROMPT],
+        seeds=[seed],
+        steps=size.steps,
+        guidance_scale=1.0,
+        sampler=sampler,
+        resolution=size.resolution,
+    )[0]
+    return 255 * picture.permute(1, 2, 0).numpy()
