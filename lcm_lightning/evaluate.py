@@ -57,11 +57,19 @@ def main(cfg: DictConfig) -> None:
         if cfg.run is not None and folder.parent == Path(cfg.run).expanduser() / "evaluation":
             publish(folder, folder.parent)
             write_card(Path(cfg.run).expanduser())
+        runs = [Path(place).expanduser() for place in named_places(cfg)]
         for logger in loggers:
-            log_evaluation(logger, metrics, folder)
+            logger.log_hyperparams(OmegaConf.to_container(cfg))
+            log_evaluation(logger, metrics, folder, runs)
         for table in console_tables(metrics):
             rich_print(table)
         print(f"\nreport: {(folder / 'report.html').resolve()}")
+
+
+def named_places(cfg: DictConfig) -> list[str]:
+    """The run folders, and others, that `run`, `lora` and `models` name."""
+    places = [cfg.run, *(cfg.lora if OmegaConf.is_list(cfg.lora) else [cfg.lora])]
+    return [place for place in (*places, *(spec.partition(":")[2] for spec in cfg.models or ())) if place]
 
 
 if __name__ == "__main__":

@@ -29,6 +29,7 @@ def main(cfg: DictConfig) -> float | None:
     # Imported once the configuration is right: Lightning and diffusers take ten seconds.
     import lightning as L
 
+    from lcm_lightning.callbacks.experiment_tracking import ExperimentTracking
     from lcm_lightning.callbacks.loggers import MetricsFile
     from lcm_lightning.callbacks.settings_record import SettingsRecord
     from lcm_lightning.config.hints import next_commands
@@ -53,7 +54,9 @@ def main(cfg: DictConfig) -> float | None:
     metrics = MetricsFile(run_dir, global_step(own) if own else 0)
     loggers: list[L.pytorch.loggers.Logger] = [metrics, *instantiate_each(cfg, "logger")]
     settings = SettingsRecord(cfg, HydraConfig.get().overrides.task, run_dir, loggers[1:])
-    callbacks = [*instantiate_each(cfg, "callbacks"), settings]  # last: others may refuse to start
+    tracking = ExperimentTracking(cfg.optimized_metric)
+    # Last: others may refuse to start.
+    callbacks = [*instantiate_each(cfg, "callbacks"), settings, tracking]
     trainer = instantiate_group(cfg, "trainer", logger=loggers, callbacks=callbacks)
     data.prepare_data()
     module = build_module(cfg, trainer.precision, data.cache)

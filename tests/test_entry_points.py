@@ -20,13 +20,13 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from helpers.commands import ROOT, SMALL, in_process
-from lcm_lightning.callbacks.loggers import wandb_run_id
 from lcm_lightning.config.hints import QUICK_IMAGES, next_commands
 from lcm_lightning.methods.lcm_lora import LcmLoraDistillation
 from lcm_lightning.methods.lora import LoraFinetuning
 from lcm_lightning.models.kinds import AdapterKind
 from lcm_lightning.runs.contents import Adapter, read_manifest, write_manifest
 from lcm_lightning.runs.loading import load_run
+from lcm_lightning.tracking.wandb_logger import wandb_run_id
 from lcm_lightning.train import TRAIN_KEYS
 
 # What trainer=debug sets, for other trainers.

@@ -15,7 +15,6 @@ import pytest
 import torch
 import wandb
 from hydra.utils import instantiate
-from lightning.pytorch.loggers import WandbLogger
 from omegaconf import OmegaConf
 from rich.console import Console
 
@@ -31,6 +30,7 @@ from lcm_lightning.evaluation.tables import (
     published_table,
     quality_table,
 )
+from lcm_lightning.tracking.wandb_logger import WandbTracker
 
 SCHEMA = Path(__file__).parent.parent / "lcm_lightning" / "evaluation" / "metrics.schema.json"
 TEACHER = "finetuned_ddim_50"
@@ -304,7 +304,7 @@ def test_the_console_shows_every_contender_paired_differences_and_every_warning(
 
 
 def test_dashboards_get_numbers_table_pictures_and_page(metrics: dict[str, Any], tmp_path: Path):
-    class Recorder(WandbLogger):
+    class Recorder(WandbTracker):
         """A W&B logger that writes nothing."""
 
         def __init__(self) -> None:
@@ -323,14 +323,21 @@ def test_dashboards_get_numbers_table_pictures_and_page(metrics: dict[str, Any],
         def log_image(self, key: str, images: list[str]) -> None:
             self.logged[key] = [Path(image).name for image in images]
 
+        def log_files(self, kind: str, files: list[Path], aliases: list[str]) -> None:  # type: ignore[override]
+            self.logged[kind] = [file.name for file in files]
+
+        def use_export(self, run: Path) -> None:
+            self.logged["used"] = run
+
         def finalize(self, status: str) -> None:
             self.logged["status"] = status
 
     recorder = Recorder()
-    log_evaluation(recorder, metrics, write(metrics, tmp_path))
+    log_evaluation(recorder, metrics, write(metrics, tmp_path), [tmp_path / "run"])
     logged = recorder.logged
     assert logged["evaluation/lcm_lora_4/fid"] == 12.0 and logged["evaluation/lcm_lora_4/to_teacher/psnr"] == 21.5
     assert logged["evaluation/base_ddim_50/seconds_per_image"] == 2.0
     assert len(logged["evaluation/table"]) == 8 and len({len(row) for row in logged["evaluation/table"]}) == 1
     assert logged["evaluation/pictures"] == ["frontier.png", "grid.png"]
     assert isinstance(logged["evaluation/report"], wandb.Html) and logged["status"] == "success"
+    assert logged["evaluation"] == ["metrics.json", "report.html"] and logged["used"] == tmp_path / "run"

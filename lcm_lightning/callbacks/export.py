@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any, ClassVar, cast
 
 import lightning as L
-from lightning.pytorch.loggers import WandbLogger
 from torch import Tensor
 
+from lcm_lightning.callbacks.experiment_tracking import trackers
 from lcm_lightning.callbacks.trainers import Lowest
 from lcm_lightning.errors import first_line
 from lcm_lightning.exports.lora import write_diffusers_lora, write_kohya_lora
@@ -33,8 +33,8 @@ class Export(L.Callback, ABC):
     """After each validation and at the end, write what a module has trained into `folder`, if it is of its kind.
 
     `adapters.json` says after which optimizer step it was written ("step"). A LoRA that is part of the frozen model, as
-    a teacher's, is put beside it, and a model card of the run. At the end the folder becomes a W&B artifact
-    where W&B logs the run.
+    a teacher's, is put beside it, and a model card of the run. At the end `trackers` get the folder, as `latest`, as
+    `best` where `best_by` chose it, and as `step-<n>`.
 
     Files that cannot be written (a full disk) are a warning: training and the files before them matter more.
 
@@ -42,7 +42,7 @@ class Export(L.Callback, ABC):
         best_by: a validation metric; only what was trained when it was lowest is kept. None keeps the last.
     """
 
-    artifact: ClassVar[str]  # W&B's type of it
+    artifact: ClassVar[str]  # what trackers call it
 
     def __init__(self, folder: str, best_by: str | None = None) -> None:
         self.folder = Path(folder)
@@ -89,17 +89,15 @@ class Export(L.Callback, ABC):
             self._export(trainer, module)
 
     def on_train_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
-        """Export the end of training, unless a better one is kept, and hand it to W&B."""
+        """Export the end of training, unless a better one is kept, and hand it to trackers."""
         if math.isinf(self.lowest.value):
+            self.best_step = trainer.global_step
             self._export(trainer, module)
-        if not trainer.is_global_zero or not self._concerns(module) or not self.folder.is_dir():
+        if not self._concerns(module) or not self.folder.is_dir():
             return
-        for logger in trainer.loggers:
-            if isinstance(logger, WandbLogger):
-                try:
-                    log_artifact(logger, self.folder, self.artifact)
-                except OSError as error:
-                    warn_unwritten(self.folder, error)
+        best = [] if math.isinf(self.lowest.value) else ["best"]
+        for tracker in trackers(trainer):
+            tracker.log_export(self.folder, self.artifact, ["latest", *best, f"step-{self.best_step}"])
 
     def _export(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         if not self._concerns(module):
@@ -179,15 +177,6 @@ class ExportPipeline(Export):
         """The pipeline's files."""
         save_pipeline(cast(StableDiffusion, module.model), module.kind.name, module.kind.sampler, self.folder)
         return Adapter(module.kind, "unet", step)
-
-
-def log_artifact(logger: WandbLogger, folder: Path, kind: str) -> None:
-    """Hand an exported folder to W&B as an artifact of type `kind`."""
-    import wandb
-
-    artifact = wandb.Artifact(f"{kind}-{logger.experiment.id}", type=kind)
-    artifact.add_dir(str(folder))
-    logger.experiment.log_artifact(artifact)
 
 
 def warn_unwritten(folder: Path, error: OSError) -> None:

@@ -1,24 +1,19 @@
-"""Loggers that never ask and never stop a run."""
+"""`metrics.csv`, which every run writes."""
 
 from __future__ import annotations
 
 import csv
-import inspect
 import io
 import logging
-import netrc
 import os
-import secrets
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlparse
 
 from lightning.fabric.loggers.logger import rank_zero_experiment
-from lightning.pytorch.loggers import CSVLogger, WandbLogger
+from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.loggers.csv_logs import ExperimentWriter
 
-from lcm_lightning.errors import UserError
 from lcm_lightning.output.files import write_atomic
 
 log = logging.getLogger(__name__)
@@ -113,63 +108,3 @@ def write_csv(path: Path, header: Sequence[str], rows: Sequence[dict[str, Any]])
     writer.writeheader()
     writer.writerows(rows)
     write_atomic(path, content.getvalue().encode())
-
-
-def has_wandb_key() -> bool:
-    """Whether W&B's key is at hand: in `WANDB_API_KEY`, W&B's settings, or the netrc file `wandb login` writes."""
-    import wandb  # late, as below: only who chose it waits for it
-
-    settings = wandb.Settings()
-    if os.environ.get("WANDB_API_KEY") or settings.api_key:
-        return True
-    try:
-        return netrc.netrc().authenticators(urlparse(settings.base_url).hostname or "") is not None
-    except (FileNotFoundError, netrc.NetrcParseError):
-        return False
-
-
-def wandb_run_id(run_dir: Path) -> str:
-    """The W&B run of a run folder: chosen once, found again by a run that goes on there."""
-    path = run_dir / "wandb" / "run_id"
-    if not path.is_file():
-        write_atomic(path, secrets.token_hex(4).encode())
-    return path.read_text()
-
-
-class ContinuedWandb(WandbLogger):
-    """A W&B run that goes on when its run folder does.
-
-    The folder's id is read or chosen when the run first logs: a run refused before that leaves nothing behind.
-    """
-
-    @property
-    @rank_zero_experiment
-    def experiment(self) -> Any:
-        """W&B's run."""
-        if self._experiment is None and self._id is None:
-            self._id = self._wandb_init["id"] = wandb_run_id(Path(self._save_dir or "."))
-        return super().experiment
-
-
-def wandb_logger(*, project: str, save_dir: str, name: str, **settings: Any) -> WandbLogger:
-    """A W&B logger that is online with an API key and offline without, unless `WANDB_MODE` says otherwise.
-
-    A run that goes on in its folder goes on in its W&B run. An offline run is sent later with
-    ``wandb sync <run folder>/wandb/offline-run-*``. `settings` go to `wandb.init`.
-
-    Raises:
-        UserError: for a setting it does not know. W&B would notice on first use, in the middle of Lightning's set-up.
-    """
-    import wandb
-
-    known = {*inspect.signature(WandbLogger).parameters, *inspect.signature(wandb.init).parameters}
-    unknown = sorted(settings.keys() - known)
-    if unknown:
-        raise UserError(
-            f"logger.wandb.{unknown[0]}={settings[unknown[0]]}: no setting of wandb.init; remove it, or see "
-            "https://docs.wandb.ai/ref/python/init"
-        )
-    if wandb.run is not None:
-        wandb.finish()  # the jobs of a sweep share a process; each gets a run of its own
-    offline = "WANDB_MODE" not in os.environ and not has_wandb_key()
-    return ContinuedWandb(project=project, save_dir=save_dir, name=name, offline=offline, **settings)

@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
 import lightning as L
 import torch
-from lightning.pytorch.loggers import TensorBoardLogger, WandbLogger
+from lightning.pytorch.loggers import TensorBoardLogger
 from PIL import Image
 from torch import Tensor
 
+from lcm_lightning.callbacks.experiment_tracking import trackers
 from lcm_lightning.callbacks.shared_sampling import held_out_captions, sample_shared
 from lcm_lightning.methods.adapter_training import Training
 from lcm_lightning.models.sampling import SamplingSetup
 from lcm_lightning.output.files import write_atomic
-from lcm_lightning.output.pictures import labelled_grid, png_bytes
+from lcm_lightning.output.pictures import labelled_grid, png_bytes, to_pil
+from lcm_lightning.tracking.tracker import Sample
 
 log = logging.getLogger(__name__)
 
@@ -25,7 +28,8 @@ class SampleGrid(L.Callback):
     """After each validation, draw the same prompts from the same seeds with teacher and student, side by side.
 
     A row a prompt, a column a `SamplingSetup` of the module. Columns that no trained adapter takes part in are drawn
-    once. The ranks share the prompts. A grid that cannot be written (a full disk) is a warning.
+    once. The ranks share the prompts. A grid that cannot be written (a full disk) is a warning. Trackers also get each
+    picture with its prompt, seed, steps and seconds.
 
     Args:
         folder: gets `step_<n>.png`.
@@ -61,6 +65,7 @@ class SampleGrid(L.Callback):
         self.student_steps = tuple(student_steps)
         self.batch_size = batch_size
         self._unchanging: dict[str, Tensor] = {}
+        self._seconds: dict[str, float] = {}  # an image, by label
 
     def on_validation_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         """Draw, save and log the grid."""
@@ -71,6 +76,7 @@ class SampleGrid(L.Callback):
         setups = module.sampling_setups(
             teacher_steps=self.teacher_steps, guidance_scale=self.guidance_scale, student_steps=self.student_steps
         )
+        known = {*self._unchanging}
         columns = [self._column(trainer, module, setup, prompts) for setup in setups]
         if trainer.is_global_zero:
             grid = labelled_grid(columns, [setup.label for setup in setups], prompts)
@@ -78,6 +84,10 @@ class SampleGrid(L.Callback):
             try:
                 write_atomic(path, png_bytes(grid))
                 self._log(trainer, grid)
+                new = [n for n, setup in enumerate(setups) if setup.label not in known]
+                samples = [sample for n in new for sample in self._samples(setups[n], prompts, columns[n])]
+                for tracker in trackers(trainer):
+                    tracker.log_samples(grid, samples, trainer.global_step)
             except OSError as error:
                 log.warning("%s not written (%s)", path, error)
 
@@ -92,6 +102,7 @@ class SampleGrid(L.Callback):
         """Images [N, 3, H, W] of one setup, complete on every rank."""
         if setup.label in self._unchanging:
             return self._unchanging[setup.label]
+        started = time.perf_counter()
         images = sample_shared(
             module,
             setup,
@@ -101,16 +112,24 @@ class SampleGrid(L.Callback):
             batch_size=self.batch_size,
             preview=True,
         )
+        mine = -(-len(prompts) // trainer.world_size)
+        self._seconds[setup.label] = (time.perf_counter() - started) / mine
         if module.kind.name not in setup.adapters:
             self._unchanging[setup.label] = images
         return images
 
+    def _samples(self, setup: SamplingSetup, prompts: Sequence[str], images: Tensor) -> list[Sample]:
+        """The pictures of one column, for trackers."""
+        drawn = (setup.label, setup.steps, setup.guidance_scale, self._seconds[setup.label])
+        return [
+            Sample(prompt, self.seed + n, *drawn, to_pil(image))
+            for n, (prompt, image) in enumerate(zip(prompts, images, strict=True))
+        ]
+
     @staticmethod
     def _log(trainer: L.Trainer, grid: Image.Image) -> None:
         for logger in trainer.loggers:
-            if isinstance(logger, WandbLogger):
-                logger.log_image("samples", [grid], step=trainer.global_step)
-            elif isinstance(logger, TensorBoardLogger):
+            if isinstance(logger, TensorBoardLogger):
                 pixels = torch.frombuffer(bytearray(grid.tobytes()), dtype=torch.uint8)
                 pixels = pixels.reshape(grid.height, grid.width, 3)
                 logger.experiment.add_image("samples", pixels, trainer.global_step, dataformats="HWC")

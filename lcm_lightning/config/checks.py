@@ -14,6 +14,7 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from lcm_lightning.config.signatures import parameters
+from lcm_lightning.config.wandb_sources import fetch_artifacts
 from lcm_lightning.errors import SHOW_KEYS, UserError, first_line, suggestion
 
 INSTRUCTIONS = ("_target_", "_partial_", "_recursive_", "_convert_", "_args_")
@@ -115,9 +116,10 @@ RANGES: Mapping[str, tuple[float, float, object]] = {
 
 
 def resolve(cfg: DictConfig, known: Collection[str]) -> None:
-    """`interpolate`, then `check_values`."""
+    """`interpolate`, `check_values`, then fetch LoRAs that are named as artifacts."""
     interpolate(cfg, known)
     check_values(cfg)
+    fetch_artifacts(cfg)
 
 
 def interpolate(cfg: DictConfig, known: Collection[str]) -> None:

@@ -6,6 +6,7 @@ import hashlib
 from pathlib import Path
 
 from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
 from lcm_lightning.runs.folders import auto_run_folder, sweep_time
@@ -38,6 +39,18 @@ def mul(a: int, b: int) -> int:
     return a * b
 
 
+def command_name() -> str:
+    """The command that runs, such as "train"; composed elsewhere than by one, "train"."""
+    return str(HydraConfig.get().job.config_name) if HydraConfig.initialized() else "train"
+
+
+def sweep_name() -> str | None:
+    """What the runs of a sweep (-m) have in common: the last two parts of its folder; None for a run of its own."""
+    if not HydraConfig.initialized() or HydraConfig.get().mode != RunMode.MULTIRUN:
+        return None
+    return "-".join(Path(HydraConfig.get().sweep.dir).parts[-2:])
+
+
 def evaluation_folder(run: str | None, protocol: str, name: str, overrides: str) -> str:
     """Where an evaluation is written: `<run>/evaluation/<protocol>`, or else `outputs/<name>/<digest>`.
 
@@ -68,6 +81,7 @@ def register_resolvers() -> None:
     # Found once: the folder must not change while the run fills it, nor between the jobs of a sweep.
     OmegaConf.register_new_resolver("auto_run_folder", auto_run_folder, replace=True, use_cache=True)
     OmegaConf.register_new_resolver("chosen", chosen, replace=True)
+    OmegaConf.register_new_resolver("command_name", command_name, replace=True)
     OmegaConf.register_new_resolver("evaluation_folder", evaluation_folder, replace=True)
     OmegaConf.register_new_resolver("exported_folder", exported_folder, replace=True)
     OmegaConf.register_new_resolver("fused_adamw", fused_adamw, replace=True)
@@ -75,4 +89,5 @@ def register_resolvers() -> None:
     OmegaConf.register_new_resolver("made_folder", made_folder, replace=True)
     OmegaConf.register_new_resolver("mul", mul, replace=True)
     OmegaConf.register_new_resolver("package_file", package_file, replace=True)
+    OmegaConf.register_new_resolver("sweep_name", sweep_name, replace=True)
     OmegaConf.register_new_resolver("sweep_time", sweep_time, replace=True, use_cache=True)

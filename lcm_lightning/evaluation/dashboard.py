@@ -2,20 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from lightning.pytorch.loggers import Logger, WandbLogger
+from lightning.pytorch.loggers import Logger
 
 from lcm_lightning.evaluation.tables import MANIFOLD, METRICS, TO_TEACHER, is_known, quality_table
+from lcm_lightning.tracking.tracker import Tracker, tolerant
+from lcm_lightning.tracking.wandb_logger import WandbTracker
 
 
-def log_evaluation(logger: Logger, metrics: Mapping[str, Any], folder: Path) -> None:
-    """Send what `write_report` wrote into `folder`: numbers to every logger, the rest to W&B.
+def log_evaluation(logger: Logger, metrics: Mapping[str, Any], folder: Path, runs: Sequence[Path] = ()) -> None:
+    """Send what `write_report` wrote into `folder`: numbers to every logger, the files to trackers, the rest to W&B.
 
     Figures are called `evaluation/<slug>/<key of metrics.json>`.
+
+    Args:
+        runs: what was evaluated; trackers are told of those whose exports one of them keeps.
     """
+    if isinstance(logger, Tracker):
+        for run in runs:
+            logger.use_export(run)
     logger.log_metrics(
         {
             f"evaluation/{model['slug']}/{key}": value
@@ -23,16 +31,24 @@ def log_evaluation(logger: Logger, metrics: Mapping[str, Any], folder: Path) -> 
             for key, value in plain_figures(model).items()
         }
     )
-    if isinstance(logger, WandbLogger):
-        import wandb
-
-        quality = quality_table(metrics["models"])
-        columns = ["model", *(heading for heading, _ in quality.headings[1:])]
-        logger.log_table("evaluation/table", columns, [[row.title, *map(str, row.cells)] for row in quality.rows])
-        pictures = [folder / "frontier.png", *sorted(folder.glob("grid*.png"))]
-        logger.log_image("evaluation/pictures", [str(picture) for picture in pictures])
-        logger.experiment.log({"evaluation/report": wandb.Html((folder / "report.html").read_text(), inject=False)})
+    if isinstance(logger, WandbTracker):
+        log_report(logger, metrics, folder)
+    if isinstance(logger, Tracker):
+        logger.log_files("evaluation", [folder / "metrics.json", folder / "report.html"], ["latest"])
     logger.finalize("success")
+
+
+@tolerant
+def log_report(logger: WandbTracker, metrics: Mapping[str, Any], folder: Path) -> None:
+    """The table, the pictures and the page."""
+    import wandb
+
+    quality = quality_table(metrics["models"])
+    columns = ["model", *(heading for heading, _ in quality.headings[1:])]
+    logger.log_table("evaluation/table", columns, [[row.title, *map(str, row.cells)] for row in quality.rows])
+    pictures = [folder / "frontier.png", *sorted(folder.glob("grid*.png"))]
+    logger.log_image("evaluation/pictures", [str(picture) for picture in pictures])
+    logger.experiment.log({"evaluation/report": wandb.Html((folder / "report.html").read_text(), inject=False)})
 
 
 def plain_figures(model: Mapping[str, Any]) -> dict[str, float]:

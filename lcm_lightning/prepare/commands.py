@@ -16,6 +16,7 @@ from rich.console import Console
 
 from lcm_lightning.config.checks import check_types, check_values, interpolate
 from lcm_lightning.config.entry import command, configurations
+from lcm_lightning.config.wandb_sources import fetch_artifacts
 from lcm_lightning.errors import UserError, command_line
 from lcm_lightning.prepare.images import prepare_images
 
@@ -66,6 +67,7 @@ def check_command(config: DictConfig) -> None:
         raise UserError(f"method={choice('method')}: only cache=teacher reads it; leave it out")
     if config.get("cache") is not None:
         check_values(config)  # cutting shards needs none of what is checked there
+        fetch_artifacts(config)
 
 
 def next_lines(name: str, place: list[str], stage: str) -> list[str]:

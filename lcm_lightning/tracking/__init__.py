@@ -1,0 +1,1 @@
+"""Homes of runs beside their folders: W&B and MLflow."""
