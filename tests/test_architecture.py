@@ -24,7 +24,7 @@ USES = {
     "toy": {"data", "diffusion", "methods", "models"},
     "config": {"data", "evaluation", "methods", "models", "runs"},
     "prepare": {"config", "data", "methods", "models", "output"},
-    "train": {"callbacks", "config", "runs"},
+    "train": {"callbacks", "config", "output", "runs"},
     "evaluate": {"config", "evaluation"},
     "generate": {"config", "data", "methods", "models", "output"},
     "inspect": {"models", "runs"},
