@@ -111,12 +111,13 @@ def report_configuration_errors(entry_point: Callable[P, R]) -> Callable[P, R]:
             result = entry_point(*args, **kwargs)
             sys.stdout.flush()  # so that a reader who has gone is noticed here
             return result
+        except UserError as error:
+            fail(str(error))
         except (HydraException, OmegaConfBaseException, OSError) as error:
             if any(frame.name == "run_task" for frame in traceback.extract_tb(error.__traceback__)):
                 raise
             if isinstance(error, BrokenPipeError):  # of `--help | head`
-                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes once more at its end
-                sys.exit(1)
+                end_quietly()
             fail(explain(error))
         finally:
             os.environ.pop("HYDRA_FULL_ERROR")
@@ -156,10 +157,23 @@ def unreadable(override: str, arguments: Sequence[str]) -> str:
         return no_assignment(override, arguments)
     if placeholder := re.search(r"<[\w -]+>", value):
         return f"{placeholder[0]} stands for a name that you know; put that in its place"
+    if (sign := unclosed(value)) is not None:
+        return f"{sign} is never closed; close it, or, if it belongs to a text, quote the value twice: {quoted(override)}"
     if value.startswith("["):
         example = f'{key}=["...","..."]'
         return f"is no list that can be read; quote the texts in it: {shlex.quote(example)}"
     return f"holds signs that mean more than themselves; quote the value twice: {quoted(override)}"
+
+
+def unclosed(value: str) -> str | None:
+    """The last bracket that is opened and never closed outside quotes; None where there is none."""
+    opened = []
+    for sign in re.sub(r"\"[^\"]*\"|'[^']*'", "", value):
+        if sign in "[{(":
+            opened.append(sign)
+        elif sign in "]})" and opened:
+            opened.pop()
+    return opened[-1] if opened else None
 
 
 def no_assignment(word: str, arguments: Sequence[str]) -> str:
@@ -169,7 +183,7 @@ def no_assignment(word: str, arguments: Sequence[str]) -> str:
         return f"expected {word}=..., without spaces around the ="
     starts = [n for n, argument in enumerate(arguments[:place]) if "=" in argument and not argument.startswith("-")]
     if not starts:
-        return "expected key=value"
+        return f"expected key=value, such as seed=1; `{program()} --help` lists the keys"
     words = takewhile(lambda argument: "=" not in argument, arguments[starts[-1] + 1 :])
     text = " ".join([arguments[starts[-1]], *words])
     return f"expected key=value; if it belongs to the text before it, quote that twice: {quoted(text)}"
@@ -242,6 +256,12 @@ def remove_unused_run_folder() -> None:
         if any(empty.iterdir()):
             return
         empty.rmdir()
+
+
+def end_quietly() -> NoReturn:
+    """End the program where the reader of its output has gone, as `head` does when it has seen enough: no error."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes once more at its end
+    sys.exit(0)
 
 
 def fail(message: str) -> NoReturn:

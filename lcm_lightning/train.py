@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import sys
 from collections.abc import Mapping
@@ -10,16 +11,21 @@ from typing import TYPE_CHECKING
 
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
+from rich.console import Console
 
 from lcm_lightning.config.checks import resolve
 from lcm_lightning.config.entry import command
+from lcm_lightning.config.overview import as_text, overview
 from lcm_lightning.errors import UserError
+from lcm_lightning.output.logs import SHOWN, logged_warnings
 
 if TYPE_CHECKING:
     import torch
 
+log = logging.getLogger(__name__)
+
 GROUPS = ("model", "method", "optimizer", "data", "trainer", "logger", "callbacks")
-TRAIN_KEYS = (*GROUPS, "name", "seed", "max_steps", "val_every", "optimized_metric", "resume", "run_dir")
+TRAIN_KEYS = (*GROUPS, "name", "seed", "max_steps", "val_every", "optimized_metric", "resume", "print_config", "run_dir")
 
 
 @command("train")
@@ -59,6 +65,8 @@ def main(cfg: DictConfig) -> float | None:
     callbacks = [*instantiate_each(cfg, "callbacks"), settings, tracking]
     trainer = instantiate_group(cfg, "trainer", logger=loggers, callbacks=callbacks)
     data.prepare_data()
+    if trainer.is_global_zero:
+        announce(cfg)
     module = build_module(cfg, trainer.precision, data.cache)
     take_teacher_steps(module, data)
     # Where they were null, known with the model.
@@ -66,16 +74,29 @@ def main(cfg: DictConfig) -> float | None:
     data.buckets, data.bucket_step = cfg.data.buckets, cfg.data.bucket_step
     trainer.ckpt_path = checkpoint  # not an argument of fit, which tells callbacks when it is being loaded
     try:
-        trainer.fit(module, datamodule=data, weights_only=True)
+        with logged_warnings():
+            trainer.fit(module, datamodule=data, weights_only=True)
     except Preempted as stop:
         if trainer.is_global_zero:
-            print(f"\n{stop} after step {trainer.global_step}; resume=auto goes on: {run_dir}", file=sys.stderr)
+            stopped = f"{stop} after step {trainer.global_step}; resume=auto goes on: {run_dir}"
+            log.warning(stopped, extra=SHOWN)
+            print(f"\n{stopped}", file=sys.stderr)
             if stop.requeue:
                 requeue_slurm_job()
         sys.exit(128 + stop.number)
     if trainer.is_global_zero:
-        print(next_commands(cfg, run_dir, data.train_samples))
+        ended = next_commands(cfg, run_dir, data.train_samples)
+        log.info("ended after step %d%s", trainer.global_step, ended, extra=SHOWN)
+        print(ended)
     return optimized_value(trainer.callback_metrics, cfg.optimized_metric)
+
+
+def announce(cfg: DictConfig) -> None:
+    """Say in the run's log what it is made of, and on the screen, where `print_config` does not forbid it."""
+    tree = overview(cfg, HydraConfig.get().runtime.choices, HydraConfig.get().overrides.task)
+    log.info("started as\n%s", as_text(tree), extra=SHOWN)
+    if cfg.print_config:
+        Console().print(tree)
 
 
 def optimized_value(metrics: Mapping[str, torch.Tensor], name: str) -> float | None:

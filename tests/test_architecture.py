@@ -27,7 +27,7 @@ USES = {
     "toy": {"data", "diffusion", "methods", "models"},
     "config": {"data", "evaluation", "methods", "models", "runs", "tracking"},
     "prepare": {"config", "data", "methods", "models", "output"},
-    "train": {"callbacks", "config", "runs"},
+    "train": {"callbacks", "config", "output", "runs"},
     "evaluate": {"config", "evaluation", "sharing"},
     "export": {"config", "exports", "models", "sharing"},
     "generate": {"config", "data", "methods", "models", "output"},

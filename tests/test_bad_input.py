@@ -97,7 +97,15 @@ data=nonesuch
 trainer=nonesuch
 optimizer=nonesuch
 hydra/launcher=nonesuch
-# what Hydra's grammar does not take
+# what Hydra's grammar does not take, or takes for something else
+=3 -> =3: names no key; settings are written key=value, such as seed=1$
+@=2 -> @=2: names no key
++= -> \+=: names no key
+~ -> ~: names no key
+method.lora.rank=[16,32 -> \[ is never closed; close it, or, if it belongs to a text, quote the value twice
+data.source="{a} -> quote the value twice
+cpu -> cpu: expected key=value; did you mean trainer=cpu\?$
+name=a tiny dog -> tiny: expected key=value; .*quote that twice: 'name="a tiny dog"'
 data.source={a -> data\.source=\{a: .*quote the value twice: 'data\.source="\{a"'
 data.source=it's -> quote the value twice: 'data\.source="it
 resume=outputs/lcm_flickr8k/<date_time> -> resume=.*: <date_time> stands for a name that you know; put that in its place

@@ -7,6 +7,7 @@ import importlib.util
 import re
 import resource
 import subprocess
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
@@ -24,6 +25,7 @@ from lcm_lightning.config.hints import QUICK_IMAGES, next_commands
 from lcm_lightning.methods.lcm_lora import LcmLoraDistillation
 from lcm_lightning.methods.lora import LoraFinetuning
 from lcm_lightning.models.kinds import AdapterKind
+from lcm_lightning.output.logs import logged_warnings
 from lcm_lightning.runs.contents import Adapter, read_manifest, write_manifest
 from lcm_lightning.runs.loading import load_run
 from lcm_lightning.tracking.wandb_logger import wandb_run_id
@@ -200,7 +202,10 @@ def test_figures_are_logged_one_below_the_step_that_checkpoints_and_pictures_are
     assert (folder / "samples" / "step_000002.png").is_file()
 
 
-def test_the_progress_bar_counts_optimizer_steps(run: Run, capfd: pytest.CaptureFixture[str]):
+def test_the_progress_bar_counts_optimizer_steps(
+    run: Run, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr("lcm_lightning.callbacks.progress_bar.draws_bars", lambda console: True)
     options = ("method=lora", "trainer=debug", "logger=csv", "callbacks.samples=null")
     steps = (*options, "trainer.accumulate_grad_batches=5", "trainer.val_check_interval=100")
     run("steps", *steps, "trainer.max_steps=3")  # 15 batches, 12 of which are an epoch
@@ -209,6 +214,48 @@ def test_the_progress_bar_counts_optimizer_steps(run: Run, capfd: pytest.Capture
     assert re.search(r"Step +\S* 5/5 ", shown := capfd.readouterr().out) and "Epoch" not in shown
     run("epochs", *options, "trainer.max_steps=-1", "trainer.max_epochs=2")
     assert re.search(r"Epoch 1/1 +\S* 12/12 ", capfd.readouterr().out)
+
+
+def test_where_output_goes_to_a_file_each_tenth_of_a_run_is_a_line(run: Run, capfd: pytest.CaptureFixture[str]):
+    options = ("method=lora", "trainer=debug", "logger=csv", "callbacks.samples=null", "trainer.val_check_interval=100")
+    run("lines", *options, "trainer.max_steps=20")
+    line = r"^step (\d+)/20, loss \d[\d.e-]*, \d[\d.e-]* images/s(?:, \d:\d\d:\d\d left)?$"
+    shown = capfd.readouterr().out
+    assert [int(step) for step in re.findall(line, shown, re.MULTILINE)] == list(range(2, 21, 2))
+    assert "━" not in shown
+    run("lines", *options, "trainer.max_steps=40", "resume=auto")  # from step 20
+    assert re.findall(r"^step (\d+)/40", capfd.readouterr().out, re.MULTILINE) == ["24", "28", "32", "36", "40"]
+    run("epochs", *options, "trainer.max_steps=-1", "trainer.max_epochs=2")
+    assert len(re.findall(r"^step \d+/24, ", capfd.readouterr().out, re.MULTILINE)) == 10
+
+
+def test_a_run_s_log_holds_its_start_its_progress_its_warnings_and_its_end(
+    in_folder: Path, pipeline_folder: Path, flickr_shards: Path, train_command: Command
+):
+    """Whether or not a bar is shown instead."""
+    places = (f"model.path={pipeline_folder}", f"data.source={flickr_shards}", "hydra.run.dir=logged")
+    options = ("method=lora", "trainer=debug", "logger=csv", "callbacks.samples=null", "trainer.max_steps=4")
+    finished = train_command(*places, *SMALL, *options, "optimizer.lr=1e-3", "data.val_limit=1", "print_config=false")
+    assert finished.returncode == 0, finished.stderr
+    assert "├── " not in finished.stdout
+    log = (in_folder / "logged" / "train.log").read_text()
+    places = [log.index(text) for text in ("started as\nlora: ", "├── method=lora", "│   └── optimizer.lr=1e-3")]
+    places += [log.index(text) for text in ("step 1/4, ", "step 4/4, ", "ended after step 4", "evaluate.py run=logged")]
+    assert places == sorted(places)
+
+
+def test_a_warning_goes_to_the_log_and_where_it_went(caplog: pytest.LogCaptureFixture):
+    with pytest.warns(UserWarning, match="two"), logged_warnings():
+        warnings.warn("one\ntwo", stacklevel=1)
+    assert [record.getMessage() for record in caplog.records] == ["UserWarning: one two"]
+
+
+def test_a_run_begins_with_what_is_chosen_and_changed(run: Run, capfd: pytest.CaptureFixture[str]):
+    folder = run("said", "method=lora", "trainer=debug", "logger=csv", "callbacks.samples=null", "max_steps=7")
+    tree = capfd.readouterr().out.partition("lora: ")[2].splitlines()
+    assert tree[0] == str(folder)
+    assert tree.index("├── method=lora") + 1 == tree.index("│   └── method.lora.rank=4")
+    assert "├── trainer=debug" in tree and "├── max_steps=7" in tree and "├── callbacks=default" in tree
 
 
 def test_the_end_of_a_run_names_what_it_left(run: Run, capfd: pytest.CaptureFixture[str]):

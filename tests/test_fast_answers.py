@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 import subprocess
 import sys
 from collections.abc import Callable
@@ -16,6 +17,7 @@ from omegaconf import OmegaConf
 from lcm_lightning.config.entry import configurations, with_absolute_config_path
 from lcm_lightning.config.help import help_text
 from lcm_lightning.config.signatures import parameters
+from lcm_lightning.errors import UserError
 
 HERE = {**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent), "OMP_NUM_THREADS": "1"}
 SLOW = {"torch", "lightning", "torchmetrics", "diffusers", "transformers", "peft", "wandb", "matplotlib", "scipy"}
@@ -62,10 +64,51 @@ def test_help_explains_every_key_at_the_top_and_every_group(name: str):
     keys = [key for key in written if key not in ("defaults", "hydra", "prepare")]
     keys += [f"prepare.{key}" for key in written.get("prepare", ())]
     for key in groups + keys:
-        assert re.search(rf"^  {re.escape(key)}(=\S*)? +\w.*", shown, re.MULTILINE), key
+        assert re.search(rf"^  {re.escape(key)}(=\S*)?\s+\w.*", shown, re.MULTILINE), key
     for key in groups:
         for option in (configurations() / key).glob("*.yaml"):
             assert re.search(rf"\b{option.stem}\b", shown)
+
+
+@pytest.mark.parametrize("name", ["train", "evaluate", "generate", "prepare"])
+def test_help_shows_five_commands_that_can_be_typed_each_with_what_it_does(name: str):
+    shown = help_text([configurations()], name, "lcm-command")
+    examples = re.findall(r"^  (lcm-command \S.*)\n      (\S.*)$", shown, re.MULTILINE)
+    assert len(examples) == 5
+    for typed, _ in examples:
+        assert all("=" in word or word == "-m" for word in shlex.split(typed)[1:]), typed
+
+
+def test_help_says_of_every_experiment_what_it_does():
+    shown = help_text([configurations()], "train", "lcm-command").partition("\nexperiments:\n")[2]
+    for file in (configurations() / "experiment").glob("*.yaml"):
+        assert re.search(rf"^  {file.stem} +[A-Z][\w-]+ ", shown, re.MULTILINE), file.stem
+
+
+def test_help_fits_the_terminal(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("COLUMNS", "90")
+    for name in ("train", "evaluate", "generate", "prepare"):
+        body = help_text([configurations()], name, "lcm-command").partition("\ngroups, ")[2]
+        assert max(map(len, body.splitlines())) <= 90
+
+
+def test_help_of_prepare_and_evaluate_has_the_keys_of_the_groups_that_they_alone_have():
+    for name, group in (("prepare", "cache"), ("evaluate", "evaluation")):
+        shown = help_text([configurations()], name, "lcm-command")
+        for option in ("latents", "teacher") if group == "cache" else ("standard",):
+            written = OmegaConf.to_container(OmegaConf.load(configurations() / group / f"{option}.yaml"))
+            part = shown.partition(f"\nkeys of {group}={option}:\n")[2]
+            for key, value in written.items():
+                assert isinstance(value, dict) or key == "_target_" or f"\n  {group}.{key}" in f"\n{part}", key
+
+
+def test_help_of_a_file_has_its_keys_and_those_it_took_over():
+    shown = help_text([configurations()], "train", "lcm-command", {"data": "twemoji", "method": "pcm_lora"})
+    assert re.search(r"^  data\.flip_probability=0\.0 +letters, arrows and clocks have a direction$", shown, re.MULTILINE)
+    assert "\n  data.batch_size=32\n" in shown and "\n  data.shuffle_buffer=1000\n" in shown
+    assert re.search(r"^  method\.distillation\.solver_steps=1\s+in each of the num_ode_steps$", shown, re.MULTILINE)
+    with pytest.raises(UserError, match="method=nonesuch: there is no such file in conf/method; there are dmd2_lora"):
+        help_text([configurations()], "train", "lcm-command", {"method": "nonesuch"})
 
 
 @pytest.mark.parametrize("module", COMMANDS)

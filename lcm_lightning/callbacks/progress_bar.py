@@ -6,9 +6,11 @@ from typing import Any
 
 import lightning as L
 from lightning.pytorch.callbacks import RichProgressBar
+from rich.console import Console
 from rich.progress import TaskID
 
 from lcm_lightning.callbacks.trainers import logs
+from lcm_lightning.output.progress import draws_bars
 
 FIGURES = ("train/loss", "train/images_per_second")
 
@@ -16,7 +18,8 @@ FIGURES = ("train/loss", "train/images_per_second")
 class ProgressBar(RichProgressBar):
     """Lightning's bar, one for the whole run, of optimizer steps out of `max_steps`.
 
-    A run that ends by its epochs has one of batches for each. Behind the bar are the figures `FIGURES` of the last step
+    A run that ends by its epochs has one of batches for each. Where output goes to a file there is none, and
+    `ProgressLines` tells. Behind the bar are the figures `FIGURES` of the last step
     that was logged.
 
     What a module logs with `prog_bar=True` Lightning reads after each batch, which waits for the device.
@@ -24,6 +27,8 @@ class ProgressBar(RichProgressBar):
 
     def __init__(self, **options: Any) -> None:
         super().__init__(**options)
+        if not draws_bars(Console()):
+            self.disable()
         self.shown: dict[str, Any] = {}
         self.shown_step = 0
 

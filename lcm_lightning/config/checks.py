@@ -29,6 +29,7 @@ TYPES: Mapping[str, Any] = {
     "max_steps": int,
     "val_every": int,
     "resume": str | None,
+    "print_config": bool,
     "trainer.precision": Literal[PRECISIONS],
     "run": str | None,
     "lora": str | list[str] | None,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import ParamSpec, TypeVar
 
@@ -16,7 +16,7 @@ from hydra.core.plugins import Plugins
 from hydra.plugins.search_path_plugin import SearchPathPlugin
 from omegaconf import DictConfig
 
-from lcm_lightning.config.help import help_text
+from lcm_lightning.config.help import groups_of, help_text, options
 from lcm_lightning.config.resolvers import PACKAGE, register_resolvers
 from lcm_lightning.errors import fail, program, report_configuration_errors, report_user_errors
 
@@ -53,7 +53,8 @@ def command(config_name: str) -> Callable[[Callable[P, R]], Callable[[], R | Non
         def answer(*config: DictConfig) -> R | None:
             if {"--help", "-h"}.isdisjoint(sys.argv[1:]):
                 return started(*config)
-            print(help_text([configurations(), Path.cwd() / "conf"], config_name, program()))
+            asked = dict(argument.split("=", 1) for argument in sys.argv[1:] if "=" in argument)
+            print(help_text([configurations(), Path.cwd() / "conf"], config_name, program(), asked), end="")
             return None
 
         started = composed(report_user_errors(task))
@@ -64,6 +65,7 @@ def command(config_name: str) -> Callable[[Callable[P, R]], Callable[[], R | Non
             Plugins.instance().register(ConfigurationsHere)  # not on import: another program may compose its own
             refuse_flags(sys.argv[1:])
             refuse_numbers(sys.argv[1:])
+            refuse_words(sys.argv[1:], config_name)
             sys.argv[1:] = with_absolute_config_path(sys.argv[1:])
             return main(*config)
 
@@ -81,6 +83,34 @@ def refuse_flags(arguments: Sequence[str]) -> None:
             following = next((text for text in arguments[place + 1 :][:1] if not text.startswith("-")), "...")
             setting = f"{flag.strip('-').replace('-', '_')}={value if equals else following}"
             fail(f"{argument}: settings are written without dashes; try {setting}")
+
+
+def refuse_words(arguments: Sequence[str], config_name: str) -> None:
+    """End the program where a value has no key, or a word names a group of the command's or a file of one."""
+    folders = [configurations(), Path.cwd() / "conf"]
+    files = {group: options(folders, group) for group in groups_of(configurations() / f"{config_name}.yaml")}
+    for before, argument in with_the_one_before(arguments):
+        if re.fullmatch(r"[+~]*(@[^=]*)?=.*|[+~]+", argument) and (not before or "=" in before):
+            fail(f"{argument}: names no key; settings are written key=value, such as seed=1")
+        if before and before.partition("=")[0] not in files:  # it may be of a text that the shell has cut
+            continue
+        if files.get(argument):
+            fail(f"{argument}: which one? {argument}=NAME chooses a file; there are {', '.join(files[argument])}")
+        if meant := [f"{group}={argument}" for group, names in files.items() if argument in names]:
+            fail(f"{argument}: expected key=value; did you mean {' or '.join(meant)}?")
+
+
+def with_the_one_before(arguments: Sequence[str]) -> Iterator[tuple[str, str]]:
+    """Each argument that is no flag and no flag's value, after that before it, "" where that is one or there is none."""
+    flags = get_args_parser()._option_string_actions
+    before = ""
+    for place, argument in enumerate(arguments):
+        of_flag = place and arguments[place - 1] in flags and flags[arguments[place - 1]].nargs != 0
+        if of_flag or argument.startswith("-"):
+            before = ""
+        else:
+            yield before, argument
+            before = argument
 
 
 def refuse_numbers(arguments: Sequence[str]) -> None:

@@ -15,7 +15,7 @@ def quiet_known_warnings() -> None:
     logging.getLogger("transformers").setLevel(logging.ERROR)
     transformers_logging.disable_progress_bar()
     diffusers_logging.disable_progress_bar()
-    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(_is_no_advertisement)
+    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(_says_something)
     if logging.getLogger().hasHandlers():  # Hydra's, through which everything goes: Lightning's own would say it twice
         for name in ("lightning", "lightning.pytorch", "lightning.fabric"):
             logging.getLogger(name).handlers.clear()
@@ -38,6 +38,7 @@ def _names_a_module(record: logging.LogRecord) -> bool:
     return "should be kept in float32: []" not in record.getMessage()
 
 
-def _is_no_advertisement(record: logging.LogRecord) -> bool:
-    """False for Lightning's tips to install other products of its makers."""
-    return "Tip:" not in record.getMessage()
+def _says_something(record: logging.LogRecord) -> bool:
+    """False for Lightning's tips to install other products of its makers, and for what goes without saying."""
+    said = record.getMessage()
+    return not any(text in said for text in ("Tip:", "TPU available: False", "(limit_val_batches=1.0)` was configured"))
