@@ -24,6 +24,7 @@ USES = {
     "toy": {"data", "diffusion", "methods", "models"},
     "config": {"data", "evaluation", "methods", "models", "runs"},
     "prepare": {"config", "data", "methods", "models", "output"},
+    "app": {"config", "evaluation", "methods", "models", "output", "runs"},
     "train": {"callbacks", "config", "runs"},
     "evaluate": {"config", "evaluation"},
     "generate": {"config", "data", "methods", "models", "output"},

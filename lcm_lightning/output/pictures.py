@@ -1,12 +1,14 @@
-"""Put images side by side with words."""
+"""Images as pictures: in files with their settings, and side by side with words."""
 
 from __future__ import annotations
 
+import io
+import json
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -27,6 +29,29 @@ def to_bytes(images: Tensor) -> Tensor:
 def to_pil(image: Tensor) -> Image.Image:
     """A [3, H, W] tensor in [0, 1] as a picture."""
     return Image.fromarray(to_bytes(image).permute(1, 2, 0).contiguous().cpu().numpy())
+
+
+def settings_text(prompt: str, negative_prompt: str, settings: Mapping[str, object]) -> str:
+    """How a picture was drawn, as AUTOMATIC1111's web UI writes it and image browsers and ComfyUI read it.
+
+    Prompt, negative prompt where there is one, and a line of names and values. A value with signs of that line's own is
+    quoted, as a JSON string.
+    """
+    lines = [prompt, *([f"Negative prompt: {negative_prompt}"] if negative_prompt else [])]
+    quoted = {
+        name: json.dumps(str(value), ensure_ascii=False) if set(str(value)) & set(',:\n"') else value
+        for name, value in settings.items()
+    }
+    return "\n".join([*lines, ", ".join(f"{name}: {value}" for name, value in quoted.items())])
+
+
+def png_bytes(picture: Image.Image, settings: str) -> bytes:
+    """A PNG file of `picture` with its `settings_text` under the key ``parameters``."""
+    words = PngImagePlugin.PngInfo()
+    words.add_itxt("parameters", settings)
+    buffer = io.BytesIO()
+    picture.save(buffer, format="PNG", pnginfo=words)
+    return buffer.getvalue()
 
 
 def contact_sheet(images: Tensor, columns: int = 4, captions: Sequence[str] = ()) -> Image.Image:
