@@ -36,6 +36,14 @@ def run_title(run: Path, outputs: Path) -> str:
     return f"{run.relative_to(outputs)}, {read_manifest(run)[-1].kind.title}"
 
 
+def has_student(run: Path) -> bool:
+    """Whether a run left one."""
+    try:
+        return any(adapter.kind.role == "student" for adapter in read_manifest(run))
+    except UserError:
+        return False
+
+
 class Choices:
     """Models by key; each is found once, so that the one that is loaded is known again."""
 
@@ -66,6 +74,13 @@ class Choices:
             except UserError:
                 continue  # a damaged run is no choice
         return [*found, (f"{EMBEDDED}, the embedded pipeline and its student", EMBEDDED)]
+
+    def first(self) -> str:
+        """The key to begin with: of what the command named, or the newest run with a student."""
+        if COMMAND in self._sources:
+            return COMMAND
+        students = (f"run:{run}" for run in local_runs(self._outputs) if has_student(run))
+        return next(students, EMBEDDED)
 
     def source(self, key: str) -> ModelSource:
         """The model of a key of `listed`. Raises a `UserError` where it is gone."""

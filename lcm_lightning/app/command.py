@@ -38,10 +38,12 @@ def main(cfg: DictConfig) -> None:
 
     quiet_known_warnings()
     engine = Engine(device, cfg.kept_models)
-    (_, first), *_ = choices.listed()
-    engine.load(engine.ticket(), choices.source(first))  # while what the page is made of is imported
+    engine.load(choices.source(choices.first()))  # while what the page is made of is imported
     from lcm_lightning.app.page import Page, serve
 
-    page = Page(engine, choices, Path(cfg.outputs), FIRST_PROMPT)
-    print(f"{serve(page, cfg.host, cfg.port, cfg.share)}  (Ctrl-C ends it)", flush=True)
-    threading.Event().wait()
+    try:
+        page = Page(engine, choices, Path(cfg.outputs), FIRST_PROMPT)
+        print(f"{serve(page, cfg.host, cfg.port, cfg.share)}  (Ctrl-C ends it)", flush=True)
+        threading.Event().wait()
+    finally:
+        engine.close()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -62,11 +62,13 @@ def followed(job: Job[Any]) -> Iterator[str]:
         yield job.said
 
 
-def load(engine: Engine, choices: Choices, keys: Sequence[str], ticket: int) -> Iterator[list[Panel]]:
-    """Read the models of `keys`; returns them, and yields what is to be seen meanwhile."""
+def load(
+    engine: Engine, choices: Choices, keys: Sequence[str], ticket: int | None = None
+) -> Generator[list[Panel], None, list[ModelOnDevice]]:
+    """Read the models of `keys`; returns them, and yields what is to be seen meanwhile. `ticket` as for `Engine.load`."""
     models: list[ModelOnDevice] = []
     for key in keys:
-        job = engine.load(ticket, choices.source(key))
+        job = engine.load(choices.source(key), ticket)
         for said in followed(job):
             yield [Panel(choices.source(key).name, waits=said)]
         models.append(job.result())

@@ -142,18 +142,23 @@ class ModelOnDevice:
         """Merge exactly these adapters, each by its weight, into the model."""
         if tuple(acting) == self._acting:
             return
-        self._merged.close()
-        self._acting = None
+        self.restore()
         for name, weight in acting:
             set_adapter_weight(self.model, name, weight)
         self._merged.enter_context(merged_adapters(self.model, [name for name, _ in acting]))
         self._acting = tuple(acting)
 
 
+    def restore(self) -> None:
+        """Take the model back to its own weights."""
+        self._merged.close()
+        self._acting = None
+
+
 class Engine:
     """Models and the one thread that draws from them.
 
-    Who wants pictures takes a `ticket` and gives it with every job. A job whose ticket is not the newest any more is
+    Who wants pictures takes a `ticket` and gives it with every drawing. One whose ticket is not the newest any more is
     dropped before it starts, or between two steps of its sampler.
     """
 
@@ -169,6 +174,13 @@ class Engine:
         self._models: OrderedDict[int, ModelOnDevice] = OrderedDict()
         self._pictures: OrderedDict[Any, Picture] = OrderedDict()
 
+    def close(self) -> None:
+        """Drop what waits, end the drawing thread and take every model back to its own weights."""
+        self.ticket()
+        self._thread.shutdown(cancel_futures=True)
+        while self._models:
+            self._models.popitem()[1].restore()
+
     def ticket(self) -> int:
         """The newest wish; those before it are void."""
         self._newest = next(self._tickets)
@@ -178,8 +190,8 @@ class Engine:
         """The model, if it has been read and is still there."""
         return self._models.get(id(source))
 
-    def load(self, ticket: int, source: ModelSource) -> Job[ModelOnDevice]:
-        """Read a model, if it is not there."""
+    def load(self, source: ModelSource, ticket: int | None = None) -> Job[ModelOnDevice]:
+        """Read a model, if it is not there. Without a ticket it is read whatever else is wished for."""
         return self._start(ticket, lambda job: self._model(job, source))
 
     def draw(
@@ -197,11 +209,12 @@ class Engine:
         """
         return self._start(ticket, lambda job: self._draw(job, ticket, source, column, settings, weights or {}))
 
-    def _start(self, ticket: int, work: Callable[[Job[T]], T]) -> Job[T]:
+    def _start(self, ticket: int | None, work: Callable[[Job[T]], T]) -> Job[T]:
         job: Job[T] = Job()
 
         def run() -> T:
-            self._check(ticket)
+            if ticket is not None:
+                self._check(ticket)
             return work(job)
 
         job.future = self._thread.submit(run)
@@ -216,7 +229,7 @@ class Engine:
         if key not in self._models:
             job.said = f"reading {source.name}"
             while len(self._models) >= self.kept_models:
-                self._models.popitem(last=False)
+                self._models.popitem(last=False)[1].restore()
             gc.collect()
             self._models[key] = ModelOnDevice(source, self.device)
         self._models.move_to_end(key)

@@ -18,7 +18,7 @@ SMALL = 128  # px: pictures up to this are shown pixel by pixel
 
 CSS = """
 .pictures { display: flex; flex-wrap: wrap; gap: 16px; }
-.pictures figure { margin: 0; flex: 1 1 240px; max-width: 512px; min-width: 0; }
+.pictures figure { margin: 0; flex: 1 1 240px; max-width: 400px; min-width: 0; }
 .pictures img, .pictures .pending { width: 100%; aspect-ratio: 1; object-fit: contain; border-radius: 8px; }
 .pictures .pending { display: flex; align-items: center; justify-content: center; text-align: center; padding: 16px;
   box-sizing: border-box; border: 1px dashed var(--border-color-primary); color: var(--body-text-color-subdued); }

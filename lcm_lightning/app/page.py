@@ -33,11 +33,11 @@ class Page:
         self.engine = engine
         self.choices = choices
         self.outputs = outputs
-        listed = choices.listed()
+        self.first = choices.first()
         with gr.Blocks(title="LCM-Lightning", analytics_enabled=False) as self.blocks:
             with gr.Tab("Draw"):
                 self._add_prompt(prompt)
-                self._add_settings(listed)
+                self._add_settings()
                 self._add_own_loras()
             with gr.Tab("Evaluations") as self.evaluations_tab:
                 self.evaluation = gr.Dropdown(
@@ -55,13 +55,19 @@ class Page:
         self.message = gr.HTML(elem_id="message")
         self.pictures = gr.HTML(elem_id="pictures")
 
-    def _add_settings(self, listed: Sequence[tuple[str, str]]) -> None:
+    def _add_settings(self) -> None:
         with gr.Row():
             self.models = gr.Dropdown(
-                listed, value=[listed[0][1]], multiselect=True, label="Models", elem_id="models", scale=3, min_width=240
+                self.choices.listed(),
+                value=[self.first],
+                multiselect=True,
+                label="Models",
+                elem_id="models",
+                scale=3,
+                min_width=240,
             )
             self.as_typed = gr.Checkbox(
-                False, label="Draw as I type", info="students in 1 or 2 steps", scale=1, min_width=160
+                False, label="Draw as I type", info="students, 1 or 2 steps", scale=1, min_width=240, elem_id="typing"
             )
         with gr.Row():
             self.steps = gr.Slider(1, MOST_STEPS, 4, step=1, label="Steps", elem_id="steps", min_width=160)
@@ -114,11 +120,11 @@ class Page:
         self.prompt.input(self._draw_typed, [self.as_typed, *wish], [self.message, self.pictures], **typing)
         defaults = [self.steps, self.guidance, self.teacher_steps, self.teacher_guidance, self.negative]
         loaded = [self.message, *defaults, self.weighting, *self.weights]
-        self.models.input(self._load, self.models, loaded, **AT_ONCE)
+        self.models.input(self._choose, self.models, loaded, **AT_ONCE)
         used = [self.dropped, self.lines, self.role, self.base_model]
         for event in (self.use.click, self.dropped.upload):
             event(self._use_loras, used, [self.message, self.models], **QUIET).success(
-                self._load, self.models, loaded, **QUIET
+                self._choose, self.models, loaded, **QUIET
             )
         guided = [self.models, self.guidance, self.teacher_guidance, self.with_teacher]
         gr.on([part.change for part in guided[1:]], self._negative, guided, self.negative, **QUIET)
@@ -155,10 +161,13 @@ class Page:
         except Exception as error:
             return html.problem(explained(error)), gr.skip()
 
-    def _load(self, keys: Sequence[str]) -> Iterator[Any]:
+    def _choose(self, keys: Sequence[str]) -> Iterator[Any]:
+        return self._load(keys, self.engine.ticket())
+
+    def _load(self, keys: Sequence[str], ticket: int | None = None) -> Iterator[Any]:
         """Read the chosen models, and set what is usual for the first one."""
         unchanged = [gr.skip()] * (6 + SLIDERS)
-        reading = load(self.engine, self.choices, keys, self.engine.ticket())
+        reading = load(self.engine, self.choices, keys, ticket)
         try:
             while True:
                 try:
