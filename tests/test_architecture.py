@@ -27,6 +27,7 @@ USES = {
     "toy": {"data", "diffusion", "methods", "models"},
     "config": {"data", "evaluation", "methods", "models", "runs", "tracking"},
     "prepare": {"config", "data", "methods", "models", "output"},
+    "app": {"config", "evaluation", "methods", "models", "output", "runs"},
     "train": {"callbacks", "config", "output", "runs"},
     "evaluate": {"config", "evaluation", "sharing"},
     "export": {"config", "exports", "models", "sharing"},

@@ -65,6 +65,11 @@ TYPES: Mapping[str, Any] = {
     "preview": bool,
     "models": list[str] | None,
     "devices": int,
+    "outputs": str,
+    "host": str,
+    "port": int | None,
+    "share": bool,
+    "kept_models": int,
 }
 
 # Smallest and largest value of numbers that are taken as they are by other libraries, or first used late in a run, and
@@ -79,6 +84,8 @@ RANGES: Mapping[str, tuple[float, float, object]] = {
     "weights": (-10, 10, 0.8),
     "strength": (0, 1, 0.5),
     "batch_size": (1, math.inf, 4),
+    "port": (1, 65535, 7860),
+    "kept_models": (1, math.inf, 2),
     "model.prompt_chunks": (1, math.inf, 3),
     "data.resolution": (1, math.inf, 512),
     "data.bucket_step": (1, math.inf, 64),

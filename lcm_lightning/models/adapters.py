@@ -191,6 +191,13 @@ def active_adapters(module: nn.Module, names: Sequence[str]) -> Iterator[None]:
             module.unet = unet
 
 
+def set_adapter_weight(module: nn.Module, name: str, weight: float) -> None:
+    """Multiply the updates of the loaded LoRA `name` by `weight`, in place of what they were multiplied by before."""
+    for layer in lora_layers(module):
+        if name in layer.lora_A:
+            layer.set_scale(name, weight)
+
+
 def load_lora(model: StableDiffusion, source: str | Path, name: str, key: str = "lora", scale: float = 1.0) -> None:
     """Add the LoRA at `source` (see `locate_lora`; of any layout in `lora_files`) as frozen, active adapter `name`.
 

@@ -158,6 +158,7 @@ def sample(
     batch_size: int | None = None,
     on_batch: Callable[[int], None] | None = None,
     on_stage: Callable[[Stage], None] | None = None,
+    on_step: Callable[[int], None] | None = None,
     preview: bool = False,
 ) -> Tensor:
     """Images [N, 3, H, W] in [0, 1], float32 on the CPU, of `prompts`, with the adapters that are active.
@@ -174,6 +175,7 @@ def sample(
         batch_size: images at a time; all at once if None.
         on_batch: called with the number of images finished in each batch, for progress bars.
         on_stage: called with the name of each stage of a batch that ends, for clocks.
+        on_step: called before each step of a batch with the number of steps behind it; what it raises ends drawing.
         preview: decode with the model's `preview_vae` where it has one.
     """
     if steps < 1:
@@ -207,7 +209,7 @@ def sample(
         ended("text_encoding")
         generators = [torch.Generator().manual_seed(seed) for seed in seeds[start : start + batch_size]]
         with evaluating(model.unet):
-            latents = _denoise(model, sampler, condition, generators, steps, guidance_scale, beginning)
+            latents = _denoise(model, sampler, condition, generators, steps, guidance_scale, beginning, on_step)
         ended("denoising")
         images.append(model.decode_latents(latents, preview=preview).cpu())
         ended("vae_decoding")
@@ -264,6 +266,7 @@ def _denoise(
     steps: int,
     guidance_scale: float,
     start: InitialImage | tuple[int, int],
+    on_step: Callable[[int], None] | None = None,
 ) -> Tensor:
     """Latents [B, C, h, w], float32, by `sampler`; of B conditions, or 2 B if guided, unconditional first.
 
@@ -279,7 +282,9 @@ def _denoise(
     passes = len(condition) // len(latents)
     noise = {"generator": generators, "eta": sampler.settings.get("eta", 0.0)}
     stochastic = {key: noise[key] for key in noise.keys() & inspect.signature(scheduler.step).parameters}
-    for timestep in timesteps:
+    for taken, timestep in enumerate(timesteps):
+        if on_step is not None:
+            on_step(taken)
         scaled = scheduler.scale_model_input(latents, timestep)
         with torch.autocast(model.device.type, dtype=model.dtype, enabled=model.dtype != torch.float32):
             output = model.denoise(torch.cat([scaled] * passes), timestep, condition).float()

@@ -1,11 +1,11 @@
-"""Put images side by side with words."""
+"""Images as pictures: in files with their settings, and side by side with words."""
 
 from __future__ import annotations
 
 import io
 import json
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -41,6 +41,20 @@ def to_bytes(images: Tensor) -> Tensor:
 def to_pil(image: Tensor) -> Image.Image:
     """A [3, H, W] tensor in [0, 1] as a picture."""
     return Image.fromarray(to_bytes(image).permute(1, 2, 0).contiguous().cpu().numpy())
+
+
+def settings_text(prompt: str, negative_prompt: str, settings: Mapping[str, object]) -> str:
+    """How a picture was drawn, as AUTOMATIC1111's web UI writes it and image browsers and ComfyUI read it.
+
+    Prompt, negative prompt where there is one, and a line of names and values. A value with signs of that line's own is
+    quoted, as a JSON string.
+    """
+    lines = [prompt, *([f"Negative prompt: {negative_prompt}"] if negative_prompt else [])]
+    quoted = {
+        name: json.dumps(str(value), ensure_ascii=False) if set(str(value)) & set(',:\n"') else value
+        for name, value in settings.items()
+    }
+    return "\n".join([*lines, ", ".join(f"{name}: {value}" for name, value in quoted.items())])
 
 
 def contact_sheet(images: Tensor, columns: int = 4, captions: Sequence[str] = ()) -> Image.Image:
@@ -100,9 +114,11 @@ def grid_images(grid: Image.Image) -> list[GridImage]:
     ]
 
 
-def png_bytes(image: Image.Image) -> bytes:
-    """The image as a PNG file holds it; a grid's says where its images lie."""
+def png_bytes(image: Image.Image, settings: str = "") -> bytes:
+    """A PNG file: with its `settings_text` under the key ``parameters``, and of a grid with where its images lie."""
     said = PngInfo()
+    if settings:
+        said.add_itxt("parameters", settings)
     if CELLS in image.info:
         said.add_text(CELLS, image.info[CELLS])
     buffer = io.BytesIO()

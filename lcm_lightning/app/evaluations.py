@@ -1,0 +1,71 @@
+"""The evaluations that lie in a folder, as tables and pictures."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lcm_lightning.errors import UserError
+from lcm_lightning.evaluation.tables import Table, cost_table, quality_table
+
+# A run's, by its protocols; its own copy of the newest lies a folder above. And those of models without a run.
+PLACES = ("*/*/evaluation/*/metrics.json", "*/*/metrics.json")
+
+
+@dataclass(frozen=True)
+class Shown:
+    """An evaluation.
+
+    Attributes:
+        title: its protocol and data.
+        tables: quality and costs.
+        labels: of its contenders.
+        rows: for each of some prompts a picture's file of every contender.
+        warnings: what its figures are not good for.
+    """
+
+    title: str
+    tables: Sequence[Table]
+    labels: Sequence[str]
+    rows: Sequence[Sequence[Path]]
+    warnings: Sequence[str]
+
+
+def find_evaluations(outputs: Path) -> list[str]:
+    """Folders of evaluations below `outputs`, relative to it, the newest first."""
+    files = {file for place in PLACES for file in outputs.glob(place)}
+    newest = sorted(files, key=lambda file: file.stat().st_mtime, reverse=True)
+    return [file.parent.relative_to(outputs).as_posix() for file in newest]
+
+
+def read_evaluation(outputs: Path, name: str, pictures: int = 8) -> Shown:
+    """The evaluation called `name` by `find_evaluations`, with the first `pictures` of each contender.
+
+    Raises:
+        UserError: there is none of that name, or it cannot be read.
+    """
+    if name not in find_evaluations(outputs):
+        raise UserError(f"evaluation {name}: is not there any more; choose another one")
+    folder = outputs / name
+    try:
+        metrics: Mapping[str, Any] = json.loads((folder / "metrics.json").read_text())
+        models = metrics["models"]
+        tables = quality_table(models), cost_table(models)
+        rows = picture_rows(folder, [model["images"] for model in models], pictures)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"evaluation {name}: metrics.json cannot be read ({error}); evaluate again") from error
+    title = f"{metrics['protocol']}, {metrics['dataset']}, {models[0]['n_images']} images of each"
+    return Shown(title, tables, [model["label"] for model in models], rows, metrics["warnings"])
+
+
+def picture_rows(folder: Path, places: Sequence[str], number: int) -> list[list[Path]]:
+    """The first pictures that lie in all of the folders `places`, a row for each."""
+    folders = [folder / place for place in places]
+    if not all(place.resolve().is_relative_to(folder.resolve()) for place in folders):
+        raise ValueError("a folder of pictures lies outside")
+    names = [{file.name for file in place.glob("*.png")} for place in folders]
+    shared = sorted(set.intersection(*names)) if names else []
+    return [[place / name for place in folders] for name in shared[:number]]

@@ -1,0 +1,325 @@
+"""What draws for the app, without a browser: the newest wish wins, a teacher draws once, pictures are `sample`'s."""
+
+from __future__ import annotations
+
+import io
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hydra import compose, initialize_config_dir
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import OmegaConf
+from PIL import Image
+
+from lcm_lightning.app import engine as engine_module
+from lcm_lightning.app.choices import Choices, local_runs
+from lcm_lightning.app.drawing import Wish, draw
+from lcm_lightning.app.engine import Column, Engine, Settings, Superseded, columns
+from lcm_lightning.app.html import Panel, pictures
+from lcm_lightning.config.entry import configurations
+from lcm_lightning.config.resolvers import register_resolvers
+from lcm_lightning.errors import UserError
+from lcm_lightning.evaluation.model_sources import LoadedModel, ModelSource
+from lcm_lightning.methods import adapter_kinds
+from lcm_lightning.models.adapters import LoraSettings, add_lora, load_lora, lora_parameters, lora_state_dict
+from lcm_lightning.models.lora_files import save_lora
+from lcm_lightning.models.sampling import sample
+from lcm_lightning.models.stable_diffusion import StableDiffusion, load_stable_diffusion
+from lcm_lightning.output.pictures import png_bytes
+from lcm_lightning.runs.contents import Adapter, write_manifest
+
+KINDS = adapter_kinds()
+TUNED, STUDENT = KINDS["finetuned"], KINDS["lcm"]
+DOG = Settings("dog", steps=2, guidance_scale=1.0, seed=3)
+GUIDED = replace(DOG, steps=3, guidance_scale=7.5)
+
+
+@pytest.fixture(scope="module")
+def lora_files(tmp_path_factory: pytest.TempPathFactory, pipeline_folder: Path) -> dict[str, Path]:
+    """A LoRA for each kind, at random."""
+    files = {}
+    for seed, kind in enumerate((TUNED, STUDENT)):
+        model = load_stable_diffusion(str(pipeline_folder))
+        add_lora(model.unet, "x", LoraSettings(rank=4, alpha=4))
+        generator = torch.Generator().manual_seed(seed)
+        for parameter in lora_parameters(model.unet, "x"):
+            parameter.data.normal_(0, 0.1, generator=generator)
+        files[kind.name] = tmp_path_factory.mktemp("loras") / f"{kind.name}.safetensors"
+        save_lora(lora_state_dict(model.unet, "x"), files[kind.name])
+    return files
+
+
+@pytest.fixture
+def source(pipeline_folder: Path, lora_files: dict[str, Path]) -> ModelSource:
+    """A student on a fine-tuned teacher."""
+    return made(pipeline_folder, lora_files)
+
+
+def made(pipeline_folder: Path, files: dict[str, Path], **scales: float) -> ModelSource:
+    def load() -> LoadedModel:
+        model = load_stable_diffusion(str(pipeline_folder))
+        for name, file in files.items():
+            load_lora(model, file, name, scale=scales.get(name, 1.0))
+        return LoadedModel(model.eval(), tuple(KINDS[name] for name in files))
+
+    return ModelSource("dogs", "run:dogs", load)
+
+
+@pytest.fixture
+def engine() -> Iterator[Engine]:
+    made = Engine(torch.device("cpu"))
+    yield made
+    made.close()
+
+
+@pytest.fixture
+def sampled(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Prompts of the drawings that were begun."""
+    begun: list[str] = []
+
+    def counted(model: StableDiffusion, prompts: list[str], **settings: object) -> torch.Tensor:
+        begun.extend(prompts)
+        return sample(model, prompts, **settings)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(engine_module, "sample", counted)
+    return begun
+
+
+def teacher_and_student(engine: Engine, source: ModelSource) -> list[Column]:
+    return engine.load(source).result().columns
+
+
+def levels(image: Image.Image) -> np.ndarray:
+    return np.asarray(image, dtype=int)
+
+
+def test_a_student_stands_beside_its_teacher_and_a_finetuned_model_beside_its_base():
+    def compared(*names: str, taught: bool = True) -> list[tuple[str, tuple[str, ...]]]:
+        return [
+            (column.title, column.adapters) for column in columns([KINDS[name] for name in names], taught=taught)
+        ]
+
+    base = ("base", ())
+    assert compared() == [base]
+    assert compared("lcm") == [base, (STUDENT.title, ("lcm",))]
+    assert compared("finetuned") == [base, (TUNED.title, ("finetuned",))]
+    assert compared("finetuned", "lcm") == [(TUNED.title, ("finetuned",)), (STUDENT.title, ("finetuned", "lcm"))]
+    assert [title for title, _ in compared("full_lcm" if "full_lcm" in KINDS else "lcm", taught=False)] != ["base"]
+
+
+def test_pictures_are_those_that_sample_draws_of_the_model_with_its_loras_so_weighted(
+    engine: Engine, source: ModelSource, pipeline_folder: Path, lora_files: dict[str, Path]
+):
+    _, student = teacher_and_student(engine, source)
+    for weight in (1.0, 0.3, 1.0):  # and back
+        picture = engine.draw(engine.ticket(), source, student, DOG, {"finetuned": weight}).result()
+        model = made(pipeline_folder, lora_files, finetuned=weight).load().model
+        with torch.no_grad():
+            from lcm_lightning.models.adapters import merged_adapters
+
+            with merged_adapters(model, ["finetuned", "lcm"]):
+                (expected,) = sample(
+                    model, ["dog"], seeds=[3], steps=2, guidance_scale=1.0, sampler=STUDENT.sampler
+                )
+        assert np.abs(levels(picture.image) - 255 * expected.permute(1, 2, 0).numpy()).max() <= 1
+
+
+def test_a_teacher_is_drawn_once_for_prompt_and_seed_and_a_student_each_time(
+    engine: Engine, source: ModelSource, sampled: list[str]
+):
+    teacher, student = teacher_and_student(engine, source)
+
+    def drawn(column: Column, settings: Settings, **weights: float) -> int:
+        before = len(sampled)
+        engine.draw(engine.ticket(), source, column, settings, weights).result()
+        return len(sampled) - before
+
+    assert [drawn(teacher, GUIDED), drawn(student, DOG), drawn(teacher, GUIDED), drawn(student, DOG)] == [1, 1, 0, 1]
+    assert drawn(teacher, replace(GUIDED, seed=4)) == drawn(teacher, replace(GUIDED, prompt="cat")) == 1
+    assert drawn(teacher, GUIDED, finetuned=0.5) == 1 and drawn(teacher, GUIDED, lcm=0.5) == 0
+
+
+def test_models_of_one_teacher_share_its_picture(engine: Engine, pipeline_folder: Path, lora_files, sampled: list[str]):
+    alone = made(pipeline_folder, {"finetuned": lora_files["finetuned"]})
+    both = made(pipeline_folder, lora_files)
+    _, tuned = teacher_and_student(engine, alone)
+    teacher, _ = teacher_and_student(engine, both)
+    first = engine.draw(engine.ticket(), alone, tuned, GUIDED).result()
+    assert engine.draw(engine.ticket(), both, teacher, GUIDED).result() is first and len(sampled) == 1
+
+
+def test_of_fifty_wishes_at_once_the_running_one_is_left_at_its_next_step_and_the_last_one_drawn(
+    engine: Engine, source: ModelSource, sampled: list[str], monkeypatch: pytest.MonkeyPatch
+):
+    teacher, _ = teacher_and_student(engine, source)
+    model = engine.load(source).result().model
+    inside, go_on = threading.Event(), threading.Event()
+    denoise = model.denoise
+    steps = []
+
+    def slow(*arguments: torch.Tensor) -> torch.Tensor:
+        steps.append(1)
+        inside.set()
+        assert go_on.wait(30)
+        return denoise(*arguments)
+
+    monkeypatch.setattr(model, "denoise", slow)
+    jobs = [engine.draw(engine.ticket(), source, teacher, replace(GUIDED, prompt="0"))]
+    assert inside.wait(30)
+    jobs += [engine.draw(engine.ticket(), source, teacher, replace(GUIDED, prompt=str(n))) for n in range(1, 50)]
+    go_on.set()
+    for job in jobs[:-1]:
+        with pytest.raises(Superseded):
+            job.result()
+    jobs[-1].result()
+    assert sampled == ["0", "49"] and len(steps) == 1 + GUIDED.steps
+
+
+def test_the_models_used_last_stay_and_others_are_read_again(pipeline_folder: Path):
+    engine, read = Engine(torch.device("cpu"), kept_models=2), []
+
+    def source(name: str) -> ModelSource:
+        plain = made(pipeline_folder, {})
+        return replace(plain, name=name, load=lambda: (read.append(name), plain.load())[1])
+
+    a, b, c = map(source, "abc")
+    for wanted in (a, b, a, c, a, b):
+        engine.load(wanted).result()
+    engine.close()
+    assert read == ["a", "b", "c", "b"]
+
+
+def test_a_side_that_the_model_does_not_take_and_a_model_that_is_gone_are_said_in_a_sentence(
+    engine: Engine, source: ModelSource
+):
+    _, student = teacher_and_student(engine, source)
+    for settings, said in ((replace(DOG, width=33), "width=33"), (replace(DOG, height=4096), "height=4096")):
+        with pytest.raises(UserError, match=said):
+            engine.draw(engine.ticket(), source, student, settings).result()
+
+    def gone() -> LoadedModel:
+        raise UserError("run=dogs: no config.yaml there")
+
+    with pytest.raises(UserError, match="no config"):
+        engine.load(replace(source, load=gone)).result()
+
+
+def test_a_negative_prompt_acts_where_guidance_does_and_the_file_says_it(engine: Engine, source: ModelSource):
+    teacher, student = teacher_and_student(engine, source)
+    for column, settings, acts in ((teacher, GUIDED, True), (student, DOG, False), (student, GUIDED, True)):
+        plain, against = (
+            engine.draw(engine.ticket(), source, column, replace(settings, negative_prompt=negative)).result()
+            for negative in ("", "cat")
+        )
+        assert np.array_equal(levels(plain.image), levels(against.image)) != acts
+        assert ("\nNegative prompt: cat\n" in against.settings) == acts
+
+
+def test_a_file_says_how_its_picture_was_drawn(engine: Engine, source: ModelSource):
+    _, student = teacher_and_student(engine, source)
+    picture = engine.draw(engine.ticket(), source, student, DOG, {"finetuned": 0.5}).result()
+    with Image.open(io.BytesIO(png_bytes(picture.image, picture.settings))) as file:
+        assert file.info["parameters"] == (
+            'dog\nSteps: 2, Sampler: LCM, CFG scale: 1.0, Seed: 3, Size: 32x32, Model: "run:dogs", '
+            'LoRA weights: "finetuned 0.5, lcm 1"'
+        )
+        assert np.array_equal(levels(file), levels(picture.image))
+
+
+class OneModel:
+    """In the place of `Choices`."""
+
+    def __init__(self, *sources: ModelSource) -> None:
+        self.sources = {source.name: source for source in sources}
+
+    def source(self, key: str) -> ModelSource:
+        return self.sources[key]
+
+
+def test_the_page_gets_the_student_first_and_one_column_for_a_teacher_of_two(
+    engine: Engine, source: ModelSource, sampled: list[str]
+):
+    twin = replace(source, name="twins")
+    wish = Wish(["dogs", "twins"], DOG, teacher_steps=3, teacher_guidance=7.5)
+    states = [[bool(panel.picture) for panel in panels] for panels in draw(engine, OneModel(source, twin), wish)]  # type: ignore[arg-type]
+    assert [False, True, False, False] in states and states[-1] == [True, True, True] and len(sampled) == 3
+
+
+def test_an_error_in_one_column_leaves_the_others(engine: Engine, source: ModelSource):
+    wish = Wish(["dogs"], replace(DOG, steps=2000), teacher_steps=2, teacher_guidance=7.5)
+    *_, panels = draw(engine, OneModel(source), wish)  # type: ignore[arg-type]
+    assert [bool(panel.picture) for panel in panels] == [True, False] and "steps=2000" in panels[1].problem
+
+
+def test_what_is_typed_is_text_and_no_markup():
+    image = Image.new("RGB", (8, 8))
+    shown = pictures([Panel("<b>", engine_module.Picture(image, 0.1, '"><script>alert(1)</script>')), Panel("a", problem="<i>")])
+    assert "<script" not in shown and "<i>" not in shown and "<b>" not in shown
+
+
+@pytest.fixture
+def choices(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Choices]]:
+    """What a command with these settings offers, with the runs of `tmp_path`."""
+    before = HydraConfig.instance().cfg
+    register_resolvers()
+    with initialize_config_dir(str(configurations()), version_base="1.3"):
+
+        def make(*overrides: str) -> Choices:
+            cfg = compose("app", overrides=list(overrides), return_hydra_config=True)
+            HydraConfig.instance().set_config(cfg)
+            return Choices(cfg, tmp_path)
+
+        yield make
+    HydraConfig.instance().cfg = before
+
+
+def leave_run(folder: Path, lora: Path, kind: str, pipeline_folder: Path) -> None:
+    """A run's folder as far as drawing reads it."""
+    (folder / "lora").mkdir(parents=True)
+    (folder / "lora" / "pytorch_lora_weights.safetensors").write_bytes(lora.read_bytes())
+    write_manifest(folder / "lora", [Adapter(KINDS[kind])])
+    model = {"_target_": "lcm_lightning.models.stable_diffusion.load_stable_diffusion", "path": str(pipeline_folder)}
+    samples = {"teacher_steps": 20, "guidance_scale": 3.0}
+    config = {"name": "dogs", "model": model, "data": None, "callbacks": {"samples": samples}}
+    (folder / "config.yaml").write_text(OmegaConf.to_yaml(OmegaConf.create(config)))
+
+
+def test_runs_are_offered_the_newest_student_first_chosen_and_loaded(
+    choices, tmp_path: Path, lora_files: dict[str, Path], pipeline_folder: Path, engine: Engine
+):
+    assert [key for _, key in choices().listed()] == ["tiny"] == [choices().first()]
+    for name, kind in (("distilled/1", "lcm"), ("tuned/1", "finetuned")):
+        leave_run(tmp_path / name, lora_files[kind], kind, pipeline_folder)
+    (tmp_path / "broken" / "1" / "lora").mkdir(parents=True)
+    (tmp_path / "broken" / "1" / "config.yaml").write_text("{}")
+    (tmp_path / "broken" / "1" / "lora" / "adapters.json").write_text("{")
+    offered = choices()
+    assert [title for title, _ in offered.listed()][:2] == ["tuned/1, fine-tuned", "distilled/1, LCM-LoRA"]
+    assert len(local_runs(tmp_path)) == 3 and offered.first() == f"run:{tmp_path}/distilled/1"
+    assert offered.teacher_settings(offered.first()) == (20, 3.0)
+    source = offered.source(offered.first())
+    assert offered.source(offered.first()) is source  # known again
+    assert engine.load(source).result().lora_names == ["lcm"]
+
+
+def test_the_embedded_pipeline_has_its_student_and_loras_of_ones_own_add_up(choices, lora_files: dict[str, Path]):
+    offered = choices()
+    assert offered.source("tiny").spec.endswith("tiny/student")
+    assert offered.teacher_settings("tiny") == (50, 2.0)
+    key = offered.add_loras([f"lcm:{lora_files['lcm']}", "", str(lora_files["finetuned"])], "finetuned", "tiny")
+    assert offered.source(key).name == "lcm+finetuned" and key in dict((k, t) for t, k in offered.listed())
+    assert offered.add_loras([f"lcm:{lora_files['lcm']}", str(lora_files["finetuned"])], "finetuned", "tiny") == key
+    for lines, said in (([], "none is given"), (["/nowhere.safetensors"], "nowhere")):
+        with pytest.raises(UserError, match=said):
+            offered.add_loras(lines, "finetuned", "tiny")
+
+
+def test_what_the_command_names_comes_first(choices):
+    offered = choices("model=tiny", "student=true", "model.unet_init=null")
+    assert offered.first() == offered.listed()[0][1] == "command"
+    assert offered.teacher_settings("command") == (50, 2.0)
