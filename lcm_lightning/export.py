@@ -31,7 +31,7 @@ def write_diffusers(
     model: StableDiffusion, kinds: Sequence[AdapterKind], folder: Path, dtype: torch.dtype, described: Described
 ) -> str:
     """One LoRA that changes the model as all of its adapters do together, under diffusers' keys."""
-    from lcm_lightning.exports.lora import joint_state_dict, write_diffusers_lora
+    from lcm_lightning.exports.adapter_files import joint_state_dict, write_diffusers_lora
     from lcm_lightning.exports.usage import diffusers_lora
 
     check_loras("diffusers", kinds)
@@ -43,7 +43,7 @@ def write_kohya(
     model: StableDiffusion, kinds: Sequence[AdapterKind], folder: Path, dtype: torch.dtype, described: Described
 ) -> str:
     """The same under the keys of kohya's scripts."""
-    from lcm_lightning.exports.lora import joint_state_dict, write_kohya_lora
+    from lcm_lightning.exports.adapter_files import joint_state_dict, write_kohya_lora
     from lcm_lightning.exports.usage import kohya_lora
 
     check_loras("kohya", kinds)

@@ -22,7 +22,7 @@ from transformers import CLIPTokenizer
 from helpers.commands import in_process
 from helpers.pipelines import build_tiny_sdxl, save_full_lcm
 from helpers.single_files import TINY, build_pipeline, checkpoint
-from lcm_lightning.exports.lora import joint_state_dict, write_diffusers_lora, write_kohya_lora
+from lcm_lightning.exports.adapter_files import joint_state_dict, write_diffusers_lora, write_kohya_lora
 from lcm_lightning.exports.metadata import Described
 from lcm_lightning.exports.onnx_folder import write_onnx
 from lcm_lightning.exports.openvino_folder import write_openvino
@@ -335,7 +335,7 @@ Run = Callable[[str, dict[str, np.ndarray]], np.ndarray]
 
 
 def draw_elsewhere(folder: Path, run: Run, scheduler: Any, prompt: str, seed: int, steps: int) -> Tensor:
-    """An image [1, 3, H, W] in [0, 1] by networks that `run` runs by name, with nothing of torch's but the scheduler."""
+    """An image [1, 3, H, W] in [0, 1] by networks that `run` runs by name; torch's is nothing but the scheduler."""
     tokenizer = CLIPTokenizer.from_pretrained(folder / "tokenizer")
     ids = tokenizer([prompt], padding="max_length", truncation=True, return_tensors="np").input_ids.astype(np.int64)
     text = run("text_encoder", {"input_ids": ids})

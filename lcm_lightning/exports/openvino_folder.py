@@ -87,6 +87,7 @@ def export_tokenizer(tokenizer: Any, folder: Path) -> None:
     import openvino
     from openvino_tokenizers import convert_tokenizer
 
+    logging.getLogger("openvino_tokenizers").setLevel(logging.WARNING)  # it says what kind of tokenizer it has found
     converted = convert_tokenizer(tokenizer, truncation=True)
     openvino.save_model(converted, folder / "openvino_tokenizer.xml")
 
