@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from lcm_lightning.models.kinds import AdapterKind
     from lcm_lightning.models.stable_diffusion import StableDiffusion
 
-EXPORT_KEYS = ("run", "model", "lora", "weights", "lora_role", "student", "format", "dtype")
+EXPORT_KEYS: tuple[str, ...] = ("run", "model", "lora", "weights", "lora_role", "student", "format", "dtype")
 EXPORT_KEYS += ("title", "author", "license", "overwrite", "output")
 EXPORT_KEYS += ("push_to_hub", "private", "revision", "commit_message", "create_pr", "base_model")
 

@@ -180,8 +180,13 @@ def test_a_base_model_in_a_local_folder_is_a_name_and_its_licence_unknown(studen
     text = (student / "lora" / CARD).read_text()
     assert "lay in a local folder or file, `my-model`" in text and "The licence is not known" in text
     write_card(student, CardSettings(base_model="me/my-model", license="openrail++"))
+    for _ in range(2):
+        head = card(student).data.to_dict()
+        assert (head["base_model"], head["license"]) == ("me/my-model", "openrail++")
+        write_card(student)  # renewed, as after an evaluation, it knows what was said
+    write_card(student, CardSettings(license="CreativeML Open RAIL-M"))
     head = card(student).data.to_dict()
-    assert (head["base_model"], head["license"]) == ("me/my-model", "openrail++")
+    assert (head["license"], head["license_name"]) == ("other", "creativeml-open-rail-m")
 
 
 def test_a_base_model_s_own_card_gives_its_licence(tmp_path: Path):

@@ -10,14 +10,13 @@ import inspect
 import json
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import diffusers
 import jinja2
 from huggingface_hub import ModelCard, ModelCardData
-from omegaconf import OmegaConf
 from PIL import Image
 from safetensors import safe_open
 
@@ -26,15 +25,22 @@ from lcm_lightning.evaluation.tables import Table, quality_table
 from lcm_lightning.models.kinds import LORA_FILE, AdapterKind
 from lcm_lightning.output.files import write_atomic
 from lcm_lightning.output.pictures import grid_images, png_bytes
-from lcm_lightning.runs.contents import MANIFEST, Adapter, exported, read_config, read_manifest, read_versions
+from lcm_lightning.runs.contents import MANIFEST, Adapter, exported, read_manifest, read_versions
 from lcm_lightning.sharing.base_models import HUB_ID, BaseModel, base_model
 from lcm_lightning.sharing.redaction import public
-from lcm_lightning.sharing.training_facts import images_per_step, training_command, training_seconds, training_table
+from lcm_lightning.sharing.training_facts import (
+    images_per_step,
+    settings_of_run,
+    training_command,
+    training_seconds,
+    training_table,
+)
 
 CARD = "README.md"
 PICTURES = "pictures"  # folder of a card's samples, beside it
 EVALUATION_GRID = "evaluation.png"
 MARK = "<!-- Written by lcm-lightning, which renews it. Remove this line, and the page is yours and left as it is. -->"
+SAID = "<!-- Said by a person: "
 TEMPLATES = Path(__file__).parent / "templates"
 LARGEST_PICTURE = 512  # px of a side
 EMBEDDED_BASE = "The base model, `{}`, is the pipeline that ships with lcm-lightning as `lcm_lightning/assets/tiny`."
@@ -48,7 +54,7 @@ NO_LICENSE = (
 
 @dataclass(frozen=True)
 class CardSettings:
-    """What a run does not know and a person may say.
+    """What a run does not know and a person may say. A card keeps it for when it is renewed.
 
     Attributes:
         repo_id: where the card will stand on the hub.
@@ -59,6 +65,16 @@ class CardSettings:
     repo_id: str | None = None
     base_model: str | None = None
     license: str | None = None
+
+    def said(self) -> dict[str, str]:
+        """Those that are not None."""
+        return {name: value for name, value in asdict(self).items() if value is not None}
+
+
+def settings_of(card: str) -> CardSettings:
+    """What a person had said when `card` was written."""
+    found = re.search(rf"^{re.escape(SAID)}(.*) -->$", card, re.MULTILINE)
+    return CardSettings(**json.loads(found[1])) if found else CardSettings()
 
 
 def write_card(run: Path, settings: CardSettings | None = None) -> Path | None:
@@ -75,11 +91,13 @@ def write_card(run: Path, settings: CardSettings | None = None) -> Path | None:
     if folder is None or not (run / "config.yaml").is_file():
         return None
     path = folder / CARD
-    if path.is_file() and MARK not in path.read_text(encoding="utf-8"):
+    before = path.read_text(encoding="utf-8") if path.is_file() else MARK
+    if MARK not in before:
         return path
     samples = write_pictures(run, folder)
     copy_evaluation_grid(run, folder)
-    write_atomic(path, card_of(run, folder, samples, settings or CardSettings()).encode())
+    said = replace(settings_of(before), **(settings or CardSettings()).said())
+    write_atomic(path, card_of(run, folder, samples, said).encode())
     return path
 
 
@@ -90,9 +108,7 @@ def card_of(run: Path, folder: Path, samples: Mapping[str, str], settings: CardS
         folder: of the run's export.
         samples: prompts by picture, whose paths are relative to `folder`.
     """
-    config = OmegaConf.to_container(read_config(run), resolve=True)
-    assert isinstance(config, dict)
-    adapters, metrics = read_manifest(run), evaluation_of(run)
+    config, adapters, metrics = settings_of_run(run), read_manifest(run), evaluation_of(run)
     kind, base = adapters[-1].kind, base_model(config["model"], settings.base_model)
     license = settings.license or base.license
     seconds = training_seconds(run / "metrics.csv", images_per_step(config))
@@ -113,6 +129,7 @@ def card_of(run: Path, folder: Path, samples: Mapping[str, str], settings: CardS
         "command": training_command(run),
         "versions": read_versions(folder / MANIFEST),
         "mark": MARK,
+        "said": f"{SAID}{json.dumps(settings.said())} -->" if settings.said() else None,
     }
     data = card_data(kind, base, license, config, samples, is_xl(folder, kind))
     return ModelCard(f"---\n{data.to_yaml()}\n---\n\n{_template('model_card.md.j2').render(content)}").content
@@ -142,16 +159,16 @@ def card_data(
     tags = ["text-to-image", "diffusers", "stable-diffusion-xl" if xl else "stable-diffusion"]
     tags += [] if kind.whole else ["lora"]
     tags += [kind.name, "distillation"] if kind.role == "student" else []
-    relation = {"base_model_relation": "finetune" if kind.whole else "adapter"}
+    other: dict[str, Any] = {**license_head(license)}
+    if base.hub_id:
+        other |= {"base_model": base.hub_id, "base_model_relation": "finetune" if kind.whole else "adapter"}
     return ModelCardData(
-        base_model=base.hub_id,
         library_name="diffusers",
         pipeline_tag="text-to-image",
-        **license_head(license),
         datasets=hub_datasets(config["data"]) or None,
         tags=[*tags, "lcm-lightning"],
         widget=[{"text": prompt, "output": {"url": picture}} for picture, prompt in samples.items()] or None,
-        **(relation if base.hub_id else {}),
+        **other,
     )
 
 

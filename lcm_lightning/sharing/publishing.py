@@ -27,9 +27,10 @@ from omegaconf import OmegaConf
 
 from lcm_lightning.errors import UserError, first_line, short
 from lcm_lightning.hub import hub_answers
-from lcm_lightning.runs.contents import MANIFEST, exported, read_config
+from lcm_lightning.runs.contents import MANIFEST, exported
 from lcm_lightning.sharing.model_card import CARD, MARK, PICTURES, CardSettings, evaluation_of, write_card
 from lcm_lightning.sharing.redaction import HIDDEN, public_config, public_text, refuse_secrets
+from lcm_lightning.sharing.training_facts import settings_of_run
 
 log = logging.getLogger(__name__)
 
@@ -117,9 +118,7 @@ def publication(run: Path, card: CardSettings) -> dict[str, bytes | Path]:
         for path in sorted(folder.rglob("*"))
         if path.is_file() and not any(part.startswith(".") for part in path.relative_to(folder).parts)
     }
-    config = OmegaConf.to_container(read_config(run), resolve=True)
-    assert isinstance(config, dict)
-    files["config.yaml"] = OmegaConf.to_yaml(public_config({str(key): item for key, item in config.items()})).encode()
+    files["config.yaml"] = OmegaConf.to_yaml(public_config(settings_of_run(run))).encode()
     if metrics := evaluation_of(run):
         files["metrics.json"] = (json.dumps(metrics, indent=2) + "\n").encode()
     for name, content in files.items():
@@ -145,7 +144,7 @@ def send(api: HfApi, push: Push, files: Mapping[str, bytes | Path]) -> str:
     stale = [name for name in present if name.startswith(f"{PICTURES}/") and name not in files]
 
     def commit() -> str:
-        operations = [
+        operations: list[CommitOperationAdd | CommitOperationDelete] = [
             *(CommitOperationAdd(name, content) for name, content in files.items() if name not in kept),
             *(CommitOperationDelete(name) for name in stale),
         ]
@@ -234,7 +233,8 @@ def refusal(error: BaseException, push: Push) -> str:
     owner, _ = push.repo_id.split("/")
     answer = http_error(error)
     status = 0 if answer is None else status_of(answer)
-    said = public_text(first_line(error if answer is None else (answer.server_message or answer)))[:160]
+    message = (answer and answer.server_message) or first_line(answer or error)
+    said = public_text(" ".join(message.split()))[:160]
     if status == 401:
         return (
             f"the hub does not know the access token; make one at {TOKENS} and give it to `hf auth login` or HF_TOKEN"

@@ -6,12 +6,18 @@ import csv
 import shlex
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from omegaconf import OmegaConf
 
+from lcm_lightning.runs.contents import read_config
 from lcm_lightning.runs.folders import OVERRIDES
 from lcm_lightning.sharing.redaction import public, public_overrides, public_text
+
+
+def settings_of_run(run: Path) -> dict[str, Any]:
+    """The resolved configuration that `run` recorded. Raises `UserError`."""
+    return cast(dict[str, Any], OmegaConf.to_container(read_config(run), resolve=True))
 
 
 def training_table(config: Mapping[str, Any], step: int | None, seconds: float | None) -> dict[str, str]:
