@@ -20,7 +20,7 @@ help:
 	@echo "make bench             step time, memory, FLOPs; peer=PATH runs diffusers' script beside; more in ARGS=..."
 	@echo "make methods-table     every distillation from one teacher at one price, two hours; more in ARGS=..."
 	@echo "make lint              style and types"
-	@echo "make docs              these pages as a site: site/index.html; it needs pip install -e .[docs]"
+	@echo "make docs              these pages as a site: site/index.html"
 	@echo "make docs-commands     run every command of README and docs that can run here, an hour; PAGES=drawing.md some"
 	@echo "make pretrain          train the embedded pipeline from scratch, hours; goes on where it was stopped"
 
@@ -80,8 +80,10 @@ lint: $(READY)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-# NO_MKDOCS_2_WARNING: Material's banner about its successor, which --strict would not count but nobody needs to read.
+# The extra [docs] is installed where it is missing. NO_MKDOCS_2_WARNING: without Material's banner about its successor.
 docs: $(READY)
+	@$(BIN)/python -c 'import material, mkdocstrings' 2>/dev/null || \
+	$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt -e ".[docs]"
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 
 docs-commands: $(READY)
