@@ -27,7 +27,7 @@ USES = {
     "train": {"callbacks", "config", "output", "runs"},
     "evaluate": {"config", "evaluation"},
     "generate": {"config", "data", "methods", "models", "output"},
-    "inspect": {"models", "runs"},
+    "inspect": {"models", "output", "runs"},
     "summarize": {"output", "runs"},
 }
 
