@@ -30,13 +30,14 @@ def main(cfg: DictConfig) -> None:
     from lcm_lightning.config.quiet import quiet_known_warnings
     from lcm_lightning.evaluation.dashboard import log_evaluation
     from lcm_lightning.evaluation.evaluation import evaluate_models
-    from lcm_lightning.evaluation.reference import RealImages, check_size
+    from lcm_lightning.evaluation.reference import RealImages, fit_size
     from lcm_lightning.evaluation.report import console_tables, publish
     from lcm_lightning.sharing.model_card import write_card
 
     quiet_known_warnings()
     real = RealImages(data.name, data.source, protocol.split, protocol.num_images, data.resolution, data.cache_dir)
-    check_size(real)  # before there are other processes that would wait for one that gave up
+    # Before there are other processes that would wait for one that gave up.
+    real, protocol = fit_size(real, protocol)
     fabric = make_fabric(cfg.accelerator, cfg.devices)
     threads = torch.get_num_threads()  # launching several processes shares the cores out between them
     fabric.launch()

@@ -11,9 +11,7 @@ from typing import Any
 
 import torch
 from diffusers import UNet2DConditionModel
-from rich.box import SIMPLE_HEAD
-from rich.console import Console
-from rich.table import Table
+from omegaconf import OmegaConf
 from torch import nn
 from transformers import CLIPTextConfig
 
@@ -38,7 +36,8 @@ from lcm_lightning.models.single_file import (
     predicted,
     read_header,
 )
-from lcm_lightning.runs.contents import MANIFEST, exported, read_manifest
+from lcm_lightning.output.console import plain_table, print_table
+from lcm_lightning.runs.contents import CONFIG, MANIFEST, exported, read_config, read_manifest
 
 SHOWN = 10  # exceptions and unused keys
 
@@ -54,10 +53,10 @@ def main() -> None:
     arguments = parser.parse_args()
     networks = None if arguments.model is None else networks_of(arguments.model)
     for title, rows in describe(arguments.place, networks):
-        table = Table("", "", title=title, title_justify="left", box=SIMPLE_HEAD, show_header=False)
+        table = plain_table("", "", title=title, show_header=False)
         for label, text in rows:
             table.add_row(label, text)
-        Console(markup=False, highlight=False).print(table)
+        print_table(table)
 
 
 def describe(
@@ -81,7 +80,7 @@ def describe(
             step = [] if adapter.step is None else [("step", str(adapter.step))]
             name = ("adapter", f"{kind.name} ({kind.title})")
             content = model_rows(folder) if kind.whole else lora_rows(file, networks)
-            yield str(file), [name, ("drawn by", use), *step, *content]
+            yield str(file), [name, *base_rows(run), ("drawn by", use), *step, *content]
     elif (place / "model_index.json").is_file():
         yield str(place), model_rows(place)
     elif place.suffix == ".safetensors" and place.is_file() and is_checkpoint(place):
@@ -93,6 +92,14 @@ def describe(
             )
         file = locate_lora(place.absolute(), "LoRA")
         yield str(file), lora_rows(file, networks)
+
+
+def base_rows(run: Path) -> list[tuple[str, str]]:
+    """The model that a run was trained on, where the run says so."""
+    if not (run / CONFIG).is_file():
+        return []
+    path = OmegaConf.select(read_config(run), "model.path")
+    return [] if path is None else [("trained on", f"model.path={path}")]
 
 
 def lora_rows(path: Path, networks: Mapping[str, nn.Module] | None) -> list[tuple[str, str]]:

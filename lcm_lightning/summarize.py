@@ -12,12 +12,11 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 from omegaconf import OmegaConf
-from rich.box import SIMPLE_HEAD
-from rich.console import Console
 from rich.table import Table
 
 from lcm_lightning.errors import UserError, program, report_user_errors
 from lcm_lightning.output.files import write_atomic
+from lcm_lightning.output.console import plain_table, print_table
 from lcm_lightning.runs.folders import OVERRIDES
 
 METRICS = "metrics.csv"
@@ -52,7 +51,7 @@ def main() -> None:
     arguments = parser.parse_args()
     metric, runs = read_sweep(arguments.folder, arguments.metric)
     keys = varied(runs)
-    Console().print(table(runs, metric, keys))
+    print_table(table(runs, metric, keys))
     write_csv(runs, metric, keys, arguments.folder / "summary.csv")
     plot(runs, metric, keys).savefig(arguments.folder / "summary.png", dpi=110)
     print(f"{arguments.folder / 'summary.csv'}\n{arguments.folder / 'summary.png'}")
@@ -116,7 +115,7 @@ def varied(runs: Sequence[Run]) -> list[str]:
 
 def table(runs: Sequence[Run], metric: str, keys: Sequence[str]) -> Table:
     """For the terminal."""
-    found = Table(*keys, f"{metric}, lowest", "at step", "last", "run", box=SIMPLE_HEAD)
+    found = plain_table(*keys, f"{metric}, lowest", "at step", "last", "run")
     for run in runs:
         settings = (run.settings.get(key, "") for key in keys)
         found.add_row(*settings, f"{run.best:.4g}", str(run.step), f"{run.last:.4g}", run.name)

@@ -85,7 +85,7 @@ def main(cfg: DictConfig) -> float | None:
                 requeue_slurm_job()
         sys.exit(128 + stop.number)
     if trainer.is_global_zero:
-        ended = next_commands(cfg, run_dir, data.train_samples)
+        ended = next_commands(cfg, run_dir, HydraConfig.get().overrides.task)
         log.info("ended after step %d%s", trainer.global_step, ended, extra=SHOWN)
         print(ended)
     return optimized_value(trainer.callback_metrics, cfg.optimized_metric)

@@ -32,7 +32,7 @@ USES = {
     "evaluate": {"config", "evaluation", "sharing"},
     "export": {"config", "exports", "models", "sharing"},
     "generate": {"config", "data", "methods", "models", "output"},
-    "inspect": {"models", "runs"},
+    "inspect": {"models", "output", "runs"},
     "summarize": {"output", "runs"},
 }
 

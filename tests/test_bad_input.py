@@ -44,7 +44,7 @@ TRAIN = (
     "data.resolution=32",
     "data.val_limit=2",
     "method.lora.rank=4",
-    "trainer=debug",
+    "debug=fdr",
     "logger=csv",
 )
 GENERATE = ("accelerator=cpu", "prompt=a")

@@ -406,7 +406,7 @@ def test_a_run_is_in_buckets_unless_its_latents_are_of_squares(
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     places = (f"model.path={pipeline_folder}", f"data.source={request.getfixturevalue(source)}", "hydra.run.dir=run")
-    in_process("train", "experiment=lcm_flickr8k", "data=folder", "trainer=debug", "logger=csv", *places, *SMALL)
+    in_process("train", "experiment=lcm_flickr8k", "data=folder", "debug=fdr", "logger=csv", *places, *SMALL)
     config = OmegaConf.load(tmp_path / "run" / "config.yaml")
     assert config.data.buckets is expected and config.data.bucket_step == (STEP if expected else None)
 
@@ -418,7 +418,7 @@ def test_latents_of_squares_are_refused_where_buckets_are_asked_for(
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     places = (f"model.path={pipeline_folder}", f"data.source={squares}", "hydra.run.dir=run", "data.buckets=true")
     with pytest.raises(SystemExit):
-        in_process("train", "experiment=lcm_flickr8k", "trainer=debug", "logger=csv", *places, *SMALL)
+        in_process("train", "experiment=lcm_flickr8k", "debug=fdr", "logger=csv", *places, *SMALL)
     assert "transform: the cache has shorter side bicubic, square crop" in capfd.readouterr().err
 
 

@@ -254,7 +254,7 @@ def test_preparing_counts_what_was_cut_and_a_run_takes_the_chunks_from_its_confi
         "experiment=lora_flickr8k",
         "data=folder",
         "data.source=latents",
-        "trainer=debug",
+        "debug=fdr",
         "logger=csv",
         "max_steps=1",
     )

@@ -323,7 +323,7 @@ def test_skipped_samples_are_in_the_metrics(tmp_path, monkeypatch, pipeline_fold
     bad = pair("bad1", b"") + pair("bad2", caption=None)
     (tmp_path / "set" / "train-10.tar").write_bytes(tar_bytes(GOOD + bad)[:-5000])
     options = (
-        f"model.path={pipeline_folder}", f"data.source={tmp_path / 'set'}", *SMALL, "trainer=debug", "logger=csv",
+        f"model.path={pipeline_folder}", f"data.source={tmp_path / 'set'}", *SMALL, "debug=fdr", "logger=csv",
         "data.val_limit=0", "data.batch_size=20", "data.max_bad_fraction=0.5", "hydra.run.dir=run",
         "callbacks.samples=null", "method=lora", f"data.cache_dir={tmp_path / 'cache'}",
     )  # fmt: skip

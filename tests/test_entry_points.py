@@ -6,6 +6,7 @@ import csv
 import importlib.util
 import re
 import resource
+import shlex
 import subprocess
 import warnings
 from collections.abc import Callable
@@ -21,7 +22,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from helpers.commands import ROOT, SMALL, in_process
-from lcm_lightning.config.hints import QUICK_IMAGES, next_commands
+from lcm_lightning.config.hints import next_commands
 from lcm_lightning.methods.lcm_lora import LcmLoraDistillation
 from lcm_lightning.methods.lora import LoraFinetuning
 from lcm_lightning.models.kinds import AdapterKind
@@ -30,15 +31,6 @@ from lcm_lightning.runs.contents import Adapter, read_manifest, write_manifest
 from lcm_lightning.runs.loading import load_run
 from lcm_lightning.tracking.wandb_logger import wandb_run_id
 from lcm_lightning.train import TRAIN_KEYS
-
-# What trainer=debug sets, for other trainers.
-DEBUG = (
-    "trainer.precision=32-true",
-    "trainer.max_steps=2",
-    "trainer.val_check_interval=2",
-    "trainer.limit_val_batches=1",
-    "trainer.log_every_n_steps=1",
-)
 
 Run = Callable[..., Path]
 Command = Callable[..., subprocess.CompletedProcess[str]]
@@ -93,7 +85,7 @@ def assert_complete(run: Path, steps: int) -> None:
 
 @pytest.mark.parametrize("experiment", ["lora_flickr8k", "lcm_flickr8k"])
 def test_an_experiment_leaves_a_complete_run_folder(run: Run, experiment: str, capfd: pytest.CaptureFixture[str]):
-    folder = run("first", f"experiment={experiment}", "trainer=debug", "logger=csv")
+    folder = run("first", f"experiment={experiment}", "debug=fdr", "logger=csv")
     assert_complete(folder, steps=2)
     said = "".join(capfd.readouterr())
     assert "evaluate.py run=first" in said
@@ -102,8 +94,8 @@ def test_an_experiment_leaves_a_complete_run_folder(run: Run, experiment: str, c
 
 
 def test_a_finetuned_run_is_distilled_and_both_adapters_are_in_the_student_s_folder(run: Run):
-    teacher = run("teacher", "experiment=lora_flickr8k", "trainer=debug", "logger=csv", "method.warmup_steps=0")
-    student = run("student", "experiment=lcm_flickr8k", "trainer=debug", "logger=csv", f"method.teacher_lora={teacher}")
+    teacher = run("teacher", "experiment=lora_flickr8k", "debug=fdr", "logger=csv", "method.warmup_steps=0")
+    student = run("student", "experiment=lcm_flickr8k", "debug=fdr", "logger=csv", f"method.teacher_lora={teacher}")
     assert_complete(student, steps=2)
     assert [adapter.kind.name for adapter in read_manifest(student)] == ["finetuned", "lcm"]
     original = load_file(teacher / "lora" / "pytorch_lora_weights.safetensors")
@@ -118,7 +110,7 @@ def test_two_processes_leave_one_run_folder(
     in_folder: Path, pipeline_folder: Path, flickr_shards: Path, train_command: Command, experiment: str
 ):
     places = (f"model.path={pipeline_folder}", f"data.source={flickr_shards}", "hydra.run.dir=ddp")
-    options = (f"experiment={experiment}", "trainer=ddp_sim", "logger=csv", *DEBUG)
+    options = (f"experiment={experiment}", "trainer=ddp_sim", "debug=fdr", "logger=csv")
     finished = train_command(*places, *SMALL, *options)
     assert finished.returncode == 0, finished.stderr
     assert finished.stdout.count("evaluate.py run=ddp") == 1
@@ -132,7 +124,7 @@ def test_a_full_disk_costs_files_and_not_the_run(
     """Of what a run writes, only its configuration and figures are below the limit."""
     folder = in_folder / "full"
     places = (f"model.path={pipeline_folder}", f"data.source={flickr_shards}", f"hydra.run.dir={folder}")
-    options = (*SMALL, "experiment=lcm_flickr8k", "trainer=debug", "logger=csv", "resume=auto")
+    options = (*SMALL, "experiment=lcm_flickr8k", "debug=fdr", "logger=csv", "resume=auto")
     options += ("callbacks.checkpoint.every_n_steps=1", "data.val_limit=1")
 
     def train_to(step: int) -> subprocess.CompletedProcess[str]:
@@ -157,7 +149,7 @@ def test_a_full_disk_costs_files_and_not_the_run(
 
 
 def test_a_run_ends_with_a_validation_samples_and_an_export(run: Run):
-    folder = run("odd", "trainer=debug", "logger=csv", "trainer.max_steps=3", "method.warmup_steps=0")
+    folder = run("odd", "debug=fdr", "logger=csv", "trainer.max_steps=3", "method.warmup_steps=0")
     validated = [row["step"] for row in metrics(folder) if "val/loss" in row]
     assert validated == [1, 2]  # Lightning counts from 0: after the second step and after the third
     assert sorted(path.name for path in (folder / "samples").iterdir()) == ["step_000002.png", "step_000003.png"]
@@ -170,14 +162,14 @@ def test_a_run_ends_with_a_validation_samples_and_an_export(run: Run):
 
 
 def test_a_run_that_ends_on_a_validation_does_not_validate_twice(run: Run):
-    folder = run("even", "trainer=debug", "logger=csv", "trainer.max_steps=2")
+    folder = run("even", "debug=fdr", "logger=csv", "trainer.max_steps=2")
     assert [row["step"] for row in metrics(folder) if "val/loss" in row] == [1]
 
 
 def test_every_figure_is_logged_at_the_interval_over_epochs_and_accumulation(run: Run):
     folder = run(
         "logged",
-        "trainer=debug",
+        "debug=fdr",
         "logger=csv",
         "data.batch_size=4",
         "trainer.accumulate_grad_batches=2",  # 6 batches, 3 optimizer steps an epoch
@@ -195,7 +187,7 @@ def test_every_figure_is_logged_at_the_interval_over_epochs_and_accumulation(run
 
 def test_figures_are_logged_one_below_the_step_that_checkpoints_and_pictures_are_called_by(run: Run):
     """As docs/scaling.md says."""
-    folder = run("named", "method=lora", "trainer=debug", "logger=csv")
+    folder = run("named", "method=lora", "debug=fdr", "logger=csv")
     assert {row["step"] for row in metrics(folder) if "val/loss" in row} == {1}
     assert max(row["step"] for row in metrics(folder) if "train/loss" in row) == 1
     assert (folder / "checkpoints" / "step_000002.ckpt").is_file()
@@ -206,7 +198,7 @@ def test_the_progress_bar_counts_optimizer_steps(
     run: Run, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setattr("lcm_lightning.callbacks.progress_bar.draws_bars", lambda console: True)
-    options = ("method=lora", "trainer=debug", "logger=csv", "callbacks.samples=null")
+    options = ("method=lora", "debug=fdr", "logger=csv", "callbacks.samples=null")
     steps = (*options, "trainer.accumulate_grad_batches=5", "trainer.val_check_interval=100")
     run("steps", *steps, "trainer.max_steps=3")  # 15 batches, 12 of which are an epoch
     assert re.search(r"Step +\S* 3/3 ", shown := capfd.readouterr().out) and "Epoch" not in shown
@@ -217,7 +209,7 @@ def test_the_progress_bar_counts_optimizer_steps(
 
 
 def test_where_output_goes_to_a_file_each_tenth_of_a_run_is_a_line(run: Run, capfd: pytest.CaptureFixture[str]):
-    options = ("method=lora", "trainer=debug", "logger=csv", "callbacks.samples=null", "trainer.val_check_interval=100")
+    options = ("method=lora", "debug=fdr", "logger=csv", "callbacks.samples=null", "trainer.val_check_interval=100")
     run("lines", *options, "trainer.max_steps=20")
     line = r"^step (\d+)/20, loss \d[\d.e-]*, \d[\d.e-]* images/s(?:, \d:\d\d:\d\d left)?$"
     shown = capfd.readouterr().out
@@ -234,7 +226,7 @@ def test_a_run_s_log_holds_its_start_its_progress_its_warnings_and_its_end(
 ):
     """Whether or not a bar is shown instead."""
     places = (f"model.path={pipeline_folder}", f"data.source={flickr_shards}", "hydra.run.dir=logged")
-    options = ("method=lora", "trainer=debug", "logger=csv", "callbacks.samples=null", "trainer.max_steps=4")
+    options = ("method=lora", "debug=fdr", "logger=csv", "callbacks.samples=null", "trainer.max_steps=4")
     finished = train_command(*places, *SMALL, *options, "optimizer.lr=1e-3", "data.val_limit=1", "print_config=false")
     assert finished.returncode == 0, finished.stderr
     assert "├── " not in finished.stdout
@@ -251,15 +243,15 @@ def test_a_warning_goes_to_the_log_and_where_it_went(caplog: pytest.LogCaptureFi
 
 
 def test_a_run_begins_with_what_is_chosen_and_changed(run: Run, capfd: pytest.CaptureFixture[str]):
-    folder = run("said", "method=lora", "trainer=debug", "logger=csv", "callbacks.samples=null", "max_steps=7")
+    folder = run("said", "method=lora", "debug=fdr", "logger=csv", "callbacks.samples=null", "max_steps=7")
     tree = capfd.readouterr().out.partition("lora: ")[2].splitlines()
     assert tree[0] == str(folder)
     assert tree.index("├── method=lora") + 1 == tree.index("│   └── method.lora.rank=4")
-    assert "├── trainer=debug" in tree and "├── max_steps=7" in tree and "├── callbacks=default" in tree
+    assert "├── debug=fdr" in tree and "├── max_steps=7" in tree and "├── callbacks=default" in tree
 
 
 def test_the_end_of_a_run_names_what_it_left(run: Run, capfd: pytest.CaptureFixture[str]):
-    small = ("method=lora", "trainer=debug", "logger=csv")
+    small = ("method=lora", "debug=fdr", "logger=csv")
     run("drawn", *small)
     said = capfd.readouterr().out
     assert "look at   drawn/samples/\n" in said and "python evaluate.py run=drawn\n" in said
@@ -281,13 +273,41 @@ def test_the_quick_evaluation_is_proposed_for_the_embedded_pipeline_on_any_data(
     write_manifest(tmp_path / "lora", [Adapter(LoraFinetuning.kind)])
     with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
         cfg = compose("train", overrides=choices)
-    assert f"python evaluate.py run={tmp_path}{protocol}\n" in next_commands(cfg, tmp_path, QUICK_IMAGES)
-    few = f"{protocol} evaluation.num_images=null" if protocol else ""
-    assert f"python evaluate.py run={tmp_path}{few}\n" in next_commands(cfg, tmp_path, QUICK_IMAGES - 1)
+    assert f"python evaluate.py run={tmp_path}{protocol}\n" in next_commands(cfg, tmp_path)
 
 
-def test_the_quick_evaluation_takes_as_many_images_as_its_proposal_counts_with():
-    assert OmegaConf.load(ROOT / "conf" / "evaluation" / "quick.yaml").num_images == QUICK_IMAGES
+@pytest.mark.parametrize(
+    ("overrides", "next_one"),
+    [
+        (["experiment=lora_flickr8k"], "experiment=lcm_flickr8k"),
+        (["experiment=quickstart_lora", "seed=3", "trainer=ddp_sim"], "experiment=quickstart trainer=ddp_sim"),
+        (["experiment=lora_folder", "data.source=my photos", "model=tiny"], "experiment=lcm_folder 'data.source=my photos' model=tiny"),
+        (["method=lora", "data=twemoji"], None),
+    ],
+)
+def test_the_end_of_a_fine_tuning_names_its_distillation_with_the_same_model_and_data(
+    tmp_path: Path, overrides: list[str], next_one: str | None
+):
+    write_manifest(tmp_path / "lora", [Adapter(LoraFinetuning.kind)])
+    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+        cfg = compose("train", overrides=overrides)
+        said = next_commands(cfg, tmp_path, overrides)
+        proposed = f"  distil    python train.py {next_one} method.teacher_lora={tmp_path}\n"
+        assert (proposed in said) if next_one else ("distil" not in said)
+        if next_one:
+            compose("train", overrides=shlex.split(next_one))
+    write_manifest(tmp_path / "lora", [Adapter(LoraFinetuning.kind), Adapter(LcmLoraDistillation.kind)])
+    assert "distil" not in next_commands(cfg, tmp_path, overrides)
+
+
+def test_the_end_of_a_run_names_its_files(tmp_path: Path):
+    cfg = OmegaConf.create({"name": "mine"})
+    write_manifest(tmp_path / "lora", [Adapter(LcmLoraDistillation.kind)])
+    (tmp_path / "lora" / "kohya_lora_weights.safetensors").touch()
+    said = next_commands(cfg, tmp_path)
+    assert f"  LoRA      {tmp_path}/lora/pytorch_lora_weights.safetensors\n" in said
+    assert f"            {tmp_path}/lora/kohya_lora_weights.safetensors (ComfyUI, A1111)\n" in said
+    assert said.endswith(f"  export    python -m lcm_lightning.export run={tmp_path} format=fused")
 
 
 @pytest.mark.parametrize(
@@ -302,13 +322,13 @@ def test_pictures_are_proposed_under_the_guidance_they_were_seen_with(
     tmp_path: Path, kind: AdapterKind, seen: float, proposed: str
 ):
     write_manifest(tmp_path / "lora", [Adapter(kind)])
-    cfg = OmegaConf.create({"callbacks": {"samples": {"guidance_scale": seen}}})
-    assert f'run={tmp_path}{proposed} prompt="..."' in next_commands(cfg, tmp_path, 1000)
+    cfg = OmegaConf.create({"name": "mine", "callbacks": {"samples": {"guidance_scale": seen}}})
+    assert f'run={tmp_path}{proposed} prompt="..."' in next_commands(cfg, tmp_path)
 
 
 def test_resuming_goes_on_where_the_run_stopped(run: Run):
     """5 steps at once are 3 steps, a new process' worth of forgetting, and 2 more; the second stop is in epoch 2."""
-    options = ("trainer=debug", "logger=csv", "method.lr_scheduler=constant", "method.warmup_steps=0")
+    options = ("debug=fdr", "logger=csv", "method.lr_scheduler=constant", "method.warmup_steps=0")
     options += ("data.batch_size=6", "trainer.limit_val_batches=0")  # 4 steps an epoch
     whole = run("whole", *options, "trainer.max_steps=5")
     run("part", *options, "trainer.max_steps=3")
@@ -323,19 +343,19 @@ def test_a_sweep_without_an_experiment_is_named_by_its_method(
     in_folder: Path, pipeline_folder: Path, flickr_shards: Path
 ):
     places = (f"model.path={pipeline_folder}", f"data.source={flickr_shards}")
-    in_process("train", "-m", *places, *SMALL, "trainer=debug", "trainer.max_steps=1", "logger=csv", "seed=1,2")
+    in_process("train", "-m", *places, *SMALL, "debug=fdr", "trainer.max_steps=1", "logger=csv", "seed=1,2")
     configs = sorted(in_folder.glob("outputs/lcm_lora/*/*/config.yaml"))
     assert [OmegaConf.load(path).seed for path in configs] == [1, 2]
     assert len({path.parents[1] for path in configs}) == 1
 
 
 def test_resuming_another_adapter_is_refused(run: Run, capfd: pytest.CaptureFixture[str]):
-    run("part", "trainer=debug", "logger=csv", "trainer.max_steps=1")
+    run("part", "debug=fdr", "logger=csv", "trainer.max_steps=1")
     refused(capfd, run, "resume: the checkpoint's weights differ", "resume=part", "method.lora.rank=8")
 
 
 def test_a_refused_command_leaves_the_record_of_the_run_it_would_go_on_with(run: Run):
-    options = ("trainer=debug", "logger=csv", "resume=auto")
+    options = ("debug=fdr", "logger=csv", "resume=auto")
     part = run("part", *options, "trainer.max_steps=1")
     record = [(part / name).read_bytes() for name in ("config.yaml", "overrides.yaml")]
     with pytest.raises(SystemExit):
@@ -353,7 +373,7 @@ def refused(capfd: pytest.CaptureFixture[str], run: Run, message: str, *override
     """The run ends with a status other than 0, and says `message` and no traceback; returns what it said."""
     capfd.readouterr()
     with pytest.raises(SystemExit) as exit_:
-        run("refused", "trainer=debug", "logger=csv", *overrides)
+        run("refused", "debug=fdr", "logger=csv", *overrides)
     assert exit_.value.code not in (0, None)
     said = capfd.readouterr().err
     assert message in said
@@ -456,7 +476,7 @@ def test_without_the_model_it_says_how_to_get_it(run: Run, capfd: pytest.Capture
 def test_loggers(run: Run, logger: str):
     if logger == "tensorboard":
         pytest.importorskip("tensorboard", reason="the extra `tensorboard` is not installed")
-    folder = run("logged", "trainer=debug", f"logger={logger}")
+    folder = run("logged", "debug=fdr", f"logger={logger}")
     assert_complete(folder, steps=2)
     assert bool(list(folder.glob("tensorboard/events.out.tfevents.*"))) == (logger == "tensorboard")
     assert not (folder / "wandb").exists()
@@ -475,7 +495,7 @@ def test_wandb_runs_offline_without_a_key_and_without_asking(
     in_folder: Path, pipeline_folder: Path, flickr_shards: Path, train_command: Command
 ):
     places = (f"model.path={pipeline_folder}", f"data.source={flickr_shards}", "hydra.run.dir=offline")
-    finished = train_command(*places, *SMALL, "experiment=lora_flickr8k", "trainer=debug", "logger=wandb")
+    finished = train_command(*places, *SMALL, "experiment=lora_flickr8k", "debug=fdr", "logger=wandb")
     assert finished.returncode == 0, finished.stderr
     folder = in_folder / "offline"
     assert_complete(folder, steps=2)
@@ -484,7 +504,7 @@ def test_wandb_runs_offline_without_a_key_and_without_asking(
 
 # ---- configuration -------------------------------------------------------------------------------------------------
 
-GROUPS = ("model", "method", "optimizer", "data", "trainer", "logger", "callbacks", "experiment")
+GROUPS = ("model", "method", "optimizer", "data", "trainer", "logger", "callbacks", "experiment", "debug")
 OPTIONS = [(path.parent.name, path.stem) for group in GROUPS for path in sorted((ROOT / "conf" / group).glob("*.yaml"))]
 
 

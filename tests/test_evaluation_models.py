@@ -7,6 +7,7 @@ import re
 import shutil
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -15,6 +16,7 @@ import torch
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
+from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from lcm_lightning import evaluate
@@ -28,7 +30,7 @@ from lcm_lightning.evaluation.contenders import Contender, Lineup
 from lcm_lightning.evaluation.drawing import Drawing, Drawn, ModelImages, distinguish, image_folder
 from lcm_lightning.evaluation.model_sources import LoadedModel, ModelSource
 from lcm_lightning.evaluation.protocol import Protocol, PublishedTable
-from lcm_lightning.evaluation.reference import RealImages, check_size
+from lcm_lightning.evaluation.reference import RealImages, fit_size
 from lcm_lightning.methods.lcm_lora import LCM
 from lcm_lightning.models.adapters import LoraSettings, add_lora, lora_layers, lora_parameters
 from lcm_lightning.models.identity import adapter_digest, model_digest, token_embeddings_digest
@@ -189,10 +191,25 @@ def test_runs_on_different_data_need_a_choice(composed, tmp_path: Path):
 def test_more_images_than_the_split_holds_are_refused(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(reference, "locate", lambda *_: None)
     monkeypatch.setattr(reference, "open_split", lambda *_: (Shard(Path("a"), 60, ""), Shard(Path("b"), 39, "")))
-    check_size(RealImages("flickr8k", None, "test", 99, 64))
-    check_size(RealImages("flickr8k", None, "test", None, 64))
+    strict = Protocol("report", "clip")
+    for number in (99, None):
+        real = RealImages("flickr8k", None, "test", number, 64)
+        assert fit_size(real, strict) == (real, strict)
     with pytest.raises(UserError, match="num_images=100: flickr8k/test holds 99 images"):
-        check_size(RealImages("flickr8k", None, "test", 100, 64))
+        fit_size(RealImages("flickr8k", None, "test", 100, 64), strict)
+
+
+def test_the_quick_protocol_takes_all_of_a_smaller_split_under_a_name_with_their_number(
+    composed: Callable[..., DictConfig], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+):
+    monkeypatch.setattr(reference, "locate", lambda *_: None)
+    monkeypatch.setattr(reference, "open_split", lambda *_: (Shard(Path("a"), 60, ""), Shard(Path("b"), 39, "")))
+    quick = instantiate(composed("model=tiny", "data=twemoji", "evaluation=quick").evaluation)
+    real, protocol = fit_size(RealImages("mine", None, "train", quick.num_images, 64), quick)
+    assert (real.num_images, protocol.num_images, protocol.name) == (None, None, "quick-99")
+    assert "mine/train holds 99 images, fewer than the 300 of quick: all are taken, as protocol quick-99" in caplog.text
+    real, protocol = fit_size(RealImages("mine", None, "train", 50, 64), replace(quick, num_images=50))
+    assert (real.num_images, protocol.name) == (50, "quick")
 
 
 @pytest.mark.parametrize(

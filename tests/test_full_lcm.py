@@ -396,7 +396,7 @@ def test_a_run_trains_draws_is_gone_on_with_and_is_evaluated(tmp_path: Path, mon
         "experiment=quickstart",
         "method=lcm",
         "~method.lora",
-        "trainer=debug",
+        "debug=fdr",
         "trainer.limit_val_batches=1",
         "resume=auto",
     )

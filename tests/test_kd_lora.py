@@ -193,7 +193,7 @@ def test_a_run_trains_draws_and_is_evaluated(
     monkeypatch.chdir(tmp_path)
     places = (f"model.path={pipeline_folder}", f"data.source={flickr_shards}", f"method.teacher_lcm={full_lcm}")
     small = ("data.num_workers=0", "data.batch_size=2", "data.val_limit=2", "data.resolution=32", "hydra.run.dir=run")
-    chosen = ("experiment=lcm_flickr8k", "method=kd_lora", "method.lora.rank=4", "trainer=debug", "logger=csv")
+    chosen = ("experiment=lcm_flickr8k", "method=kd_lora", "method.lora.rank=4", "debug=fdr", "logger=csv")
     in_process("train", *chosen, *places, *small, "callbacks.samples.student_steps=[1]")
     (adapter,) = read_manifest(tmp_path / "run")
     assert (adapter.kind.name, adapter.kind.title, adapter.kind.sampler.name) == ("kd", "KD-LoRA", "lcm")

@@ -719,7 +719,7 @@ def photos(folder: Path) -> Path:
 
 
 SMALL = (
-    "trainer=debug",
+    "debug=fdr",
     "logger=csv",
     "method.lora.rank=4",
     "data.batch_size=2",
@@ -808,7 +808,7 @@ def test_photos_are_trained_on_at_64_px_by_the_embedded_pipeline(command: Callab
 
 
 def test_a_method_without_a_model_wants_a_size(command: Callable[..., str], flickr_shards: Path):
-    options = ("trainer=debug", "data=flickr8k", f"data.source={flickr_shards}", "data.num_workers=0")
+    options = ("debug=fdr", "data=flickr8k", f"data.source={flickr_shards}", "data.num_workers=0")
     said = command("train", "experiment=pretrain_vae", *options)
     assert said.startswith("2 ") and "error: data.resolution=null: method pretrain_vae has no model" in said
 
@@ -831,7 +831,7 @@ def test_a_mistake_is_one_message(command: Callable[..., str], tmp_path: Path, o
 
 
 def test_what_trains_the_networks_themselves_wants_images(command: Callable[..., str], square_latents: Path):
-    said = command("train", "experiment=pretrain_vae", f"data.source={square_latents}", "trainer=debug", "logger=csv")
+    said = command("train", "experiment=pretrain_vae", f"data.source={square_latents}", "debug=fdr", "logger=csv")
     assert said.startswith("2 ") and "holds cached latents" in said
 
 

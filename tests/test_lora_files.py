@@ -21,6 +21,7 @@ from diffusers.loaders.single_file_utils import convert_ldm_unet_checkpoint
 from huggingface_hub import HfApi
 from huggingface_hub.errors import EntryNotFoundError
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
+from omegaconf import OmegaConf
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
@@ -674,8 +675,10 @@ def test_inspect_says_how_the_adapters_of_a_run_are_drawn(
     (tmp_path / "lora").mkdir()
     save_file(LAYOUTS["diffusers"](make("unet", ONLY_ATTENTION)), tmp_path / "lora" / LORA_FILE)
     write_manifest(tmp_path / "lora", [Adapter(LcmLoraDistillation.kind)])
+    OmegaConf.save({"model": {"path": "my/model"}}, tmp_path / "config.yaml")
     for place in (tmp_path, tmp_path / "lora"):
         said = said_of(place, monkeypatch=monkeypatch, capsys=capsys)
+        assert "trained on model.path=my/model" in said
         assert "adapter lcm" in said and "drawn by lcm, 4 steps, guidance 1" in said and "layout diffusers" in said
 
 

@@ -72,7 +72,7 @@ def run(program: str, *options: str) -> None:
 
 @pytest.mark.slow
 def test_it_trains_draws_and_is_evaluated_under_its_own_name(new_method: Path, capsys: pytest.CaptureFixture[str]):
-    chosen = ("experiment=quickstart", "method=copied", "trainer=debug")
+    chosen = ("experiment=quickstart", "method=copied", "debug=fdr")
     run("train", *chosen, *SMALL, *GRID, "hydra.run.dir=run")
     (adapter,) = read_manifest(new_method / "run")
     assert (adapter.kind.name, adapter.kind.title, adapter.kind.sampler.name) == ("copied", "Copied LoRA", "fewer")

@@ -42,7 +42,7 @@ def test_an_experiment_is_trained_drawn_from_and_evaluated(
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     places = (f"model.path={sdxl_folder}", f"data.source={flickr_shards}", "hydra.run.dir=run")
-    in_process("train", "experiment=lcm_sdxl_flickr30k", *places, *SMALL, "trainer=debug", "logger=csv")
+    in_process("train", "experiment=lcm_sdxl_flickr30k", *places, *SMALL, "debug=fdr", "logger=csv")
     device = ("accelerator=cpu", "dtype=float32")
     in_process("lcm_lightning.generate", "run=run", "prompt=dog", "num_images=1", "seed=3", *device, "output=drawn")
 
@@ -98,7 +98,7 @@ def test_every_method_trains_measures_its_pictures_and_draws(
         places = (f"model.path={sdxl_folder}", f"data.source={flickr_shards}", f"hydra.run.dir={run}")
         rank = () if name == "lcm" else ("method.lora.rank=4",)
         chosen = ("experiment=lcm_sdxl_flickr30k", f"method={name}", "data.buckets=true", "data.bucket_step=8")
-        in_process("train", *chosen, *places, *SMALLER, *rank, *METHODS[name], "trainer=debug", "logger=csv", *more)
+        in_process("train", *chosen, *places, *SMALLER, *rank, *METHODS[name], "debug=fdr", "logger=csv", *more)
 
     if method == "kd_lora":
         train("lcm", "teacher", "callbacks.samples=null")

@@ -433,7 +433,7 @@ def test_pictures_of_a_file_are_those_of_its_folder(kind: str, tmp_path: Path):
 def test_a_file_is_trained_drawn_from_and_cached_as_a_folder(file: Path, tmp_path: Path, flickr_shards: Path):
     model = ("model=sd15", f"model.path={file.name}", "model.channels_last=false")
     data = f"data.source={flickr_shards}"
-    small = (*SMALL, "trainer=debug", "logger=csv", "callbacks.samples=null")
+    small = (*SMALL, "debug=fdr", "logger=csv", "callbacks.samples=null")
     in_process("train", "experiment=lora_flickr8k", *model, data, "hydra.run.dir=style", *small)
     teacher = "method.teacher_lora=style"
     in_process("train", "experiment=lcm_flickr8k", *model, data, teacher, "hydra.run.dir=student", *small)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import re
 import sys
 from pathlib import Path
 
@@ -54,6 +55,23 @@ def test_the_best_run_comes_first_with_the_step_it_was_best_at(
     assert "optimizer.lr" not in found[0]  # all have the same
     assert Image.open(sweep / "summary.png").width > 200
     assert "at step" in capsys.readouterr().out
+
+
+def test_no_value_is_cut_in_a_file_or_on_a_narrow_terminal(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    name = "a_folder_with_a_name_" + 5 * "that_is_long_"
+    for place, value in enumerate(("short", "x" * 70)):
+        save_run(tmp_path / name / str(place), [f"data.source={value}", f"seed={place}"], {"val/loss": [(9, 1.0)]})
+    monkeypatch.setenv("COLUMNS", "80")
+    command(str(tmp_path), monkeypatch=monkeypatch)
+    (row,) = [line for line in capsys.readouterr().out.splitlines() if "x" * 70 in line]
+    assert row.split() == ["x" * 70, "1", "1", "10", "1", f"{name}/1"]
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("TERM", "xterm")
+    command(str(tmp_path), monkeypatch=monkeypatch)
+    shown = re.sub(r"\x1b\[[\d;]*m", "", capsys.readouterr().out).partition(str(tmp_path))[0]
+    assert shown.count("x") >= 70 and "…" not in shown and max(map(len, shown.splitlines())) <= 80
 
 
 def test_a_run_that_has_no_validation_yet_is_named_and_left_out(

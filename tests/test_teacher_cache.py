@@ -522,7 +522,7 @@ def test_from_latents_to_a_run_on_the_teachers_steps(
     run = (
         "experiment=lcm_flickr8k",
         "data.source=data/flickr8k-teacher",
-        "trainer=debug",
+        "debug=fdr",
         "logger=csv",
         *SMALL,
         *model,

@@ -96,6 +96,7 @@ RANGES: Mapping[str, tuple[float, float, object]] = {
     "data.flip_probability": (0, 1, 0.5),
     "data.caption_dropout": (0, 1, 0.1),
     "data.fresh_fraction": (0, 1, 0.25),
+    "data.train_limit": (1, math.inf, 4),
     "data.val_limit": (0, math.inf, 64),
     "data.max_bad_fraction": (0, 1, 0.01),
     "method.lora.rank": (1, math.inf, 64),

@@ -141,6 +141,8 @@ class CaptionedImages(LightningDataModule):
         caption_dropout: float = 0.1,
         photo_sizes: bool = True,
         fresh_fraction: float = 0.0,
+        train_limit: int | None = None,
+        val_split: Literal["train", "val", "test"] | None = None,
         val_limit: int | None = 64,
         max_bad_fraction: float = 0.01,
         cache_dir: str | None = None,
@@ -167,6 +169,8 @@ class CaptionedImages(LightningDataModule):
                 for a whole image.
             fresh_fraction: share of samples that take a new draw instead of one whose teacher's step is cached; 1 for a
                 training that takes the cached latents alone.
+            train_limit: train on the first so many samples, each once an epoch; None for all.
+            val_split: validate on samples of this split; None for "val", or "test" where there is no such.
             val_limit: validate on the first so many samples; None for all, 0 for no validation.
             max_bad_fraction: share of samples that are lost with missing or cut off shards, or that are unreadable in
                 a training epoch, above which training stops.
@@ -189,6 +193,8 @@ class CaptionedImages(LightningDataModule):
         self.photo_sizes = photo_sizes
         self.fresh_fraction = fresh_fraction
         self.takes_teacher_steps = False
+        self.train_limit = train_limit
+        self.wanted_val_split = val_split
         self.val_limit = val_limit
         self.max_bad_fraction = max_bad_fraction
         self.cache_dir = cache_dir
@@ -215,7 +221,7 @@ class CaptionedImages(LightningDataModule):
 
     @cached_property
     def val_shards(self) -> tuple[Shard, ...]:
-        """Shards of the validation split; of the test split where a data set publishes no validation split.
+        """Shards of `val_split`: by itself the test split where a data set publishes no validation split.
 
         Nothing is selected on validation (checkpoints are the last ones), so looking at test samples is harmless; not
         so with `callbacks.checkpoint.best_by` or early stopping.
@@ -227,7 +233,9 @@ class CaptionedImages(LightningDataModule):
 
     @property
     def val_split(self) -> str:
-        """ "val", or "test" where there is none. Raises `UserError` where there is neither."""
+        """As set, or else "val", or "test" where there is none. Raises `UserError` where there is neither."""
+        if self.wanted_val_split is not None:
+            return self.wanted_val_split
         for split in ("val", "test"):
             if split in self.index.locations:
                 return split
@@ -302,10 +310,12 @@ class CaptionedImages(LightningDataModule):
     def train_dataloader(self) -> ShardLoader:
         """Shuffled and augmented batches. Raises `UserError` where the ranks have other shards, also for validation."""
         # Here for both, as the first rank calls `val_dataloader` alone too.
-        validates = self.val_limit != 0 and self.index.locations.keys() & {"val", "test"}
+        held_out = self.wanted_val_split or self.index.locations.keys() & {"val", "test"}
+        validates = self.val_limit != 0 and held_out
         read = (self.train_shards, self.val_shards if validates else ())
         check_ranks_agree([f"{fingerprint(shards)} {self.bucket_digest(shards)}" for shards in read])
-        return self.loader(self.train_shards, self.augmentation(True), shuffle_buffer=self.shuffle_buffer)
+        limit = self.train_limit
+        return self.loader(self.train_shards, self.augmentation(True), shuffle_buffer=self.shuffle_buffer, limit=limit)
 
     @property
     def in_buckets(self) -> bool:

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from transformers import CLIPModel, CLIPTokenizer, ImageProcessingMixin
 
 from lcm_lightning.errors import UserError, first_line, short
-from lcm_lightning.hub import hub_answers
+from lcm_lightning.hub import hub_answers, hub_refusal
 from lcm_lightning.models.identity import tensors_digest
 
 log = logging.getLogger(__name__)
@@ -124,8 +124,9 @@ class Clip:
             self.tokenizer = CLIPTokenizer.from_pretrained(source, **place)
             settings, _ = ImageProcessingMixin.get_image_processor_dict(source, **place)
         except (OSError, ValueError) as error:
+            reason = first_line(error)[:80] if Path(source).is_dir() else hub_refusal(error)
             raise UserError(
-                f"evaluation.clip={short(source, 80)}: cannot be loaded ({first_line(error)[:80]}); give a local CLIP "
+                f"evaluation.clip={short(source, 80)}: cannot be loaded ({reason}); give a local CLIP "
                 "folder, check id and network, or take the embedded CLIP with evaluation=quick"
             ) from error
         self.name = f"clip:{Path(source).name}"

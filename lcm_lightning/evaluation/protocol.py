@@ -55,6 +55,7 @@ class Protocol:
         name: of the protocol; results under different protocols cannot be compared.
         split: of the data set that gives prompts and real images.
         num_images: real images; None for all of the split.
+        takes_fewer: of a split that holds fewer take all, under a name with their number; otherwise it is refused.
         captions_per_image: prompts from each; None for all its captions.
         features: of FID and KID: "inception", "clip_patches", "clip" or "auto".
         inception_weights: file with torch-fidelity's Inception weights; None for torch's download.
@@ -73,6 +74,7 @@ class Protocol:
     clip: str
     split: str = "test"
     num_images: int | None = None
+    takes_fewer: bool = False
     captions_per_image: int | None = 1
     features: str = "auto"
     inception_weights: str | None = None

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 
@@ -22,6 +23,9 @@ from lcm_lightning.data.images import crop_square, resize_shorter_side
 from lcm_lightning.data.shards import Sample, cache_folder, content_digest, open_split
 from lcm_lightning.errors import UserError
 from lcm_lightning.evaluation.features import FeatureExtractor, extract_features, weights_digest
+from lcm_lightning.evaluation.protocol import Protocol
+
+log = logging.getLogger(__name__)
 
 SHOWN = 16
 
@@ -84,16 +88,29 @@ class Reference:
         return [caption for captions in self.captions for caption in captions[:captions_per_image]]
 
 
-def check_size(real: RealImages) -> None:
-    """Raise a `UserError` where more real images are asked for than the split holds."""
+def fit_size(real: RealImages, protocol: Protocol) -> tuple[RealImages, Protocol]:
+    """The same, or of a split that holds fewer images than the protocol wants all, under a name that says how many.
+
+    Raises:
+        UserError: it holds fewer, and the protocol does not take them.
+    """
     if real.num_images is None:
-        return
+        return real, protocol
     available = sum(shard.samples for shard in open_split(locate(real.name, real.source), real.split, real.cache_dir))
-    if real.num_images > available:
+    if real.num_images <= available:
+        return real, protocol
+    if not protocol.takes_fewer:
         raise UserError(
             f"evaluation.num_images={real.num_images}: {real.name}/{real.split} holds {available} images; set it to "
             "that or less, or null for all, or choose another evaluation.split"
         )
+    name = f"{protocol.name}-{available}"
+    log.warning(
+        "%s/%s holds %d images, fewer than the %d of %s: all are taken, as protocol %s, whose figures compare with "
+        "those of as many images alone",
+        *(real.name, real.split, available, real.num_images, protocol.name, name),
+    )
+    return replace(real, num_images=None), replace(protocol, num_images=None, name=name)
 
 
 def read_reference(

@@ -20,6 +20,7 @@ from lcm_lightning.runs.folders import OVERRIDES
 if TYPE_CHECKING:
     from lightning.pytorch.loggers import Logger
 
+CONFIG = "config.yaml"
 MANIFEST = "adapters.json"
 EXPORTS = ("lora", "pipeline")  # where a run's lies, by what its method trains
 
@@ -52,9 +53,9 @@ def read_config(run: Path) -> DictConfig:
     Raises:
         UserError: `run` is no run folder.
     """
-    path = run / "config.yaml"
+    path = run / CONFIG
     if not path.is_file():
-        raise UserError(f"run={run}: no config.yaml there; give a run folder such as outputs/lcm_flickr8k/<date_time>")
+        raise UserError(f"run={run}: no {CONFIG} there; give a run folder such as outputs/lcm_flickr8k/<date_time>")
     config = OmegaConf.load(path)
     assert isinstance(config, DictConfig)
     return config
@@ -128,7 +129,7 @@ def record_settings(cfg: DictConfig, overrides: Sequence[str], run_dir: Path, lo
     """
     try:
         write_atomic(run_dir / OVERRIDES, OmegaConf.to_yaml(list(overrides)).encode())
-        write_atomic(run_dir / "config.yaml", OmegaConf.to_yaml(cfg).encode())
+        write_atomic(run_dir / CONFIG, OmegaConf.to_yaml(cfg).encode())
         for logger in loggers:
             logger.log_hyperparams(cast(dict[str, Any], OmegaConf.to_container(cfg)))
     except OSError as error:
