@@ -83,9 +83,9 @@ class Page:
                 self.teacher_steps = gr.Slider(1, 100, 50, step=1, label="Teacher's steps", min_width=160)
                 self.teacher_guidance = gr.Slider(0, 15, 7.5, step=0.1, label="Teacher's guidance", min_width=160)
             with gr.Row():
-                size = {"info": "empty: the model's own", "precision": 0, "minimum": 8, "min_width": 160}
-                self.width = gr.Number(None, label="Width", **size)
-                self.height = gr.Number(None, label="Height", **size)
+                size: dict[str, Any] = {"info": "0: the model's own", "precision": 0, "minimum": 0, "min_width": 160}
+                self.width = gr.Number(0, label="Width", **size)
+                self.height = gr.Number(0, label="Height", **size)
         with gr.Accordion("Weights of LoRAs", open=False, visible=False) as self.weighting:
             self.weights = [gr.Slider(-1, 2, 1, step=0.05, visible=False, interactive=True) for _ in range(SLIDERS)]
 
@@ -250,7 +250,7 @@ def wished(
     """What the components say. Raises a `UserError` where no model is chosen."""
     if not models:
         raise UserError("Models: none is chosen; choose one")
-    settings = Settings(prompt or "", int(steps), guidance, int(seed or 0), negative_prompt or "", width, height)
+    settings = Settings(prompt or "", int(steps), guidance, int(seed or 0), negative_prompt or "", width or None, height or None)
     return Wish(models, settings, int(teacher_steps), teacher_guidance, weights)
 
 
