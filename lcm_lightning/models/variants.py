@@ -17,6 +17,7 @@ from torch import nn
 
 from lcm_lightning.diffusion.schedule import alphas_cumprod_from_config, unsupported_schedule
 from lcm_lightning.errors import UserError
+from lcm_lightning.models.older_readers import add_for_older_readers
 from lcm_lightning.models.pipeline_files import (
     check_networks,
     locate_pipeline,
@@ -131,11 +132,15 @@ def save_pipeline(model: StableDiffusion, name: str, sampler: Sampler, folder: P
 
 
 def save_whole(pipeline: diffusers.DiffusionPipeline, folder: Path) -> None:
-    """Write a pipeline's folder; every file appears whole, the index last. Raises `OSError`."""
+    """Write a pipeline's folder, which older programs read too (`older_readers`), every file whole, the index last.
+
+    Raises `OSError`.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory(dir=folder, prefix=".") as temporary:
         try:
             pipeline.save_pretrained(temporary)
+            add_for_older_readers(Path(temporary))
         except SafetensorError as error:  # of a full disk, for one
             raise OSError(str(error)) from error
         files = [path for path in Path(temporary).rglob("*") if path.is_file()]
