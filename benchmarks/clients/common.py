@@ -100,4 +100,8 @@ class Weights:
     def row(self) -> dict[str, float]:
         """The largest difference, the root of the summed squares relative to the LoRA's change, and the layers changed."""
         relative = (self.apart / self.change) ** 0.5
-        return {"weight_max": float(f"{self.largest:.2g}"), "weight_relative": float(f"{relative:.2g}"), "layers": self.layers}
+        return {
+            "weight_max": float(f"{self.largest:.2g}"),
+            "weight_relative": float(f"{relative:.2g}"),
+            "layers": self.layers,
+        }

@@ -14,6 +14,7 @@ In a folder of each size:
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -23,8 +24,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from lcm_lightning.callbacks.export import KOHYA_FILE
 from lcm_lightning.config.resolvers import package_file
+from lcm_lightning.exports.single_checkpoint import original_state_dict
 from lcm_lightning.methods.lcm_lora import LCM
 from lcm_lightning.models.adapters import (
     LoraSettings,
@@ -38,11 +39,13 @@ from lcm_lightning.models.adapters import (
     lora_state_dict,
 )
 from lcm_lightning.models.architectures import clip_tokenizer
-from lcm_lightning.models.lora_files import LORA_FILE, save_lora
+from lcm_lightning.models.kinds import KOHYA_FILE, LORA_FILE
+from lcm_lightning.models.lora_files import save_lora
 from lcm_lightning.models.sampling import Sampler, make_scheduler, sample
 from lcm_lightning.models.stable_diffusion import StableDiffusion, load_stable_diffusion
+from lcm_lightning.models.variants import save_whole
+from lcm_lightning.output.tensors import save_tensors
 from lcm_lightning.runs.contents import read_manifest
-from lcm_lightning.toy.networks import save_pipeline
 
 PROMPT = "a red heart"
 NAME = "client"
@@ -113,16 +116,28 @@ def make_inputs(folder: Path, size: Size) -> Path:
     shape = model.latent_shape(size.resolution, size.resolution)
     np.save(folder / "noise.npy", torch.randn(1, *shape, generator=torch.Generator().manual_seed(seed)).numpy())
     as_pipeline(model).unload_lora_weights()
-    save_pipeline(model, folder / "pipeline")
-    fuse_lora(model, folder / "lora" / LORA_FILE)
+    write_models(model, folder, sampler, size)
     scheduler: Any = make_scheduler(sampler, model.scheduler_config)
-    fused = as_pipeline(model)
-    fused.scheduler = scheduler
-    fused.save_pretrained(folder / "fused")
     config = {key: value for key, value in scheduler.config.items() if not key.startswith("_")}
     expected = {"prompt": PROMPT, **drawn, "scheduler": type(scheduler).__name__, "scheduler_config": config}
     (folder / "expected.json").write_text(json.dumps(expected, indent=1) + "\n")
     return folder
+
+
+def write_models(model: StableDiffusion, folder: Path, sampler: Sampler, size: Size) -> None:
+    """The pipeline as it is, then with the LoRA in its weights, by the functions that exports write with."""
+    model.load_encoders()
+    plain = copy.deepcopy(as_pipeline(model)).to(torch.float16)
+    save_whole(plain, folder / "pipeline")
+    if size.single_file:
+        half = {key: t.half() if t.is_floating_point() else t for key, t in original_state_dict(model).items()}
+        save_tensors(half, folder / "base.safetensors", {})
+    fuse_lora(model, folder / "lora" / LORA_FILE)
+    fused = as_pipeline(model)
+    fused.scheduler = make_scheduler(sampler, model.scheduler_config)
+    save_whole(fused, folder / "fused")
+    if size.single_file:
+        save_tensors(original_state_dict(model), folder / "fused.safetensors", {})
 
 
 def draw(model: StableDiffusion, sampler: Sampler, seed: int, size: Size) -> np.ndarray:

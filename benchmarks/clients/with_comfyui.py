@@ -1,6 +1,6 @@
 """ComfyUI's own code on the CPU: its checkpoint and LoRA loaders, its KSampler and its VAE.
 
-    python with_comfyui.py INPUTS CHECKOUT
+python with_comfyui.py INPUTS CHECKOUT
 """
 
 from __future__ import annotations

@@ -17,15 +17,18 @@ def draw(pipeline: Any, inputs: Inputs) -> np.ndarray:
     """Its picture [H, W, 3] in 0..255."""
     expected = inputs.expected
     pipeline.set_progress_bar_config(disable=True)
-    return 255 * pipeline(
-        expected["prompt"],
-        num_inference_steps=expected["steps"],
-        guidance_scale=expected["guidance_scale"],
-        height=expected["size"],
-        width=expected["size"],
-        generator=torch.Generator().manual_seed(expected["seed"]),
-        output_type="np",
-    ).images[0]
+    return (
+        255
+        * pipeline(
+            expected["prompt"],
+            num_inference_steps=expected["steps"],
+            guidance_scale=expected["guidance_scale"],
+            height=expected["size"],
+            width=expected["size"],
+            generator=torch.Generator().manual_seed(expected["seed"]),
+            output_type="np",
+        ).images[0]
+    )
 
 
 def load(folder: str) -> Any:

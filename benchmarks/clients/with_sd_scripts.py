@@ -1,6 +1,6 @@
 """kohya's sd-scripts: its network, made from our file, merged into the UNet by its own code.
 
-    python with_sd_scripts.py INPUTS CHECKOUT
+python with_sd_scripts.py INPUTS CHECKOUT
 """
 
 from __future__ import annotations
@@ -21,7 +21,9 @@ from safetensors import safe_open
 def main() -> None:
     """Merge kohya's file of the first argument's folder."""
     inputs = Inputs(sys.argv[1])
-    commit = subprocess.run(["git", "-C", sys.argv[2], "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
+    commit = subprocess.run(
+        ["git", "-C", sys.argv[2], "rev-parse", "HEAD"], capture_output=True, text=True, check=False
+    )
     report = Report("kohya's sd-scripts", "diffusers", "torch", commit=commit.stdout.strip()[:10])
     report.listen()
     with report.row("kohya_lora_weights.safetensors") as row:

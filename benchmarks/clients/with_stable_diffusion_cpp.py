@@ -1,6 +1,6 @@
 """stable-diffusion.cpp through the wheels of cyllama or inferna, which bind it: the single files and the LoRA.
 
-    python with_stable_diffusion_cpp.py INPUTS cyllama|inferna
+python with_stable_diffusion_cpp.py INPUTS cyllama|inferna
 """
 
 from __future__ import annotations

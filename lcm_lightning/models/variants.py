@@ -16,6 +16,7 @@ from torch import nn
 
 from lcm_lightning.diffusion.schedule import alphas_cumprod_from_config, unsupported_schedule
 from lcm_lightning.errors import UserError
+from lcm_lightning.models.older_readers import add_for_older_readers
 from lcm_lightning.models.pipeline_files import (
     check_networks,
     locate_pipeline,
@@ -130,9 +131,13 @@ def save_pipeline(model: StableDiffusion, name: str, sampler: Sampler, folder: P
 
 
 def save_whole(pipeline: diffusers.DiffusionPipeline, folder: Path) -> None:
-    """Write a pipeline's folder; every file appears whole, the index last. Raises `OSError`."""
+    """Write a pipeline's folder, which older programs read too (`older_readers`), every file whole, the index last.
+
+    Raises `OSError`.
+    """
     with whole_files(folder, last=INDEX) as temporary:
         try:
             pipeline.save_pretrained(temporary)
+            add_for_older_readers(Path(temporary))
         except SafetensorError as error:  # of a full disk, for one
             raise OSError(str(error)) from error
