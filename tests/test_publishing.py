@@ -22,8 +22,11 @@ from safetensors.torch import load_file, save_file
 from helpers.commands import ROOT, in_process
 from helpers.hub import Commit, Hub, Repository, Trouble, serve_hub
 from lcm_lightning import hub as hub_module
+from lcm_lightning.config.model_choice import _lora_files
 from lcm_lightning.errors import UserError
+from lcm_lightning.methods.lora import LoraFinetuning
 from lcm_lightning.models.kinds import KOHYA_FILE, LORA_FILE
+from lcm_lightning.runs.contents import Adapter, read_manifest, write_manifest
 from lcm_lightning.sharing.model_card import CARD, MARK, CardSettings
 from lcm_lightning.sharing.publishing import Push, push_run
 
@@ -309,3 +312,35 @@ def test_the_command_refuses_a_format_beside_it(run: Path, capsys: pytest.Captur
 def test_the_mark_of_our_cards_is_in_them(hub: Hub, run: Path):
     push(run)
     assert MARK.encode() in hub.files(REPO)[CARD]
+
+
+def with_teacher(run: Path) -> None:
+    """Puts a fine-tuned LoRA below the run's student."""
+    shutil.copy(run / "lora" / LORA_FILE, run / "lora" / "teacher_lora_weights.safetensors")
+    (student,) = read_manifest(run)
+    write_manifest(run / "lora", [Adapter(LoraFinetuning.kind, "teacher_lora_weights.safetensors"), student])
+
+
+def test_a_published_student_brings_its_teacher_s_lora(hub: Hub, run: Path):
+    with_teacher(run)
+    push(run)
+    found = _lora_files(REPO, None)
+    assert [(kind.role, file.read_bytes()) for kind, file in found.items()] == [
+        ("finetuned", hub.files(REPO)["teacher_lora_weights.safetensors"]),
+        ("student", hub.files(REPO)[LORA_FILE]),
+    ]
+
+
+def test_a_downloaded_repository_is_a_lora_that_knows_what_it_is(hub: Hub, run: Path, tmp_path: Path):
+    with_teacher(run)
+    push(run)
+    folder = Path(snapshot_download(REPO, local_dir=tmp_path / "here"))
+    assert list(_lora_files(str(folder), None).values()) == [
+        folder / "teacher_lora_weights.safetensors",
+        folder / LORA_FILE,
+    ]
+    (folder / LORA_FILE).unlink()
+    with pytest.raises(
+        UserError, match=r"pytorch_lora_weights.safetensors, which its adapters.json names, is not there"
+    ):
+        _lora_files(str(folder), None)
