@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import re
 import shlex
+import tomllib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -48,26 +49,26 @@ STARTS = re.compile(
 ASSIGNMENT = re.compile(r"(\w+)=(\"[^\"]*\"|\S+)")
 MARK = re.compile(r"<!--\s*needs:\s*(.*?)\s*-->")
 
-# Programs with a configuration, and the file of conf/ that each composes.
+COMPOSES = re.compile(r"@command\(\"(\w+)\"\)|@hydra\.main\([^)]*config_name=\"(\w+)\"")
+PART_OF_A_COMMAND = re.compile(r"\.(commands|__main__)$")
+
+
+def source_files() -> Iterator[tuple[str, Path]]:
+    """The modules of the package and of the benchmarks, by the names that `python -m` takes."""
+    for file in [*(ROOT / "lcm_lightning").rglob("*.py"), *(ROOT / "benchmarks").glob("*.py")]:
+        yield PART_OF_A_COMMAND.sub("", ".".join(file.relative_to(ROOT).with_suffix("").parts)), file
+
+
+# Programs with a configuration: the file of conf/ that each composes, and where it does.
+SOURCES = {module: file for module, file in source_files() if COMPOSES.search(file.read_text())}
 PROGRAMS = {
-    "train.py": "train",
-    "evaluate.py": "evaluate",
-    "lcm_lightning.train": "train",
-    "lcm_lightning.evaluate": "evaluate",
-    "lcm_lightning.prepare": "prepare",
-    "lcm_lightning.generate": "generate",
-    "benchmarks": "bench",
-    "benchmarks.methods": "methods_table",
+    module: next(name for name in COMPOSES.search(file.read_text()).groups() if name)  # type: ignore[union-attr]
+    for module, file in SOURCES.items()
 }
-# The commands of an installed package, as in pyproject.toml.
-SCRIPTS = {
-    "lcm-train": "lcm_lightning.train",
-    "lcm-evaluate": "lcm_lightning.evaluate",
-    "lcm-prepare": "lcm_lightning.prepare",
-    "lcm-generate": "lcm_lightning.generate",
-    "lcm-inspect": "lcm_lightning.inspect",
-    "lcm-summarize": "lcm_lightning.summarize",
-}
+PROGRAMS |= {"train.py": "train", "evaluate.py": "evaluate"}
+# The commands of an installed package.
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+SCRIPTS = {name: PART_OF_A_COMMAND.sub("", place.partition(":")[0]) for name, place in PROJECT["scripts"].items()}
 
 # What pages write for files and folders of their reader's own, and what lies in the working folder in their place.
 PLACEHOLDERS = (

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import ast
+import functools
 import importlib
 import importlib.util
 import re
-import tomllib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -19,8 +20,11 @@ from omegaconf import open_dict
 from documented_commands import (
     NEEDS,
     PROGRAMS,
+    PROJECT,
     SCRIPTS,
+    SOURCES,
     Command,
+    Configured,
     configured,
     documented_commands,
     pages,
@@ -33,14 +37,7 @@ from lcm_lightning.config.resolvers import register_resolvers
 from lcm_lightning.errors import UserError
 
 COMMANDS = [command for page in pages() for command in documented_commands(page)]
-KEYS = {
-    "train": ("lcm_lightning.train", "TRAIN_KEYS"),
-    "evaluate": ("lcm_lightning.evaluate", "EVALUATE_KEYS"),
-    "generate": ("lcm_lightning.generate", "GENERATE_KEYS"),
-    "bench": ("benchmarks.__main__", "BENCH_KEYS"),
-    "methods_table": ("benchmarks.methods", "KEYS"),
-}
-PREPARE_KEYS = ("data", "prepare", "seed", "model", "method", "cache")
+KNOWN = re.compile(r"\b(?:resolve|interpolate)\(\w+, (\w+|\([^()]*\))\)")  # what a program takes its keys to be
 
 
 @pytest.fixture
@@ -61,6 +58,17 @@ def one_value(override: Override) -> str:
     return f"{override.get_key_element()}={first}"
 
 
+@functools.cache
+def known_keys(config: str) -> tuple[str, ...]:
+    """The keys at the top that the program of a configuration reads, as it says itself."""
+    file = next(SOURCES[module] for module, composed in PROGRAMS.items() if composed == config)
+    (keys,) = KNOWN.findall(file.read_text())
+    if keys.startswith("("):
+        return ast.literal_eval(keys)
+    module = ".".join(file.relative_to(ROOT).with_suffix("").parts)
+    return getattr(importlib.import_module(module), keys)
+
+
 def check(config: str, arguments: Sequence[str]) -> None:
     """Compose a configuration as the command does, and check it as far as the command does before any work."""
     overrides = OverridesParser.create().parse_overrides([text for text in arguments if not text.startswith("-")])
@@ -71,31 +79,31 @@ def check(config: str, arguments: Sequence[str]) -> None:
     HydraConfig.instance().set_config(cfg)
     with open_dict(cfg):
         del cfg["hydra"]
-    if config in KEYS:
-        module, name = KEYS[config]
-        interpolate(cfg, getattr(importlib.import_module(module), name))
-    else:
-        interpolate(cfg, PREPARE_KEYS)
+    interpolate(cfg, known_keys(config))
     if config != "prepare" or cfg.get("cache") is not None:
         check_values(cfg)
 
 
-def checked(command: Command) -> Iterator[tuple[str, tuple[str, ...]]]:
-    """The configurations that a command composes, as it is typed and as it is run here, with their overrides."""
+def composed(command: Command) -> Iterator[Configured]:
+    """The programs with a configuration that a command starts."""
     for program in programs(command):
         found = configured(program)
         if found is not None and "experiment=mine" not in found.arguments:  # which the page has its reader write
-            yield found.config, found.arguments
-            if not command.needs:
-                yield found.config, tuple(shrunk(found)[len(found.start) :])
+            yield found
 
 
-TYPED = {asked: command for command in reversed(COMMANDS) for asked in checked(command)}  # each once
+# Each once, as it is typed; and one of each program as run_documented_commands.py makes it small.
+TYPED = {(found.config, found.arguments): str(command) for command in reversed(COMMANDS) for found in composed(command)}
+SMALL = {
+    found.config: tuple(shrunk(found)[len(found.start) :])
+    for command in reversed(COMMANDS)
+    for found in composed(command)
+    if not command.needs
+}
+TYPED |= {small: f"small {small[0]}" for small in SMALL.items()}
 
 
-@pytest.mark.parametrize(
-    ("config", "arguments"), TYPED, ids=[f"{command.page}:{command.line}" for command in TYPED.values()]
-)
+@pytest.mark.parametrize(("config", "arguments"), TYPED, ids=[said.partition(": ")[0] for said in TYPED.values()])
 def test_every_key_of_a_command_is_one_of_its_configuration(
     config: str, arguments: tuple[str, ...], restored_configuration: None
 ):
@@ -133,7 +141,7 @@ def test_modules_that_commands_start_are_there():
 
 
 def test_extras_that_pip_is_asked_for_are_there():
-    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    extras = PROJECT["optional-dependencies"]
     asked = {
         name
         for command in COMMANDS
@@ -148,13 +156,13 @@ def test_what_commands_need_is_said_in_known_words():
 
 
 def test_installed_commands_are_those_of_the_package():
-    scripts = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["scripts"]
     typed = {word for command in COMMANDS for word in re.findall(r"^lcm-\w+", command.text)}
-    assert typed <= set(scripts)
-    assert {name: SCRIPTS[name] for name in typed} == {
-        name: scripts[name].partition(":")[0].removesuffix(".commands") for name in typed
-    }
-    assert {SCRIPTS[name] for name in typed} - {"lcm_lightning.inspect", "lcm_lightning.summarize"} <= set(PROGRAMS)
+    assert "lcm-train" in typed <= set(SCRIPTS)
+
+
+def test_programs_with_a_configuration_are_known():
+    assert {"train", "evaluate", "prepare", "generate", "bench", "methods_table"} <= set(PROGRAMS.values())
+    assert all((ROOT / "conf" / f"{config}.yaml").is_file() for config in PROGRAMS.values())
 
 
 def test_python_in_the_pages_is_python():
