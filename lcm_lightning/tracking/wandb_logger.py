@@ -89,6 +89,7 @@ class WandbTracker(Tracker, WandbLogger):
                 first_line(error),
                 self.run_dir,
             )
+            wandb.teardown()  # its service holds on to the id of the run it could not begin
             self._offline, self._wandb_init["mode"] = True, "offline"
             start(self)
         if self.log_code and self._experiment is not None:
