@@ -31,7 +31,8 @@ class Export(L.Callback, ABC):
     """After each validation and at the end, write what a module has trained into `folder`, if it is of its kind.
 
     `adapters.json` says after which optimizer step it was written ("step"). A LoRA that is part of the frozen model, as
-    a teacher's, is put beside it. At the end `trackers` get the folder, as `latest`, as `best` where `best_by` chose it, and as `step-<n>`.
+    a teacher's, is put beside it. At the end `trackers` get the folder, as `latest`, as
+    `step-<n>`, and as `best` where `best_by` chose it.
 
     Files that cannot be written (a full disk) are a warning: training and the files before them matter more.
 
