@@ -13,13 +13,13 @@ import pytest
 pytest.importorskip("mlflow", reason="the extra `mlflow` is not installed")
 pytest.importorskip("sqlalchemy", reason="the extra `mlflow` is not installed")
 
-from mlflow.tracking import MlflowClient  # noqa: E402
+from mlflow.tracking import MlflowClient
 
-from helpers.commands import SMALL, in_process  # noqa: E402
-from lcm_lightning.callbacks.experiment_tracking import ExperimentTracking  # noqa: E402
-from lcm_lightning.errors import UserError  # noqa: E402
-from lcm_lightning.runs.preemption import Preempted  # noqa: E402
-from lcm_lightning.tracking.mlflow_logger import RUN_ID, MlflowTracker, mlflow_logger  # noqa: E402
+from helpers.commands import SMALL, in_process
+from lcm_lightning.callbacks.experiment_tracking import ExperimentTracking
+from lcm_lightning.errors import UserError
+from lcm_lightning.runs.preemption import Preempted
+from lcm_lightning.tracking.mlflow_logger import RUN_ID, MlflowTracker, mlflow_logger
 
 
 @pytest.fixture
@@ -77,7 +77,9 @@ def test_a_fine_tuning_and_a_distillation_are_two_runs_of_one_experiment(
 
 
 @pytest.mark.parametrize(
-    ("end", "status"), [(UserError("not finite"), "FAILED"), (Preempted(15, requeue=False), "KILLED")], ids=["fault", "signal"]
+    ("end", "status"),
+    [(UserError("not finite"), "FAILED"), (Preempted(15, requeue=False), "KILLED")],
+    ids=["fault", "signal"],
 )
 def test_an_early_end_is_a_tag_and_the_runs_status(here: Path, end: Exception, status: str):
     tracker = local(here)

@@ -9,7 +9,7 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -50,10 +50,11 @@ def without_wandb(patch: pytest.MonkeyPatch, folder: Path) -> None:
 
 @pytest.fixture
 def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """`without_wandb`; no run is left open."""
+    """`without_wandb`, with a session of W&B's that has seen it."""
+    wandb.teardown()
     without_wandb(monkeypatch, tmp_path)
     yield tmp_path
-    wandb.finish()
+    wandb.teardown()
 
 
 def offline(folder: Path, **settings: Any) -> WandbTracker:
@@ -63,7 +64,7 @@ def offline(folder: Path, **settings: Any) -> WandbTracker:
     )
 
 
-# ---- a fine-tuning, and a distillation on top of it ------------------------------------------------------------------
+# ---- a fine-tuning, and a distillation on top of it -------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -172,7 +173,28 @@ def test_an_evaluation_uses_what_it_measures(chain: Chain, tmp_path: Path, monke
     assert {c.path for c in file.artifact("evaluation").manifest.contents} == {"metrics.json", "report.html"}
 
 
-# ---- ends ------------------------------------------------------------------------------------------------------------
+def test_prepared_shards_are_the_version_that_a_training_on_them_uses(
+    here: Path, pipeline_folder: Path, flickr_shards: Path
+):
+    photos = here / "photos"
+    photos.mkdir()
+    for n in range(20):
+        Image.new("RGB", (40, 40), (12 * n, 0, 0)).save(photos / f"{n}.png")
+        (photos / f"{n}.txt").write_text(f"shade {n}")
+    in_process(
+        "lcm_lightning.prepare.commands", "data=folder", "data.name=shades", "data.source=photos", "logger=wandb"
+    )
+    file = RunFile(here / "outputs" / "prepare" / "shades")
+    made = file.artifact("dataset")
+    assert file.run.job_type == "prepare" and not made.use_after_commit
+    places = (f"model.path={pipeline_folder}", "data.source=data/shades", "trainer=debug", "logger=wandb")
+    options = ("experiment=lora_folder", "data.name=shades", "logger.wandb.log_code=false", "hydra.run.dir=trained")
+    in_process("train", *options, *places, *SMALL)
+    used = RunFile(here / "trained").artifact("dataset")
+    assert used.use_after_commit and (used.name, used.digest) == (made.name, made.digest)
+
+
+# ---- ends -------------------------------------------------------------------------------------------------------
 
 
 def fake_trainer(*loggers: Any, step: int = 7) -> Any:
@@ -215,7 +237,7 @@ def test_a_training_whose_numbers_fail_ends_as_a_failed_run(
     assert "not finite" in file.of("alert")[0].text and file.of("exit")[0].exit_code == 2
 
 
-# ---- a server that fails -----------------------------------------------------------------------------------------------
+# ---- a server that fails ------------------------------------------------------------------------------------------
 
 
 def test_a_server_that_does_not_answer_makes_an_offline_run(
@@ -233,23 +255,31 @@ def test_a_server_that_does_not_answer_makes_an_offline_run(
     tracker.log_metrics({"val/loss": 0.5}, 1)
     tracker.finalize("success")
     assert RunFile(here).history("val/loss") == [0.5]
-    (said,) = [record.getMessage() for record in caplog.records if "W&B" in record.getMessage()]
+    (said,) = [record.getMessage() for record in caplog.records if "not answer" in record.getMessage()]
     assert "connection refused" in said and f"`wandb sync {here}/wandb/offline-run-*` sends it" in said
 
 
 @pytest.mark.slow
-def test_a_port_where_nobody_listens_makes_an_offline_run(here: Path, monkeypatch: pytest.MonkeyPatch):
+def test_a_port_where_nobody_listens_makes_an_offline_run(
+    here: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+):
     monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
     monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")
-    tracker = wandb_logger(project="tests", save_dir=str(here), name="run", log_code=False, settings={"init_timeout": 1})
+    tracker = wandb_logger(
+        project="tests", save_dir=str(here), name="run", log_code=False, settings={"init_timeout": 1}
+    )
     tracker.log_metrics({"val/loss": 0.5}, 1)
     tracker.finalize("success")
-    assert list(here.glob("wandb/offline-run-*/*.wandb"))
+    assert caplog.text.count("W&B does not answer") == 1
+    assert RunFile(here).history("val/loss") == [0.5]
 
 
 @pytest.mark.parametrize(
     "error",
-    [wandb.errors.AuthenticationError("invalid API key"), wandb.errors.CommError("returned error 403: permission denied")],
+    [
+        wandb.errors.AuthenticationError("invalid API key"),
+        wandb.errors.CommError("returned error 403: permission denied"),
+    ],
     ids=["key", "rights"],
 )
 def test_a_server_that_refuses_is_a_mistake_to_mend(here: Path, monkeypatch: pytest.MonkeyPatch, error: Exception):
@@ -285,7 +315,7 @@ def test_what_fails_while_training_is_told_once_and_tried_again_later(
     assert "the service is gone" in said and "metrics.csv" in said
 
 
-# ---- settings ----------------------------------------------------------------------------------------------------------
+# ---- settings -----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -322,7 +352,7 @@ def test_the_runs_of_a_sweep_share_a_group(monkeypatch: pytest.MonkeyPatch, mode
     assert sweep_name() == group
 
 
-# ---- wandb:entity/project/name:alias -----------------------------------------------------------------------------------
+# ---- wandb:entity/project/name:alias ------------------------------------------------------------------------------
 
 
 class Api:
@@ -431,7 +461,7 @@ def test_a_student_is_distilled_from_a_teacher_that_is_an_artifact(
     assert taught.is_file() and taught.stat().st_size >= given.stat().st_size / 2
 
 
-# ---- W&B's own sweeps --------------------------------------------------------------------------------------------------
+# ---- W&B's own sweeps ---------------------------------------------------------------------------------------------
 
 SWEEP = ROOT / "conf" / "wandb_sweep.yaml"
 
@@ -484,7 +514,7 @@ def test_the_command_of_an_agent_trains_the_run_that_the_agent_made(here: Path):
     assert file.config["optimizer"]["lr"] == 2e-4 and len(file.history("val/student_cmmd")) == 1
 
 
-# ---- samples ---------------------------------------------------------------------------------------------------------
+# ---- samples ----------------------------------------------------------------------------------------------------
 
 
 def test_a_table_of_samples_keeps_each_picture(here: Path):

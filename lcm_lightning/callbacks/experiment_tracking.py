@@ -9,11 +9,11 @@ import lightning as L
 
 from lcm_lightning.callbacks.trainers import Lowest
 from lcm_lightning.data.datamodule import CaptionedImages
-from lcm_lightning.data.shards import Shard
 from lcm_lightning.errors import UserError, first_line
 from lcm_lightning.methods.adapter_training import Training
 from lcm_lightning.runs.preemption import Preempted
-from lcm_lightning.tracking.tracker import DataRecord, Tracker
+from lcm_lightning.tracking.data_records import data_record
+from lcm_lightning.tracking.tracker import Tracker
 
 
 class ExperimentTracking(L.Callback):
@@ -88,15 +88,3 @@ class ExperimentTracking(L.Callback):
 def trackers(trainer: L.Trainer) -> list[Tracker]:
     """Those among the loggers, on the first rank; they know of no other."""
     return [logger for logger in trainer.loggers if isinstance(logger, Tracker)] if trainer.is_global_zero else []
-
-
-def data_record(data: CaptionedImages) -> DataRecord:
-    """What tells the training and validation shards from others."""
-
-    def listed(shards: tuple[Shard, ...]) -> list[dict[str, Any]]:
-        return [{"name": s.path.name, "samples": s.samples, "identity": s.identity} for s in shards]
-
-    splits = {"train": listed(data.train_shards)}
-    if data.val_limit != 0:
-        splits[data.val_split] = listed(data.val_shards)
-    return DataRecord(data.name, data.fingerprint, splits)

@@ -11,7 +11,7 @@ import sys
 from typing import Any
 
 from hydra.core.hydra_config import HydraConfig
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
 from lcm_lightning.config.checks import check_types, check_values, interpolate
@@ -47,8 +47,26 @@ def main(config: DictConfig) -> None:
 
         output = prepare_latents(config, console)
         place = [f"data.source={output}", *overrides_of(*OF_LATENTS)]
+    if config.get("logger") is not None:
+        log_shards(config, place)
     for line in next_lines(config.data.name, place, stage):
         console.print(line, soft_wrap=True)
+
+
+def log_shards(config: DictConfig, place: list[str]) -> None:
+    """Tell the loggers which shards there are now: what a training on them names as its data."""
+    from lcm_lightning.config.instantiate import instantiate_each
+    from lcm_lightning.data.datamodule import CaptionedImages
+    from lcm_lightning.tracking.data_records import data_record
+    from lcm_lightning.tracking.tracker import Tracker
+
+    source = place[0].removeprefix("data.source=") if place else None
+    record = data_record(CaptionedImages(config.data.name, source))
+    for logger in instantiate_each(config, "logger"):
+        logger.log_hyperparams(OmegaConf.to_container(config))
+        if isinstance(logger, Tracker):
+            logger.log_data(record)
+        logger.finalize("success")
 
 
 def check_command(config: DictConfig) -> None:
@@ -56,10 +74,10 @@ def check_command(config: DictConfig) -> None:
     for override in HydraConfig.get().overrides.task:
         if override.startswith("+"):
             raise UserError(f"{override}: nothing reads a key that conf/prepare.yaml and conf/data/ do not have")
-    interpolate(config, ("data", "prepare", "seed", "model", "method", "cache"))
+    interpolate(config, ("data", "prepare", "seed", "model", "method", "cache", "logger", "name", "run_dir"))
     texts = {"data.source": str | None, "data.name": str, "prepare.output": str | None}
     groups: dict[str, Any] = {"data": DictConfig, "prepare": DictConfig}
-    groups |= dict.fromkeys(("model", "method", "cache"), DictConfig | None)
+    groups |= dict.fromkeys(("model", "method", "cache", "logger"), DictConfig | None)
     cache = {"cache.crops": int, "cache.flips": bool | None, "cache.batch_size": int}
     cache |= {"cache.draws": int, "cache.seed": int, "cache.devices": int}
     check_types(config, {**texts, **groups, **cache})

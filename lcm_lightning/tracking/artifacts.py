@@ -106,8 +106,8 @@ def find(reference: str, key: str) -> Any:
         artifact = wandb.Api().artifact(reference.removeprefix(SCHEME))
     except Exception as error:  # of network, rights and names, by several libraries
         raise UserError(
-            f"{key}={reference}: W&B gives no such artifact ({first_line(error)}); copy its name from its page, or give "
-            "a run's folder"
+            f"{key}={reference}: W&B gives no such artifact ({first_line(error)}); copy its name from its page, or "
+            "give a run's folder"
         ) from error
     if artifact.type not in TYPES:
         raise UserError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, cast
 from urllib.parse import urlsplit
@@ -14,7 +15,8 @@ from PIL import Image
 
 from lcm_lightning.errors import UserError
 from lcm_lightning.output.files import write_atomic
-from lcm_lightning.tracking.tracker import DataRecord, Sample, Tracker, tolerant
+from lcm_lightning.tracking.data_records import DataRecord
+from lcm_lightning.tracking.tracker import Sample, Tracker, tolerant
 
 RUN_ID = "mlflow_run_id"  # file in a run's folder
 
@@ -114,6 +116,13 @@ class MlflowTracker(Tracker, MLFlowLogger):
         """Tags `data` and `data_digest`."""
         self.experiment.set_tag(self._run_id, "data", data.name)
         self.experiment.set_tag(self._run_id, "data_digest", data.digest)
+
+    @rank_zero_only
+    @tolerant
+    def log_data(self, data: DataRecord) -> None:
+        """The same tags, and what the shards are as `data.json`."""
+        self.use_data(data)
+        self.experiment.log_dict(self._run_id, asdict(data), "data.json")
 
     @rank_zero_only
     @tolerant

@@ -14,6 +14,7 @@ from typing import Any, Concatenate, ParamSpec
 from PIL import Image
 
 from lcm_lightning.errors import UserError, first_line
+from lcm_lightning.tracking.data_records import DataRecord
 
 log = logging.getLogger(__name__)
 
@@ -38,21 +39,6 @@ class Sample:
     guidance_scale: float
     seconds: float
     picture: Image.Image
-
-
-@dataclass(frozen=True)
-class DataRecord:
-    """Which data a run trains on, without any of them.
-
-    Attributes:
-        name: of the data set.
-        digest: hex digest of the training shards' contents.
-        shards: name, samples and identity of each, by split.
-    """
-
-    name: str
-    digest: str
-    shards: Mapping[str, Sequence[Mapping[str, Any]]]
 
 
 class Tracker(ABC):
@@ -86,6 +72,10 @@ class Tracker(ABC):
         """Say which data this run trains on."""
 
     @abstractmethod
+    def log_data(self, data: DataRecord) -> None:
+        """Say which data this run has made."""
+
+    @abstractmethod
     def summarize(self, figures: Mapping[str, float]) -> None:
         """Show figures of the run as a whole."""
 
@@ -99,8 +89,8 @@ class Tracker(ABC):
         if not self.warned:
             self.warned = True
             log.warning(
-                "%s takes nothing more for now (%s); the run goes on, metrics.csv, samples/ and lora/ of its folder have "
-                "all of it, and it is tried again every %d minutes",
+                "%s takes nothing more for now (%s); the run goes on, metrics.csv, samples/ and lora/ of its folder "
+                "have all of it, and it is tried again every %d minutes",
                 type(self).__name__,
                 first_line(error),
                 PAUSE // 60,

@@ -21,7 +21,8 @@ from PIL import Image
 from lcm_lightning.errors import UserError, first_line
 from lcm_lightning.output.files import write_atomic
 from lcm_lightning.tracking.artifacts import ArtifactRecord, has_wandb_key, read_record, safe_name, write_record
-from lcm_lightning.tracking.tracker import DataRecord, Sample, Tracker, tolerant
+from lcm_lightning.tracking.data_records import DataRecord
+from lcm_lightning.tracking.tracker import Sample, Tracker, tolerant
 
 log = logging.getLogger(__name__)
 
@@ -52,6 +53,8 @@ class WandbTracker(Tracker, WandbLogger):
 
     def __init__(self, *, log_code: bool = True, log_checkpoints: bool = False, **more: Any) -> None:
         super().__init__(**more)
+        if self._wandb_init["anonymous"] is None:  # W&B warns of it, whatever its value
+            del self._wandb_init["anonymous"]
         self.run_dir = Path(self._save_dir or ".")
         self.log_code = log_code
         self.log_checkpoints = log_checkpoints
@@ -89,6 +92,7 @@ class WandbTracker(Tracker, WandbLogger):
                 first_line(error),
                 self.run_dir,
             )
+            wandb.teardown()  # its service holds on to the id of the run it could not begin
             self._offline, self._wandb_init["mode"] = True, "offline"
             start(self)
         if self.log_code and self._experiment is not None:
@@ -154,14 +158,13 @@ class WandbTracker(Tracker, WandbLogger):
     @tolerant
     def use_data(self, data: DataRecord) -> None:
         """An artifact of names and digests: of the same data in all runs it is the same version."""
-        import wandb
+        self._use(data_artifact(data), [])
 
-        counts = {split: sum(shard["samples"] for shard in shards) for split, shards in data.shards.items()}
-        metadata = {"digest": data.digest, **{f"{split}_samples": count for split, count in counts.items()}}
-        artifact = wandb.Artifact(safe_name(f"data-{data.name}"), "dataset", metadata=metadata)
-        with artifact.new_file("shards.json") as file:
-            json.dump(asdict(data), file, indent=2)
-        self._use(artifact, [])
+    @rank_zero_only
+    @tolerant
+    def log_data(self, data: DataRecord) -> None:
+        """The same artifact, made by this run."""
+        self.experiment.log_artifact(data_artifact(data))
 
     @rank_zero_only
     @tolerant
@@ -213,6 +216,18 @@ class WandbTracker(Tracker, WandbLogger):
         for file in files:
             artifact.add_file(str(file), name=str(file.relative_to(folder)) if folder else file.name)
         self.experiment.log_artifact(artifact, aliases=list(aliases))
+
+
+def data_artifact(data: DataRecord) -> Any:
+    """A `wandb.Artifact` of what tells data from others."""
+    import wandb
+
+    counts = {split: sum(shard["samples"] for shard in shards) for split, shards in data.shards.items()}
+    metadata = {"digest": data.digest, **{f"{split}_samples": count for split, count in counts.items()}}
+    artifact = wandb.Artifact(safe_name(f"data-{data.name}"), "dataset", metadata=metadata)
+    with artifact.new_file("shards.json") as file:
+        json.dump(asdict(data), file, indent=2)
+    return artifact
 
 
 def log_code(run: Any, project: str) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import struct
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ HEADER = struct.Struct("<IHB")  # checksum, length, and whether it is a whole re
 def records(file: Path) -> Iterator[Record]:
     """The records of a .wandb file."""
     data = file.read_bytes()
-    assert data[:4] == b":W&B"
+    assert data[:4] in (b":W&B", b"")  # nothing yet
     place, parts = 7, b""
     while place + HEADER.size <= len(data):
         if BLOCK - place % BLOCK < HEADER.size:  # padding
@@ -39,13 +40,19 @@ def name(item: Any) -> str:
 
 
 class RunFile:
-    """A finished offline run of a run folder."""
+    """A finished offline run of a run folder.
+
+    W&B 0.31 writes the file from a process of its own, which an offline `finish` does not wait for.
+    """
 
     def __init__(self, run_dir: Path) -> None:
-        (folder,) = run_dir.glob("wandb/*run-*")
+        (folder,) = run_dir.glob("wandb/offline-run-*")
         self.files = folder / "files"
-        (file,) = folder.glob("*.wandb")
-        self.records = list(records(file))
+        deadline = time.monotonic() + 30
+        self.records: list[Record] = []
+        while not self.of("exit") and time.monotonic() < deadline:
+            self.records = [record for file in folder.glob("*.wandb") for record in records(file)]
+            time.sleep(0.05)
 
     def of(self, kind: str) -> list[Any]:
         """The records of one kind, such as "run", "alert" or "exit"."""
