@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 import torch
@@ -147,7 +148,6 @@ class ModelOnDevice:
             set_adapter_weight(self.model, name, weight)
         self._merged.enter_context(merged_adapters(self.model, [name for name, _ in acting]))
         self._acting = tuple(acting)
-
 
     def restore(self) -> None:
         """Take the model back to its own weights."""
@@ -288,9 +288,11 @@ class Engine:
         seconds = time.perf_counter() - start
         check_finite(model.source.spec, images)
         said = {"Steps": settings.steps, "Sampler": column.sampler.title, "CFG scale": settings.guidance_scale}
-        said |= {"Seed": settings.seed, "Size": f"{width}x{height}", "Model": model.source.spec}
+        said |= {"Seed": settings.seed, "Size": f"{width}x{height}"}
+        # By name alone: where they lie is nobody's business whom a picture is sent to.
+        said["Model"] = Path(model.model.name_or_path).name
         if acting:
-            said["LoRA weights"] = ", ".join(f"{name} {weight:g}" for name, weight in acting)
+            said["LoRAs"] = f"{model.source.name}: " + ", ".join(f"{name} {weight:g}" for name, weight in acting)
         return Picture(to_pil(images[0]), seconds, settings_text(settings.prompt, negative_prompt, said))
 
 
@@ -304,5 +306,3 @@ def sides(model: ModelOnDevice, settings: Settings) -> tuple[int, int]:
                 raise UserError(f"{key}={side}: expected at most {most}; the model draws best at a quarter of that")
     own = model.model.default_resolution
     return settings.width or own, settings.height or own
-
-

@@ -90,7 +90,7 @@ class Page:
             self.weights = [gr.Slider(-1, 2, 1, step=0.05, visible=False, interactive=True) for _ in range(SLIDERS)]
 
     def _add_own_loras(self) -> None:
-        with gr.Accordion("LoRAs of your own", open=False):
+        with gr.Accordion("LoRAs of your own", open=False) as self.own:
             with gr.Row():
                 self.dropped = gr.File(
                     file_count="multiple", file_types=[".safetensors"], label="Drop .safetensors files", min_width=240
@@ -130,7 +130,8 @@ class Page:
         gr.on([part.change for part in guided[1:]], self._negative, guided, self.negative, **QUIET)
         self.evaluations_tab.select(self._list_evaluations, self.evaluation, self.evaluation, **QUIET)
         self.evaluation.change(self._show_evaluation, self.evaluation, self.report, **QUIET)
-        self.blocks.load(self._arrive, self.models, [self.models, self.role], **QUIET)
+        self.own.expand(self._roles, None, self.role, **QUIET)
+        self.blocks.load(self._arrive, self.models, self.models, **QUIET)
         self.blocks.load(self._load, self.models, loaded, **QUIET)
 
     def _draw(self, with_teacher: bool, lock: bool, *values: Any) -> Iterator[tuple[Any, ...]]:
@@ -212,10 +213,13 @@ class Page:
         ]
         return gr.update(interactive=any(acts) or not acts)
 
-    def _arrive(self, keys: Sequence[str]) -> tuple[Any, ...]:
-        """What may have come since the page was built, and what takes seconds to import."""
-        roles = [kind.name for kind in adapter_kinds().values() if not kind.whole]
-        return gr.update(choices=self.choices.listed(), value=keys), gr.update(choices=roles)
+    def _arrive(self, keys: Sequence[str]) -> Any:
+        """Offer runs that have ended since the page was built."""
+        return gr.update(choices=self.choices.listed(), value=keys)
+
+    def _roles(self) -> Any:
+        """What LoRAs can be; asked only here: it imports every method."""
+        return gr.update(choices=[kind.name for kind in adapter_kinds().values() if not kind.whole])
 
     def _list_evaluations(self, current: str | None) -> Any:
         names = find_evaluations(self.outputs)
@@ -250,7 +254,9 @@ def wished(
     """What the components say. Raises a `UserError` where no model is chosen."""
     if not models:
         raise UserError("Models: none is chosen; choose one")
-    settings = Settings(prompt or "", int(steps), guidance, int(seed or 0), negative_prompt or "", width or None, height or None)
+    settings = Settings(
+        prompt or "", int(steps), guidance, int(seed or 0), negative_prompt or "", width or None, height or None
+    )
     return Wish(models, settings, int(teacher_steps), teacher_guidance, weights)
 
 
