@@ -47,7 +47,7 @@ class Wish:
 
 
 def explained(error: Exception) -> str:
-    """An error in one sentence for the page; one that is no user's mistake is logged whole where the app was started."""
+    """An error in one sentence for the page; one that is no user's mistake is logged whole, with where it happened."""
     if isinstance(error, UserError):
         return str(error)
     log.error("drawing failed", exc_info=error)
