@@ -18,7 +18,7 @@ from PIL import Image
 
 from lcm_lightning.app import engine as engine_module
 from lcm_lightning.app.choices import Choices, local_runs
-from lcm_lightning.app.drawing import Wish, draw
+from lcm_lightning.app.panels import Wish, draw
 from lcm_lightning.app.engine import Column, Engine, Settings, Superseded, columns
 from lcm_lightning.app.html import Panel, pictures
 from lcm_lightning.config.entry import configurations
@@ -188,6 +188,16 @@ def test_the_models_used_last_stay_and_others_are_read_again(pipeline_folder: Pa
         engine.load(wanted).result()
     engine.close()
     assert read == ["a", "b", "c", "b"]
+
+
+def test_a_warm_engine_has_read_and_drawn_and_drops_that_for_who_wants_a_picture(
+    engine: Engine, source: ModelSource, sampled: list[str]
+):
+    engine.warm_up(source).result()
+    assert engine.on_device(source) is not None and sampled == [""]
+    warming = engine.warm_up(source)
+    engine.draw(engine.ticket(), source, engine.on_device(source).columns[-1], DOG).result()
+    assert isinstance(warming.future.exception(), Superseded | None) and sampled[-1] == "dog"
 
 
 def test_a_side_that_the_model_does_not_take_and_a_model_that_is_gone_are_said_in_a_sentence(

@@ -194,6 +194,18 @@ class Engine:
         """Read a model, if it is not there. Without a ticket it is read whatever else is wished for."""
         return self._start(ticket, lambda job: self._model(job, source))
 
+    def warm_up(self, source: ModelSource) -> Job[None]:
+        """Read a model and draw once from it, as its student: what a first drawing sets up is there for the next."""
+        ticket = self.ticket()
+
+        def work(job: Job[None]) -> None:
+            model = self._model(job, source)
+            column = model.columns[-1]
+            settings = Settings("", column.sampler.min_steps, column.guidance_scale)
+            self._drawn(job, ticket, model, column, settings, [(name, 1.0) for name in column.adapters])
+
+        return self._start(ticket, work)
+
     def draw(
         self,
         ticket: int,
@@ -258,7 +270,7 @@ class Engine:
 
     def _drawn(
         self,
-        job: Job[Picture],
+        job: Job[Any],
         ticket: int,
         model: ModelOnDevice,
         column: Column,

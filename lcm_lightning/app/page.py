@@ -10,7 +10,7 @@ import gradio as gr
 
 from lcm_lightning.app import html
 from lcm_lightning.app.choices import Choices
-from lcm_lightning.app.drawing import Wish, draw, explained, load
+from lcm_lightning.app.panels import Wish, draw, explained, load
 from lcm_lightning.app.engine import Engine, ModelOnDevice, Settings, Superseded
 from lcm_lightning.app.evaluations import find_evaluations, read_evaluation
 from lcm_lightning.errors import UserError, first_line
@@ -19,6 +19,7 @@ from lcm_lightning.methods import adapter_kinds
 MOST_STEPS = 8
 SLIDERS = 4  # for weights of LoRAs
 LARGEST_SEED = 2**32 - 1
+USUAL_ROLE = "finetuned"  # of LoRAs of one's own
 # The typefaces of the machine: Gradio's own come from the internet.
 THEME = gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"])
 QUIET: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
@@ -102,7 +103,7 @@ class Page:
                     min_width=240,
                 )
             with gr.Row():
-                self.role = gr.Dropdown(["finetuned"], value="finetuned", label="What they are", min_width=160)
+                self.role = gr.Dropdown([USUAL_ROLE], value=USUAL_ROLE, label="What they are", min_width=160)
                 self.base_model = gr.Dropdown(
                     self.choices.base_models, value=self.choices.base_model, label="On the model", min_width=160
                 )
