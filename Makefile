@@ -9,10 +9,11 @@ PRETRAIN := outputs/pretrain
 # A process a core, each with one thread: a file of tests shares what is costly to make.
 PARALLEL := -n auto --maxprocesses 8 --dist loadfile
 
-.PHONY: help setup quickstart test test-fast test-faults coverage eval bench methods-table lint docs docs-commands pretrain
+.PHONY: help setup quickstart app test test-fast test-faults coverage eval bench methods-table lint docs docs-commands pretrain
 
 help:
 	@echo "make quickstart        fine-tune, distil and evaluate the embedded pipeline, 8 minutes on two cores"
+	@echo "make app               draw in the browser, teacher and students side by side; more in ARGS=..."
 	@echo "make test              all tests; make test-fast leaves out the slow ones"
 	@echo "make test-faults       the long tests of faults: runs killed at random, damaged files and networks"
 	@echo "make coverage          all tests, and which lines of the package they run: at least 90 %, in htmlcov/"
@@ -53,6 +54,11 @@ quickstart: $(READY)
 		hydra.run.dir=outputs/quickstart/$(NOW)
 	$(BIN)/python evaluate.py run=outputs/quickstart/$(NOW) evaluation=quick evaluation.num_images=null \
 		logger=csv accelerator=cpu devices=2
+
+app: $(READY)
+	@$(BIN)/python -c 'from importlib.util import find_spec; import sys; sys.exit(find_spec("gradio") is None)' || \
+	$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt -e ".[app]"
+	$(BIN)/python -m lcm_lightning.app $(ARGS)
 
 test: $(READY)
 	$(BIN)/python -m pytest $(PARALLEL) $(ARGS)

@@ -18,7 +18,7 @@ from lcm_lightning.config.entry import command
 from lcm_lightning.data.images import MAX_PIXELS, ImageFault, decode_image, normalise, resize_shorter_side
 from lcm_lightning.errors import UserError
 from lcm_lightning.methods import adapter_kinds
-from lcm_lightning.output.pictures import contact_sheet, to_pil
+from lcm_lightning.output.pictures import contact_sheet, png_bytes, settings_text, to_pil
 from lcm_lightning.output.progress import image_progress
 
 if TYPE_CHECKING:
@@ -57,12 +57,18 @@ def file_stems(prompts: Iterable[str]) -> dict[str, str]:
     return stems
 
 
-def write_pictures(pictures: Mapping[str, Image.Image], folder: Path) -> None:
-    """Write PNG files by name, each whole."""
+def write_pictures(pictures: Mapping[str, Image.Image], settings: Mapping[str, str], folder: Path) -> None:
+    """Write PNG files by name, each whole, with the `settings_text` of those that have one."""
     folder.mkdir(parents=True, exist_ok=True)
     for name, picture in pictures.items():
-        picture.save(folder / f".{name}", format="PNG")
+        (folder / f".{name}").write_bytes(png_bytes(picture, settings.get(name, "")))
         (folder / f".{name}").replace(folder / name)
+
+
+def picture_names(prompts: Sequence[str], seeds: Sequence[int]) -> list[str]:
+    """`<prompt>-<seed>.png` of each image."""
+    stems = file_stems(prompts)
+    return [f"{stems[prompt]}-{seed}.png" for prompt, seed in zip(prompts, seeds, strict=True)]
 
 
 def pictures_by_name(images: Tensor, prompts: Sequence[str], seeds: Sequence[int]) -> dict[str, Image.Image]:
@@ -72,14 +78,23 @@ def pictures_by_name(images: Tensor, prompts: Sequence[str], seeds: Sequence[int
     its images.
     """
     stems = file_stems(prompts)
-    pictures = {
-        f"{stems[prompt]}-{seed}.png": to_pil(image) for image, prompt, seed in zip(images, prompts, seeds, strict=True)
-    }
+    pictures = {name: to_pil(image) for image, name in zip(images, picture_names(prompts, seeds), strict=True)}
     if len(stems) > 1:
         pictures["prompts.png"] = contact_sheet(images, columns=len(set(seeds)), captions=prompts)
     elif len(images) > 1:
         pictures[f"{stems[prompts[0]]}.png"] = contact_sheet(images)
     return pictures
+
+
+def settings_by_name(
+    prompts: Sequence[str], seeds: Sequence[int], negative_prompt: str, shared: Mapping[str, object]
+) -> dict[str, str]:
+    """How each image was drawn, for its file, by the file's name; `shared` are settings of all of them."""
+    names = picture_names(prompts, seeds)
+    return {
+        name: settings_text(prompt, negative_prompt, {**shared, "Seed": seed})
+        for name, prompt, seed in zip(names, prompts, seeds, strict=True)
+    }
 
 
 def read_photo(path: str) -> Image.Image:
@@ -217,7 +232,11 @@ def main(cfg: DictConfig) -> None:
         )
     check_finite(source.spec, images)
     pictures = pictures_by_name(images, prompts, seeds)
-    write_pictures(pictures, Path(cfg.output))
+    said = {"Steps": steps, "Sampler": sampler.title, "CFG scale": guidance_scale}
+    said |= {"Size": f"{images.shape[-1]}x{images.shape[-2]}", "Model": Path(model.name_or_path).name}
+    if loaded.adapters:
+        said["LoRAs"] = f"{source.name}: " + ", ".join(kind.name for kind in loaded.adapters)
+    write_pictures(pictures, settings_by_name(prompts, seeds, cfg.negative_prompt, said), Path(cfg.output))
     for name in pictures:
         print(Path(cfg.output) / name)
 

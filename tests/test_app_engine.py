@@ -18,7 +18,7 @@ from PIL import Image
 
 from lcm_lightning.app import engine as engine_module
 from lcm_lightning.app.choices import Choices, local_runs
-from lcm_lightning.app.drawing import Wish, draw
+from lcm_lightning.app.panels import Wish, draw
 from lcm_lightning.app.engine import Column, Engine, Settings, Superseded, columns
 from lcm_lightning.app.html import Panel, pictures
 from lcm_lightning.config.entry import configurations
@@ -100,9 +100,7 @@ def levels(image: Image.Image) -> np.ndarray:
 
 def test_a_student_stands_beside_its_teacher_and_a_finetuned_model_beside_its_base():
     def compared(*names: str, taught: bool = True) -> list[tuple[str, tuple[str, ...]]]:
-        return [
-            (column.title, column.adapters) for column in columns([KINDS[name] for name in names], taught=taught)
-        ]
+        return [(column.title, column.adapters) for column in columns([KINDS[name] for name in names], taught=taught)]
 
     base = ("base", ())
     assert compared() == [base]
@@ -123,9 +121,7 @@ def test_pictures_are_those_that_sample_draws_of_the_model_with_its_loras_so_wei
             from lcm_lightning.models.adapters import merged_adapters
 
             with merged_adapters(model, ["finetuned", "lcm"]):
-                (expected,) = sample(
-                    model, ["dog"], seeds=[3], steps=2, guidance_scale=1.0, sampler=STUDENT.sampler
-                )
+                (expected,) = sample(model, ["dog"], seeds=[3], steps=2, guidance_scale=1.0, sampler=STUDENT.sampler)
         assert np.abs(levels(picture.image) - 255 * expected.permute(1, 2, 0).numpy()).max() <= 1
 
 
@@ -194,6 +190,16 @@ def test_the_models_used_last_stay_and_others_are_read_again(pipeline_folder: Pa
     assert read == ["a", "b", "c", "b"]
 
 
+def test_a_warm_engine_has_read_and_drawn_and_drops_that_for_who_wants_a_picture(
+    engine: Engine, source: ModelSource, sampled: list[str]
+):
+    engine.warm_up(source).result()
+    assert engine.on_device(source) is not None and sampled == [""]
+    warming = engine.warm_up(source)
+    engine.draw(engine.ticket(), source, engine.on_device(source).columns[-1], DOG).result()
+    assert isinstance(warming.future.exception(), Superseded | None) and sampled[-1] == "dog"
+
+
 def test_a_side_that_the_model_does_not_take_and_a_model_that_is_gone_are_said_in_a_sentence(
     engine: Engine, source: ModelSource
 ):
@@ -220,13 +226,13 @@ def test_a_negative_prompt_acts_where_guidance_does_and_the_file_says_it(engine:
         assert ("\nNegative prompt: cat\n" in against.settings) == acts
 
 
-def test_a_file_says_how_its_picture_was_drawn(engine: Engine, source: ModelSource):
+def test_a_file_says_how_its_picture_was_drawn(engine: Engine, source: ModelSource, pipeline_folder: Path):
     _, student = teacher_and_student(engine, source)
     picture = engine.draw(engine.ticket(), source, student, DOG, {"finetuned": 0.5}).result()
     with Image.open(io.BytesIO(png_bytes(picture.image, picture.settings))) as file:
         assert file.info["parameters"] == (
-            'dog\nSteps: 2, Sampler: LCM, CFG scale: 1.0, Seed: 3, Size: 32x32, Model: "run:dogs", '
-            'LoRA weights: "finetuned 0.5, lcm 1"'
+            f"dog\nSteps: 2, Sampler: LCM, CFG scale: 1.0, Seed: 3, Size: 32x32, Model: {pipeline_folder.name}, "
+            'LoRAs: "dogs: finetuned 0.5, lcm 1"'
         )
         assert np.array_equal(levels(file), levels(picture.image))
 
@@ -258,7 +264,9 @@ def test_an_error_in_one_column_leaves_the_others(engine: Engine, source: ModelS
 
 def test_what_is_typed_is_text_and_no_markup():
     image = Image.new("RGB", (8, 8))
-    shown = pictures([Panel("<b>", engine_module.Picture(image, 0.1, '"><script>alert(1)</script>')), Panel("a", problem="<i>")])
+    shown = pictures(
+        [Panel("<b>", engine_module.Picture(image, 0.1, '"><script>alert(1)</script>')), Panel("a", problem="<i>")]
+    )
     assert "<script" not in shown and "<i>" not in shown and "<b>" not in shown
 
 
@@ -312,7 +320,7 @@ def test_the_embedded_pipeline_has_its_student_and_loras_of_ones_own_add_up(choi
     assert offered.source("tiny").spec.endswith("tiny/student")
     assert offered.teacher_settings("tiny") == (50, 2.0)
     key = offered.add_loras([f"lcm:{lora_files['lcm']}", "", str(lora_files["finetuned"])], "finetuned", "tiny")
-    assert offered.source(key).name == "lcm+finetuned" and key in dict((k, t) for t, k in offered.listed())
+    assert offered.source(key).name == "lcm+finetuned" and key in [listed for _, listed in offered.listed()]
     assert offered.add_loras([f"lcm:{lora_files['lcm']}", str(lora_files["finetuned"])], "finetuned", "tiny") == key
     for lines, said in (([], "none is given"), (["/nowhere.safetensors"], "nowhere")):
         with pytest.raises(UserError, match=said):

@@ -91,7 +91,7 @@ def leave_evaluation(folder: Path) -> None:
     (folder / "images" / "a").mkdir(parents=True)
     Image.new("RGB", (8, 8), "red").save(folder / "images" / "a" / "000000.png")
     seconds = {"median": 0.25, "low": 0.2, "high": 0.3}
-    stages = {stage: seconds for stage in ("text_encoding", "denoising", "vae_decoding")}
+    stages = dict.fromkeys(("text_encoding", "denoising", "vae_decoding"), seconds)
     timed = {"batch_size": 1, "seconds_per_image": seconds, "fraction_of_peak": 0.1, "peak_memory_mb": 9, **stages}
     model = {"slug": "lcm_4", "teacher": "lcm_4", "role": "student", "label": "LCM-LoRA, 4 steps", "n_images": 1}
     model |= {"images": "images/a", "network_evaluations": 4, "seconds_per_image": seconds, "latency": [timed]}
@@ -219,8 +219,10 @@ def test_a_picture_follows_what_is_typed(page: Any):
         page.wait_for_function(f"() => {seen}")
         seconds.append(page.evaluate(f"({seen}[1] - window.lastKey) / 1000"))
         page.evaluate("window.seen = []")
-    print(f"seconds from the last key to its picture: {statistics.median(seconds):.3f} of", *map("{:.3f}".format, seconds))
-    assert statistics.median(seconds) < 5  # 0.25 where nothing else runs; other programs may use the cores
+    print(
+        f"seconds from the last key to its picture: {statistics.median(seconds):.3f} of", *map("{:.3f}".format, seconds)
+    )
+    assert statistics.median(seconds) < 5  # other programs may use the cores
 
 
 def test_a_lora_of_ones_own_is_dropped_and_drawn_with(page: Any):

@@ -94,6 +94,15 @@ def test_loras_draw_together_by_their_weights_as_in_diffusers(drawn, loras: Path
     assert difference(half, drawn(f"lora={student}")) > 2 * LEVEL
 
 
+def test_a_picture_s_file_says_how_it_was_drawn(drawn, loras: Path, pipeline_folder: Path, tmp_path: Path):
+    drawn(f"lora={loras / 'student'}", "steps=2")
+    with Image.open(tmp_path / "dog-3.png") as file:
+        assert file.info["parameters"] == (
+            f"dog\nSteps: 2, Sampler: LCM, CFG scale: 1.0, Size: 32x32, Model: {pipeline_folder.name}, "
+            'LoRAs: "student: lcm", Seed: 3'
+        )
+
+
 def test_the_student_among_adapters_says_how_they_are_drawn_from():
     student, style = LcmLoraDistillation.kind, LoraFinetuning.kind
     assert usual_kind([student, style]) is usual_kind([style, student]) is student

@@ -34,6 +34,7 @@ COMMANDS = {
     "lcm_lightning.generate": "model=tiny prompt=a",
     "lcm_lightning.export": "model=tiny student=true format=kohya",
     "lcm_lightning.prepare.commands": "data.source=photos",
+    "lcm_lightning.app.command": "model=tiny",
 }
 Imports = Callable[..., tuple[int, set[str]]]
 
@@ -56,7 +57,7 @@ def test_help_and_configuration_are_shown_at_once(imports: Imports, module: str,
     assert imports(module, *option.split(), *COMMANDS[module].split()) == (0, set())
 
 
-@pytest.mark.parametrize("name", ["train", "evaluate", "generate", "export", "prepare"])
+@pytest.mark.parametrize("name", ["train", "evaluate", "generate", "export", "prepare", "app"])
 def test_help_explains_every_key_at_the_top_and_every_group(name: str):
     shown = help_text([configurations()], name, "lcm-command")
     assert shown.startswith("lcm-command ")
@@ -136,6 +137,8 @@ def test_a_mistyped_key_is_refused_at_once(imports: Imports, module: str):
         ("lcm_lightning.export", "format=kohia"),
         ("lcm_lightning.export", "overwrite=maybe"),
         ("lcm_lightning.prepare.commands", "prepare.quality=101"),
+        ("lcm_lightning.app.command", "port=0"),
+        ("lcm_lightning.app.command", "kept_models=0"),
     ],
 )
 def test_a_bad_value_is_refused_at_once(imports: Imports, module: str, option: str):

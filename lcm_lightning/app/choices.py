@@ -66,7 +66,8 @@ class Choices:
 
     def listed(self) -> list[tuple[str, str]]:
         """Titles and keys of everything that can be picked, anew: runs end while the page is open."""
-        found = [(self._sources[COMMAND].spec, COMMAND)] if COMMAND in self._sources else []
+        own = f"{self.base_model} and its student" if self._cfg.student else None
+        found = [(own or self._sources[COMMAND].spec, COMMAND)] if COMMAND in self._sources else []
         found += [(title, key) for key, title in self._own.items()]
         for run in local_runs(self._outputs):
             try:
@@ -120,11 +121,11 @@ class Choices:
         if kind == "run":
             samples = OmegaConf.select(read_config(Path(place).expanduser()), "callbacks.samples") or {}
             return samples.get("teacher_steps") or BASE.steps, samples.get("guidance_scale") or BASE.guidance_scale
-        on_embedded = key == EMBEDDED or key.endswith(f" on {EMBEDDED}") or key == COMMAND and self.base_model == EMBEDDED
-        return BASE.steps, EMBEDDED_GUIDANCE if on_embedded else BASE.guidance_scale
+        base = self.base_model if key == COMMAND else key.rpartition(" on ")[2]
+        return BASE.steps, EMBEDDED_GUIDANCE if base == EMBEDDED else BASE.guidance_scale
 
     def _with(self, model: str | None, **settings: Any) -> DictConfig:
-        """The command's configuration with another model; its own changes of `model.` keys stay where it is the same."""
+        """The command's configuration with another model; its changes of `model.` keys stay where it is the same."""
         cfg = self._cfg.copy()
         with open_dict(cfg):
             if model is None or model != HydraConfig.get().runtime.choices.get("model"):

@@ -38,7 +38,7 @@ def main(cfg: DictConfig) -> None:
 
     quiet_known_warnings()
     engine = Engine(device, cfg.kept_models)
-    engine.load(choices.source(choices.first()))  # while what the page is made of is imported
+    engine.warm_up(choices.source(choices.first()))  # while what the page is made of is imported
     from lcm_lightning.app.page import Page, serve
 
     try:

@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 import torch
@@ -148,7 +149,6 @@ class ModelOnDevice:
         self._merged.enter_context(merged_adapters(self.model, [name for name, _ in acting]))
         self._acting = tuple(acting)
 
-
     def restore(self) -> None:
         """Take the model back to its own weights."""
         self._merged.close()
@@ -193,6 +193,18 @@ class Engine:
     def load(self, source: ModelSource, ticket: int | None = None) -> Job[ModelOnDevice]:
         """Read a model, if it is not there. Without a ticket it is read whatever else is wished for."""
         return self._start(ticket, lambda job: self._model(job, source))
+
+    def warm_up(self, source: ModelSource) -> Job[None]:
+        """Read a model and draw once from it, as its student: what a first drawing sets up is there for the next."""
+        ticket = self.ticket()
+
+        def work(job: Job[None]) -> None:
+            model = self._model(job, source)
+            column = model.columns[-1]
+            settings = Settings("", column.sampler.min_steps, column.guidance_scale)
+            self._drawn(job, ticket, model, column, settings, [(name, 1.0) for name in column.adapters])
+
+        return self._start(ticket, work)
 
     def draw(
         self,
@@ -258,7 +270,7 @@ class Engine:
 
     def _drawn(
         self,
-        job: Job[Picture],
+        job: Job[Any],
         ticket: int,
         model: ModelOnDevice,
         column: Column,
@@ -288,9 +300,11 @@ class Engine:
         seconds = time.perf_counter() - start
         check_finite(model.source.spec, images)
         said = {"Steps": settings.steps, "Sampler": column.sampler.title, "CFG scale": settings.guidance_scale}
-        said |= {"Seed": settings.seed, "Size": f"{width}x{height}", "Model": model.source.spec}
+        said |= {"Seed": settings.seed, "Size": f"{width}x{height}"}
+        # By name alone: where they lie is nobody's business whom a picture is sent to.
+        said["Model"] = Path(model.model.name_or_path).name
         if acting:
-            said["LoRA weights"] = ", ".join(f"{name} {weight:g}" for name, weight in acting)
+            said["LoRAs"] = f"{model.source.name}: " + ", ".join(f"{name} {weight:g}" for name, weight in acting)
         return Picture(to_pil(images[0]), seconds, settings_text(settings.prompt, negative_prompt, said))
 
 
@@ -304,5 +318,3 @@ def sides(model: ModelOnDevice, settings: Settings) -> tuple[int, int]:
                 raise UserError(f"{key}={side}: expected at most {most}; the model draws best at a quarter of that")
     own = model.model.default_resolution
     return settings.width or own, settings.height or own
-
-

@@ -10,7 +10,7 @@ import gradio as gr
 
 from lcm_lightning.app import html
 from lcm_lightning.app.choices import Choices
-from lcm_lightning.app.drawing import Wish, draw, explained, load
+from lcm_lightning.app.panels import Wish, draw, explained, load
 from lcm_lightning.app.engine import Engine, ModelOnDevice, Settings, Superseded
 from lcm_lightning.app.evaluations import find_evaluations, read_evaluation
 from lcm_lightning.errors import UserError, first_line
@@ -19,6 +19,7 @@ from lcm_lightning.methods import adapter_kinds
 MOST_STEPS = 8
 SLIDERS = 4  # for weights of LoRAs
 LARGEST_SEED = 2**32 - 1
+USUAL_ROLE = "finetuned"  # of LoRAs of one's own
 # The typefaces of the machine: Gradio's own come from the internet.
 THEME = gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"])
 QUIET: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
@@ -90,7 +91,7 @@ class Page:
             self.weights = [gr.Slider(-1, 2, 1, step=0.05, visible=False, interactive=True) for _ in range(SLIDERS)]
 
     def _add_own_loras(self) -> None:
-        with gr.Accordion("LoRAs of your own", open=False):
+        with gr.Accordion("LoRAs of your own", open=False) as self.own:
             with gr.Row():
                 self.dropped = gr.File(
                     file_count="multiple", file_types=[".safetensors"], label="Drop .safetensors files", min_width=240
@@ -102,7 +103,7 @@ class Page:
                     min_width=240,
                 )
             with gr.Row():
-                self.role = gr.Dropdown(["finetuned"], value="finetuned", label="What they are", min_width=160)
+                self.role = gr.Dropdown([USUAL_ROLE], value=USUAL_ROLE, label="What they are", min_width=160)
                 self.base_model = gr.Dropdown(
                     self.choices.base_models, value=self.choices.base_model, label="On the model", min_width=160
                 )
@@ -130,7 +131,8 @@ class Page:
         gr.on([part.change for part in guided[1:]], self._negative, guided, self.negative, **QUIET)
         self.evaluations_tab.select(self._list_evaluations, self.evaluation, self.evaluation, **QUIET)
         self.evaluation.change(self._show_evaluation, self.evaluation, self.report, **QUIET)
-        self.blocks.load(self._arrive, self.models, [self.models, self.role], **QUIET)
+        self.own.expand(self._roles, None, self.role, **QUIET)
+        self.blocks.load(self._arrive, self.models, self.models, **QUIET)
         self.blocks.load(self._load, self.models, loaded, **QUIET)
 
     def _draw(self, with_teacher: bool, lock: bool, *values: Any) -> Iterator[tuple[Any, ...]]:
@@ -212,10 +214,13 @@ class Page:
         ]
         return gr.update(interactive=any(acts) or not acts)
 
-    def _arrive(self, keys: Sequence[str]) -> tuple[Any, ...]:
-        """What may have come since the page was built, and what takes seconds to import."""
-        roles = [kind.name for kind in adapter_kinds().values() if not kind.whole]
-        return gr.update(choices=self.choices.listed(), value=keys), gr.update(choices=roles)
+    def _arrive(self, keys: Sequence[str]) -> Any:
+        """Offer runs that have ended since the page was built."""
+        return gr.update(choices=self.choices.listed(), value=keys)
+
+    def _roles(self) -> Any:
+        """What LoRAs can be; asked only here: it imports every method."""
+        return gr.update(choices=[kind.name for kind in adapter_kinds().values() if not kind.whole])
 
     def _list_evaluations(self, current: str | None) -> Any:
         names = find_evaluations(self.outputs)
@@ -250,7 +255,9 @@ def wished(
     """What the components say. Raises a `UserError` where no model is chosen."""
     if not models:
         raise UserError("Models: none is chosen; choose one")
-    settings = Settings(prompt or "", int(steps), guidance, int(seed or 0), negative_prompt or "", width or None, height or None)
+    settings = Settings(
+        prompt or "", int(steps), guidance, int(seed or 0), negative_prompt or "", width or None, height or None
+    )
     return Wish(models, settings, int(teacher_steps), teacher_guidance, weights)
 
 

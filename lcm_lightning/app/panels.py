@@ -47,7 +47,7 @@ class Wish:
 
 
 def explained(error: Exception) -> str:
-    """An error in one sentence for the page; one that is no user's mistake is written whole where the app was started."""
+    """An error in one sentence for the page; one that is no user's mistake is logged whole, with where it happened."""
     if isinstance(error, UserError):
         return str(error)
     log.error("drawing failed", exc_info=error)
@@ -65,7 +65,10 @@ def followed(job: Job[Any]) -> Iterator[str]:
 def load(
     engine: Engine, choices: Choices, keys: Sequence[str], ticket: int | None = None
 ) -> Generator[list[Panel], None, list[ModelOnDevice]]:
-    """Read the models of `keys`; returns them, and yields what is to be seen meanwhile. `ticket` as for `Engine.load`."""
+    """Read the models of `keys`; returns them, and yields what is to be seen meanwhile.
+
+    `ticket` is as for `Engine.load`.
+    """
     models: list[ModelOnDevice] = []
     for key in keys:
         job = engine.load(choices.source(key), ticket)
