@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias
 
@@ -30,7 +31,7 @@ def write_diffusers(
     model: StableDiffusion, kinds: Sequence[AdapterKind], folder: Path, dtype: torch.dtype, described: Described
 ) -> str:
     """One LoRA that changes the model as all of its adapters do together, under diffusers' keys."""
-    from lcm_lightning.exports.lora import joint_state_dict, write_diffusers_lora
+    from lcm_lightning.exports.adapter_files import joint_state_dict, write_diffusers_lora
     from lcm_lightning.exports.usage import diffusers_lora
 
     check_loras("diffusers", kinds)
@@ -42,7 +43,7 @@ def write_kohya(
     model: StableDiffusion, kinds: Sequence[AdapterKind], folder: Path, dtype: torch.dtype, described: Described
 ) -> str:
     """The same under the keys of kohya's scripts."""
-    from lcm_lightning.exports.lora import joint_state_dict, write_kohya_lora
+    from lcm_lightning.exports.adapter_files import joint_state_dict, write_kohya_lora
     from lcm_lightning.exports.usage import kohya_lora
 
     check_loras("kohya", kinds)
@@ -71,6 +72,43 @@ def write_single_file(
     return single_file(write(model, kinds, folder, dtype, described), kinds)
 
 
+def write_onnx(
+    model: StableDiffusion, kinds: Sequence[AdapterKind], folder: Path, dtype: torch.dtype, described: Described
+) -> str:
+    """The same as ONNX graphs, in optimum's layout."""
+    from lcm_lightning.exports.onnx_folder import write_onnx as write
+    from lcm_lightning.exports.usage import differences, optimum_folder
+
+    check_types("onnx", dtype)
+    found = write(model, kinds, folder, dtype)
+    return f"{differences(found, 'onnxruntime')}\n\n{optimum_folder(folder, kinds)}"
+
+
+def write_openvino(
+    model: StableDiffusion, kinds: Sequence[AdapterKind], folder: Path, dtype: torch.dtype, described: Described
+) -> str:
+    """The same as OpenVINO's graphs, in the layout of optimum-intel and OpenVINO GenAI."""
+    from lcm_lightning.exports.openvino_folder import write_openvino as write
+    from lcm_lightning.exports.usage import differences, openvino_folder
+
+    check_types("openvino", dtype)
+    found = write(model, kinds, folder, dtype)
+    return f"{differences(found, 'OpenVINO')}\n\n{openvino_folder(folder, kinds)}"
+
+
+def check_types(name: str, dtype: torch.dtype) -> None:
+    """Raise a `UserError` for a type that runtimes on a CPU do not compute in."""
+    if str(dtype) == "torch.bfloat16":
+        raise UserError(f"format={name}: dtype=bfloat16 is not supported; set dtype=float32 or dtype=float16")
+
+
+def check_installed(name: str) -> None:
+    """Raise a `UserError` unless the packages are there that the format `name` needs."""
+    for package in PACKAGES.get(name, ()):
+        if find_spec(package) is None:
+            raise UserError(f"format={name}: needs {package}; pip install 'lcm-lightning[{name}]'")
+
+
 def check_loras(name: str, kinds: Sequence[AdapterKind]) -> None:
     """Raise a `UserError` unless there are LoRAs, which the format `name` takes, and no whole UNet."""
     if not kinds:
@@ -84,6 +122,13 @@ FORMATS: Mapping[str, tuple[Writer, str]] = {  # with the type of what is writte
     "kohya": (write_kohya, "float32"),
     "fused": (write_fused, "float16"),
     "single_file": (write_single_file, "float16"),
+    "onnx": (write_onnx, "float32"),
+    "openvino": (write_openvino, "float32"),
+}
+
+PACKAGES = {  # beyond those that everything needs
+    "onnx": ("onnx", "onnxscript", "onnxruntime"),
+    "openvino": ("openvino", "openvino_tokenizers"),
 }
 
 
@@ -115,6 +160,7 @@ def main(cfg: DictConfig) -> None:
         raise UserError(f"format={cfg.format}: expected one of {', '.join(FORMATS)}")
     write, usual_dtype = FORMATS[cfg.format]
     folder = Path(cfg.output).expanduser()
+    check_installed(cfg.format)
     check_output(folder, overwrite=cfg.overwrite)
     # Imported once the configuration is right.
     from lcm_lightning.config.instantiate import parse_dtype

@@ -13,6 +13,7 @@ import lightning as L
 import pytest
 import torch
 from diffusers import LCMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
@@ -186,6 +187,16 @@ def test_the_manifest_of_a_run_without_teacher_lora_names_one_file(pipeline_fold
     assert adapter["name"] == "lcm" and adapter["file"] == LORA_FILE
     assert adapter["sampler"]["scheduler"] == "LCMScheduler" and (adapter["steps"], adapter["guidance_scale"]) == (4, 1)
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted(["adapters.json", LORA_FILE, KOHYA_FILE])
+
+
+def test_files_written_in_training_say_what_they_are(pipeline_folder: Path, tmp_path: Path):
+    distilled(pipeline_folder, tmp_path)
+    for name in (LORA_FILE, KOHYA_FILE):
+        with safe_open(tmp_path / name, "pt") as file:
+            said = file.metadata()
+        assert said["modelspec.architecture"] == "stable-diffusion-v1/lora" and said["step"] == "1"
+        assert (said["ss_base_model_version"], said["sampler"], said["steps"]) == ("sd_v1", "LCMScheduler", "4")
+    assert said["ss_network_dim"] == said["ss_network_alpha"] == "4"
 
 
 def walk(sampler: Sampler, steps: int, scheduler_config: Mapping[str, Any]) -> list[int]:

@@ -4,21 +4,28 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
-from diffusers import DiffusionPipeline, LCMScheduler, StableDiffusionPipeline, TCDScheduler
+from diffusers import DDIMScheduler, DiffusionPipeline, LCMScheduler, StableDiffusionPipeline, TCDScheduler
 from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from transformers import CLIPTokenizer
 
 from helpers.commands import in_process
 from helpers.pipelines import build_tiny_sdxl, save_full_lcm
 from helpers.single_files import TINY, build_pipeline, checkpoint
-from lcm_lightning.exports.lora import joint_state_dict, write_diffusers_lora, write_kohya_lora
+from lcm_lightning.exports.adapter_files import joint_state_dict, write_diffusers_lora, write_kohya_lora
 from lcm_lightning.exports.metadata import Described
+from lcm_lightning.exports.onnx_folder import write_onnx
+from lcm_lightning.exports.openvino_folder import write_openvino
 from lcm_lightning.exports.single_checkpoint import original_state_dict, write_single_file
 from lcm_lightning.methods.lcm_lora import LcmLoraDistillation
 from lcm_lightning.methods.lora import LoraFinetuning
@@ -320,6 +327,121 @@ def test_a_lora_s_file_gives_the_other_layout(folders, student: Path, tmp_path: 
     tensors = load_file(tmp_path / "out" / KOHYA_FILE)
     assert {t.dtype for key, t in tensors.items() if "lora_" in key.partition(".")[2]} == {torch.float16}
     assert header(tmp_path / "out" / KOHYA_FILE)["sampler"] == "TCDScheduler"
+
+
+# ---- other runtimes ------------------------------------------------------------------------------------------------
+
+Run = Callable[[str, dict[str, np.ndarray]], np.ndarray]
+
+
+def draw_elsewhere(folder: Path, run: Run, scheduler: Any, prompt: str, seed: int, steps: int) -> Tensor:
+    """An image [1, 3, H, W] in [0, 1] by networks that `run` runs by name; torch's is nothing but the scheduler."""
+    tokenizer = CLIPTokenizer.from_pretrained(folder / "tokenizer")
+    ids = tokenizer([prompt], padding="max_length", truncation=True, return_tensors="np").input_ids.astype(np.int64)
+    text = run("text_encoder", {"input_ids": ids})
+    unet, vae = (json.loads((folder / name / "config.json").read_text()) for name in ("unet", "vae_decoder"))
+    generator = torch.Generator().manual_seed(seed)
+    latents = torch.randn(1, unet["in_channels"], unet["sample_size"], unet["sample_size"], generator=generator)
+    scheduler.set_timesteps(steps)
+    for timestep in scheduler.timesteps:
+        inputs = {"sample": latents.numpy(), "timestep": timestep.numpy(), "encoder_hidden_states": text}
+        output = torch.from_numpy(run("unet", inputs))
+        latents = scheduler.step(output, timestep, latents, generator=generator).prev_sample
+    image = torch.from_numpy(run("vae_decoder", {"latent_sample": (latents / vae["scaling_factor"]).numpy()}))
+    return (image / 2 + 0.5).clamp(0, 1)
+
+
+def with_student(folder: Path, run: Path, kind: AdapterKind) -> tuple[Tensor, Tensor]:
+    """Our picture of a dog, and the base model's."""
+    model, base = load_stable_diffusion(str(folder)), load_stable_diffusion(str(folder))
+    load_lora(model, run / "lora" / LORA_FILE, kind.name)
+    way = {"seeds": [7], "steps": kind.steps, "guidance_scale": 1.0, "sampler": kind.sampler}
+    with merged_adapters(model, [kind.name]):
+        return sample(model, ["a dog"], **way), sample(base, ["a dog"], **way)
+
+
+def student_alone(run: Path, kind: AdapterKind) -> None:
+    """Make the run one of the student `kind` on the base model itself."""
+    write_manifest(run / "lora", [Adapter(kind)])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_onnxruntime_alone_draws_the_student_s_picture(
+    dtype: str, student: Path, tmp_path: Path, folders, capsys: pytest.CaptureFixture[str]
+):
+    onnxruntime = pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript")
+    student_alone(student, STUDENT)
+    export(f"run={student}", "format=onnx", f"dtype={dtype}", f"output={tmp_path / 'onnx'}")
+    differences = [float(x) for x in re.findall(r"onnxruntime is off torch by at most (\S+)", capsys.readouterr().out)]
+    assert len(differences) == 4 and max(differences) < (1e-4 if dtype == "float32" else 0.1)
+
+    def run(name: str, inputs: dict[str, np.ndarray]) -> np.ndarray:
+        session = onnxruntime.InferenceSession(tmp_path / "onnx" / name / "model.onnx")
+        half = {x.name for x in session.get_inputs() if x.type == "tensor(float16)"}
+        cast = {key: value.astype(np.float16) if key in half else value for key, value in inputs.items()}
+        return session.run(None, cast)[0].astype(np.float32)
+
+    scheduler = LCMScheduler.from_pretrained(tmp_path / "onnx" / "scheduler")
+    found = draw_elsewhere(tmp_path / "onnx", run, scheduler, "a dog", 7, STUDENT.steps)
+    expected, base = with_student(folders("v1"), student, STUDENT)
+    torch.testing.assert_close(found, expected, atol=1e-4 if dtype == "float32" else 0.05, rtol=0)
+    assert (expected - base).abs().max() > 1e-2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("solver_steps", [8, 50])
+def test_openvino_alone_draws_the_student_s_picture(
+    solver_steps: int, student: Path, tmp_path: Path, folders, caplog: pytest.LogCaptureFixture
+):
+    openvino = pytest.importorskip("openvino")
+    pytest.importorskip("openvino_tokenizers")
+    tcd = TcdLoraDistillation.kind
+    settings = {**tcd.sampler.settings, "original_inference_steps": solver_steps, "eta": 0.0}
+    kind = replace(tcd, sampler=replace(tcd.sampler, settings=settings))
+    student_alone(student, kind)
+    export(f"run={student}", "format=openvino", f"output={tmp_path / 'ov'}")
+    index = json.loads((tmp_path / "ov" / "model_index.json").read_text())
+    assert index["scheduler"][1] == ("DDIMScheduler" if solver_steps == 8 else "TCDScheduler")
+    assert ("OpenVINO GenAI has no TCDScheduler" in caplog.text) == (solver_steps == 50)
+
+    def run(name: str, inputs: dict[str, np.ndarray]) -> np.ndarray:
+        exact = {"INFERENCE_PRECISION_HINT": "f32"}
+        network = openvino.compile_model(tmp_path / "ov" / name / "openvino_model.xml", "CPU", exact)
+        return network({key: value.reshape(1) if key == "timestep" else value for key, value in inputs.items()})[0]
+
+    if solver_steps == 8:
+        scheduler = DDIMScheduler.from_pretrained(tmp_path / "ov" / "scheduler")
+        found = draw_elsewhere(tmp_path / "ov", run, scheduler, "a dog", 7, kind.steps)
+        expected, base = with_student(folders("v1"), student, kind)
+        torch.testing.assert_close(found, expected, atol=1e-4, rtol=0)
+        assert (expected - base).abs().max() > 1e-2
+    tokens = openvino.compile_model(tmp_path / "ov" / "tokenizer" / "openvino_tokenizer.xml", "CPU")
+    tokenizer = CLIPTokenizer.from_pretrained(tmp_path / "ov" / "tokenizer")
+    for prompt in ("a dog", "", "a very long prompt about nothing at all " * 9):
+        assert tokens([prompt])["input_ids"][0].tolist() == tokenizer(prompt, truncation=True).input_ids
+
+
+@pytest.mark.slow
+def test_sdxl_s_networks_are_the_same_in_onnxruntime_and_openvino(folders, tmp_path: Path):
+    pytest.importorskip("onnxscript")
+    pytest.importorskip("openvino_tokenizers")
+    for write in (write_onnx, write_openvino):
+        found = write(load_stable_diffusion(str(folders("xl_base"))), (), tmp_path / write.__name__, torch.float32)
+        assert {place.split("/")[0] for place in found} == {
+            *("text_encoder", "text_encoder_2", "unet", "vae_decoder", "vae_encoder")
+        }
+        assert max(found.values()) < 1e-4
+
+
+def test_a_missing_package_is_named_with_the_extra(
+    student: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr("lcm_lightning.export.find_spec", lambda name: None)
+    for name, package in (("onnx", "onnx"), ("openvino", "openvino")):
+        said = refused(capsys, f"run={student}", f"format={name}")
+        assert f"format={name}: needs {package}; pip install 'lcm-lightning[{name}]'" in said
 
 
 def refused(capsys: pytest.CaptureFixture[str], *options: str) -> str:

@@ -30,6 +30,7 @@ COMMANDS = {
     "lcm_lightning.train": "trainer=cpu",
     "lcm_lightning.evaluate": "model=tiny data=twemoji",
     "lcm_lightning.generate": "model=tiny prompt=a",
+    "lcm_lightning.export": "model=tiny student=true format=kohya",
     "lcm_lightning.prepare.commands": "data.source=photos",
 }
 Imports = Callable[..., tuple[int, set[str]]]
@@ -53,7 +54,7 @@ def test_help_and_configuration_are_shown_at_once(imports: Imports, module: str,
     assert imports(module, *option.split(), *COMMANDS[module].split()) == (0, set())
 
 
-@pytest.mark.parametrize("name", ["train", "evaluate", "generate", "prepare"])
+@pytest.mark.parametrize("name", ["train", "evaluate", "generate", "export", "prepare"])
 def test_help_explains_every_key_at_the_top_and_every_group(name: str):
     shown = help_text([configurations()], name, "lcm-command")
     assert shown.startswith("lcm-command ")
@@ -89,6 +90,8 @@ def test_a_mistyped_key_is_refused_at_once(imports: Imports, module: str):
         ("lcm_lightning.evaluate", "devices=two"),
         ("lcm_lightning.generate", "steps=0"),
         ("lcm_lightning.generate", "model.unet_init=half"),
+        ("lcm_lightning.export", "format=kohia"),
+        ("lcm_lightning.export", "overwrite=maybe"),
         ("lcm_lightning.prepare.commands", "prepare.quality=101"),
     ],
 )
@@ -96,9 +99,9 @@ def test_a_bad_value_is_refused_at_once(imports: Imports, module: str, option: s
     assert imports(module, *COMMANDS[module].split(), option) == (2, set())
 
 
-@pytest.mark.parametrize("module", ["lcm_lightning.evaluate", "lcm_lightning.generate"])
+@pytest.mark.parametrize("module", ["lcm_lightning.evaluate", "lcm_lightning.generate", "lcm_lightning.export"])
 def test_a_run_that_is_not_there_is_missed_before_diffusers_and_lightning_are_imported(imports: Imports, module: str):
-    options = ["prompt=a"] if module.endswith("generate") else []
+    options = {"lcm_lightning.generate": ["prompt=a"], "lcm_lightning.export": ["format=kohya"]}.get(module, [])
     status, imported = imports(module, "run=nowhere", *options)
     assert status == 2 and imported <= {"torch"}
 

@@ -13,7 +13,7 @@ from lightning.pytorch.loggers import WandbLogger
 from torch import Tensor
 
 from lcm_lightning.callbacks.trainers import Lowest
-from lcm_lightning.exports.lora import write_diffusers_lora, write_kohya_lora
+from lcm_lightning.exports.adapter_files import write_diffusers_lora, write_kohya_lora
 from lcm_lightning.methods.adapter_training import Training
 from lcm_lightning.models.adapters import lora_state_dict
 from lcm_lightning.models.kinds import AdapterKind

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -39,6 +39,39 @@ def diffusers_folder(folder: Path, kinds: Sequence[AdapterKind], dtype: torch.dt
             drawing(usual_kind(kinds)),
         ]
     )
+
+
+def optimum_folder(folder: Path, kinds: Sequence[AdapterKind]) -> str:
+    """Python code for a folder of ONNX graphs."""
+    return "\n".join(
+        [
+            "from optimum.onnxruntime import ORTDiffusionPipeline  # pip install 'optimum-onnx[onnxruntime]'",
+            "",
+            f'pipe = ORTDiffusionPipeline.from_pretrained("{folder}")',
+            drawing(usual_kind(kinds)),
+        ]
+    )
+
+
+def openvino_folder(folder: Path, kinds: Sequence[AdapterKind]) -> str:
+    """Python code for a folder of OpenVINO's graphs."""
+    usual = usual_kind(kinds)
+    return "\n".join(
+        [
+            "from openvino_genai import Text2ImagePipeline  # pip install openvino-genai pillow",
+            "from PIL import Image",
+            "",
+            f'pipe = Text2ImagePipeline("{folder}", "CPU")',
+            f'image = pipe.generate("a photo of a dog", num_inference_steps={usual.steps}, '
+            f"guidance_scale={usual.guidance_scale})",
+            "image = Image.fromarray(image.data[0])",
+        ]
+    )
+
+
+def differences(found: Mapping[str, float], runtime: str) -> str:
+    """How far another runtime is off torch, a line for each network."""
+    return "\n".join(f"{file}: {runtime} is off torch by at most {value:.1e}" for file, value in found.items())
 
 
 def single_file(file: Path, kinds: Sequence[AdapterKind]) -> str:

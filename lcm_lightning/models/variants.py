@@ -6,7 +6,6 @@ import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import cast
 
 import diffusers
@@ -28,7 +27,7 @@ from lcm_lightning.models.pipeline_files import (
 )
 from lcm_lightning.models.sampling import Sampler, make_scheduler
 from lcm_lightning.models.stable_diffusion import StableDiffusion
-from lcm_lightning.output.files import replace
+from lcm_lightning.output.files import whole_files
 
 INDEX = "model_index.json"
 
@@ -136,16 +135,9 @@ def save_whole(pipeline: diffusers.DiffusionPipeline, folder: Path) -> None:
 
     Raises `OSError`.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    with TemporaryDirectory(dir=folder, prefix=".") as temporary:
+    with whole_files(folder, last=INDEX) as temporary:
         try:
             pipeline.save_pretrained(temporary)
             add_for_older_readers(Path(temporary))
         except SafetensorError as error:  # of a full disk, for one
             raise OSError(str(error)) from error
-        files = [path for path in Path(temporary).rglob("*") if path.is_file()]
-        for path in sorted(files, key=lambda path: path.name == INDEX):
-            target = folder / path.relative_to(temporary)
-            target.parent.mkdir(exist_ok=True)
-            path.chmod(0o644)  # safetensors makes files that only their owner can read
-            replace(path, target)

@@ -7,6 +7,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import BinaryIO
 from uuid import uuid4
 
@@ -39,6 +40,24 @@ def atomic_file(path: Path, *, shared: bool = False) -> Iterator[BinaryIO]:
     except Exception:
         temporary.unlink(missing_ok=True)
         raise
+
+
+@contextmanager
+def whole_files(folder: Path, last: str) -> Iterator[Path]:
+    """A temporary folder whose files appear in `folder` at the end of the block, each whole; that called `last` last.
+
+    Raises:
+        OSError: it cannot be written; files that were there before stay as they are.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory(dir=folder, prefix=".") as temporary:
+        yield Path(temporary)
+        files = [path for path in Path(temporary).rglob("*") if path.is_file()]
+        for path in sorted(files, key=lambda path: path.name == last):
+            target = folder / path.relative_to(temporary)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            path.chmod(0o644)  # safetensors makes files that only their owner can read
+            replace(path, target)
 
 
 def sha256_of(path: Path) -> str:

@@ -1,0 +1,161 @@
+"""The networks of a pipeline as maps of named tensors, as ONNX and OpenVINO take them.
+
+Names and their order are those of optimum and OpenVINO GenAI: other programs ask for tensors by them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+Axes = Mapping[int, str]
+BATCH, SIDES = {0: "batch_size"}, {0: "batch_size", 2: "height", 3: "width"}
+
+
+@dataclass(frozen=True)
+class Graph:
+    """A network to be traced.
+
+    Attributes:
+        folder: of the pipeline's that it is written to, such as "unet".
+        module: takes `inputs` in their order and returns a tuple of `outputs`.
+        config: of the network it is a part of; diffusers' or transformers'.
+        inputs: examples. No two axes that may differ have one size, and no side is the smallest possible.
+        axes: of each input those that differ from call to call, by name.
+        outputs: their names.
+    """
+
+    folder: str
+    module: nn.Module
+    config: Any
+    inputs: Mapping[str, Tensor]
+    axes: Mapping[str, Axes]
+    outputs: tuple[str, ...]
+
+    def other_inputs(self) -> dict[str, Tensor]:
+        """Inputs of other sizes than the examples', by which a traced network is held against the network."""
+        factors = {"batch_size": 1, "height": 2, "width": 1, "sequence_length": 1}
+        generator = torch.Generator().manual_seed(0)
+        found = {}
+        for name, example in self.inputs.items():
+            shape = list(example.shape)
+            for axis, called in self.axes[name].items():
+                shape[axis] = shape[axis] * factors[called] + (called == "batch_size")
+            if example.is_floating_point():
+                found[name] = torch.randn(shape, generator=generator).to(example.dtype)
+            else:
+                found[name] = example.flatten()[torch.randint(example.numel(), shape, generator=generator)]
+        return found
+
+
+class Unet(nn.Module):
+    """`UNet2DConditionModel` without dictionaries; SDXL's is told `text_embeds` and `time_ids`, an LCM's guidance."""
+
+    def __init__(self, unet: nn.Module, names: tuple[str, ...]) -> None:
+        super().__init__()
+        self.unet = unet
+        self.names = names
+
+    def forward(self, sample: Tensor, timestep: Tensor, encoder_hidden_states: Tensor, *more: Tensor) -> tuple[Tensor]:
+        told = dict(zip(self.names, more, strict=True))
+        guidance = told.pop("timestep_cond", None)
+        return self.unet(
+            sample,
+            timestep,
+            encoder_hidden_states,
+            timestep_cond=guidance,
+            added_cond_kwargs=told or None,
+            return_dict=False,
+        )
+
+
+class VaeDecoder(nn.Module):
+    """Unscaled latents to images in [-1, 1]."""
+
+    def __init__(self, vae: nn.Module) -> None:
+        super().__init__()
+        self.vae = vae
+
+    def forward(self, latent_sample: Tensor) -> tuple[Tensor]:
+        return self.vae.decode(latent_sample, return_dict=False)
+
+
+class VaeEncoder(nn.Module):
+    """Images in [-1, 1] to mean and logarithm of the variance, one after the other, of unscaled latents."""
+
+    def __init__(self, vae: nn.Module) -> None:
+        super().__init__()
+        self.vae = vae
+
+    def forward(self, sample: Tensor) -> tuple[Tensor]:
+        return (self.vae.encode(sample).latent_dist.parameters,)
+
+
+class TextEncoder(nn.Module):
+    """Ids to embeddings; with all hidden states where the pipeline takes one but the last, as SDXL's."""
+
+    def __init__(self, text_encoder: nn.Module, hidden_states: bool) -> None:
+        super().__init__()
+        self.text_encoder = text_encoder
+        self.hidden_states = hidden_states
+
+    def forward(self, input_ids: Tensor) -> tuple[Tensor, ...]:
+        found = self.text_encoder(input_ids, output_hidden_states=self.hidden_states)
+        first = (found.text_embeds, found.last_hidden_state) if "text_embeds" in found else found[:2]
+        return (*first, *(found.hidden_states if self.hidden_states else ()))
+
+
+def graphs(pipeline: Any, timestep_rank: int) -> Iterator[Graph]:
+    """The networks of a pipeline of Stable Diffusion or SDXL.
+
+    Args:
+        timestep_rank: of the UNet's timestep, which optimum gives as a number (0) and OpenVINO GenAI as a vector (1).
+    """
+    xl = hasattr(pipeline, "text_encoder_2")
+    for name in ("text_encoder", "text_encoder_2") if xl else ("text_encoder",):
+        yield _text_graph(name, getattr(pipeline, name), hidden_states=xl)
+    yield _unet_graph(pipeline, timestep_rank)
+    yield from _vae_graphs(pipeline.vae)
+
+
+def _text_graph(name: str, network: Any, *, hidden_states: bool) -> Graph:
+    config = network.config
+    ids = torch.randint(config.vocab_size, (2, config.max_position_embeddings))
+    first = ("text_embeds", "last_hidden_state") if name == "text_encoder_2" else ("last_hidden_state", "pooler_output")
+    states = [f"hidden_states.{layer}" for layer in range(config.num_hidden_layers + 1)] if hidden_states else []
+    module = TextEncoder(network, hidden_states)
+    return Graph(name, module, config, {"input_ids": ids}, {"input_ids": BATCH}, (*first, *states))
+
+
+def _unet_graph(pipeline: Any, timestep_rank: int) -> Graph:
+    unet, text = pipeline.unet, pipeline.text_encoder.config
+    config, dtype = unet.config, unet.dtype
+    least = 2 ** (len(config.block_out_channels) - 1)
+    inputs = {
+        "sample": torch.randn(2, config.in_channels, 2 * least, 3 * least, dtype=dtype),
+        "timestep": torch.full((1,) * timestep_rank, 499),
+        "encoder_hidden_states": torch.randn(2, text.max_position_embeddings, config.cross_attention_dim, dtype=dtype),
+    }
+    axes: dict[str, Axes] = {"sample": SIDES, "timestep": {}, "encoder_hidden_states": {**BATCH, 1: "sequence_length"}}
+    more: dict[str, Tensor] = {}
+    if config.time_cond_proj_dim:
+        more["timestep_cond"] = torch.randn(2, config.time_cond_proj_dim, dtype=dtype)
+    if config.addition_embed_type == "text_time":
+        more["text_embeds"] = torch.randn(2, pipeline.text_encoder_2.config.projection_dim, dtype=dtype)
+        more["time_ids"] = torch.full((2, 6), 512, dtype=dtype)
+    axes |= dict.fromkeys(more, BATCH)
+    return Graph("unet", Unet(unet, tuple(more)), config, inputs | more, axes, ("out_sample",))
+
+
+def _vae_graphs(vae: Any) -> Iterator[Graph]:
+    config, least = vae.config, 2 ** (len(vae.config.block_out_channels) - 1)
+    latent = torch.randn(2, config.latent_channels, 3, 4, dtype=vae.dtype)
+    image = torch.randn(2, config.in_channels, 3 * least, 4 * least, dtype=vae.dtype)
+    yield Graph(
+        "vae_decoder", VaeDecoder(vae), config, {"latent_sample": latent}, {"latent_sample": SIDES}, ("sample",)
+    )
+    yield Graph("vae_encoder", VaeEncoder(vae), config, {"sample": image}, {"sample": SIDES}, ("latent_parameters",))

@@ -1,0 +1,88 @@
+"""A pipeline as ONNX graphs, in the layout of optimum's `ORTStableDiffusionPipeline`, for onnxruntime anywhere."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lcm_lightning.exports.fused import fuse
+from lcm_lightning.exports.graphs import Graph, graphs
+from lcm_lightning.exports.network_folder import write_network_folder
+from lcm_lightning.models.kinds import AdapterKind
+from lcm_lightning.models.stable_diffusion import StableDiffusion
+
+FILE = "model.onnx"
+OPSET = 18  # the least that torch's exporter writes without converting
+
+
+def write_onnx(
+    model: StableDiffusion, kinds: Sequence[AdapterKind], folder: Path, dtype: torch.dtype
+) -> dict[str, float]:
+    """Write the folder, every file whole; the largest difference of each network from torch's, found by onnxruntime.
+
+    The model itself is changed; see `fuse`. Weights lie beside each graph, in `model.onnx.data`.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    pipeline = fuse(model, kinds, dtype)
+    return write_network_folder(pipeline, graphs(pipeline, timestep_rank=0), folder, export, FILE)
+
+
+@torch.no_grad()
+def export(graph: Graph, folder: Path) -> float:
+    """Write a network as `model.onnx` in `folder`; its largest difference from torch's at another size."""
+    shapes = {name: dict.fromkeys(axes, torch.export.Dim.DYNAMIC) for name, axes in graph.axes.items()}
+    with quiet_exporter():
+        torch.onnx.export(
+            graph.module.eval(),
+            tuple(graph.inputs.values()),
+            folder / FILE,
+            input_names=list(graph.inputs),
+            output_names=list(graph.outputs),
+            dynamic_shapes=by_argument(shapes),
+            opset_version=OPSET,
+            dynamo=True,
+            external_data=True,
+            verbose=False,
+        )
+    return difference(graph, folder / FILE)
+
+
+def by_argument(shapes: dict[str, Any]) -> tuple[Any, ...]:
+    """What `shapes` say of the inputs, in the form of the module's arguments: those after the third are gathered."""
+    values = list(shapes.values())
+    return tuple(values) if len(values) <= 3 else (*values[:3], tuple(values[3:]))
+
+
+def difference(graph: Graph, file: Path) -> float:
+    """The largest by which any output of onnxruntime is off torch's, for inputs of other sizes than were traced."""
+    import onnxruntime
+
+    inputs = graph.other_inputs()
+    session = onnxruntime.InferenceSession(file, providers=["CPUExecutionProvider"])
+    found = session.run(list(graph.outputs), {name: tensor.numpy() for name, tensor in inputs.items()})
+    expected = graph.module(*inputs.values())
+    return max(float((torch.from_numpy(a) - b).abs().max()) for a, b in zip(found, expected, strict=True))
+
+
+@contextmanager
+def quiet_exporter() -> Iterator[None]:
+    """torch's exporter without what it says of its own parts."""
+    names = ("torch.onnx", "onnxscript", "onnx_ir")
+    before = {name: logging.getLogger(name).level for name in names}
+    for name in names:
+        logging.getLogger(name).setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for name, level in before.items():
+            logging.getLogger(name).setLevel(level)
