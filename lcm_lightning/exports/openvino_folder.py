@@ -105,7 +105,7 @@ def known_scheduler(scheduler: Any, kinds: Sequence[AdapterKind], schedule: Mapp
     if name in GENAI_SCHEDULERS:
         return scheduler
     if not usual.sampler.settings.get("eta", 0.0):
-        ddim: Any = make_scheduler(TRAILING_DDIM, schedule)
+        ddim: Any = make_scheduler(TRAILING_DDIM, {**schedule, "set_alpha_to_one": False})  # TCD ends at timestep 0
         for each in (scheduler, ddim):
             each.set_timesteps(usual.steps)
         if scheduler.timesteps.tolist() == ddim.timesteps.tolist():
