@@ -8,7 +8,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
 from lcm_lightning.config.checks import check_writable, resolve
 from lcm_lightning.config.entry import command
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from lcm_lightning.models.kinds import AdapterKind
     from lcm_lightning.models.stable_diffusion import StableDiffusion
 
-EXPORT_KEYS = ("run", "model", "lora", "weights", "lora_role", "student", "format", "dtype")
+EXPORT_KEYS: tuple[str, ...] = ("run", "model", "lora", "weights", "lora_role", "student", "format", "dtype")
 EXPORT_KEYS += ("title", "author", "license", "overwrite", "output")
 
 # Writes a model with its adapters into a folder, in a type, with what its author says; returns what to do with it.
@@ -179,8 +179,9 @@ def main(cfg: DictConfig) -> None:
     from lcm_lightning.config.model_choice import find_models
 
     dtype = parse_dtype(cfg.dtype or format.dtype)
-    # Changes are added up in float32, whatever they are stored in at the end.
-    (source,) = find_models(OmegaConf.merge(cfg, {"dtype": "float32"}))
+    exact = cfg.copy()
+    exact.dtype = "float32"  # in which changes are added up, whatever they are stored in at the end
+    (source,) = find_models(exact)
     from lcm_lightning.config.quiet import quiet_known_warnings
     from lcm_lightning.exports.metadata import Described
 

@@ -19,8 +19,14 @@ from lcm_lightning.models.stable_diffusion import StableDiffusion
 
 FILE = "openvino_model.xml"
 # Those that OpenVINO GenAI 2026 has written anew in C++; it refuses a folder with another.
-GENAI_SCHEDULERS = ("LCMScheduler", "DDIMScheduler", "EulerDiscreteScheduler", "EulerAncestralDiscreteScheduler")
-GENAI_SCHEDULERS += ("LMSDiscreteScheduler", "PNDMScheduler")
+GENAI_SCHEDULERS = (
+    "LCMScheduler",
+    "DDIMScheduler",
+    "EulerDiscreteScheduler",
+    "EulerAncestralDiscreteScheduler",
+    "LMSDiscreteScheduler",
+    "PNDMScheduler",
+)
 TRAILING_DDIM = Sampler("ddim", "DDIM", "DDIMScheduler", {"timestep_spacing": "trailing"})
 
 log = logging.getLogger(__name__)
