@@ -15,6 +15,7 @@ from PIL import Image
 
 from helpers.commands import ROOT, SMALL, SMALLER, in_process
 from lcm_lightning.errors import UserError
+from lcm_lightning.evaluation.tables import REAL
 from lcm_lightning.output.pictures import grid_images, labelled_grid, png_bytes
 from lcm_lightning.sharing.base_models import base_model
 from lcm_lightning.sharing.model_card import CARD, EVALUATION_GRID, MARK, CardSettings, write_card
@@ -128,12 +129,25 @@ def test_settings_are_those_of_the_run(runs: dict[str, Path]):
 def test_an_evaluation_adds_its_table_and_grid(student: Path):
     assert "## Evaluation" not in (student / "lora" / CARD).read_text()
     (student / "evaluation" / "quick").mkdir(parents=True)
-    Image.new("RGB", (8, 8)).save(student / "evaluation" / "quick" / "grid.png")
+    images = torch.rand(3, 2, 3, 128, 128)
+    grid = labelled_grid(images, [REAL, "base", "TCD-LoRA"], ["a", "b"])
+    (student / "evaluation" / "quick" / "grid.png").write_bytes(png_bytes(grid))
     (student / "evaluation" / "metrics.json").write_text(json.dumps(metrics()))
     write_card(student)
     text = (student / "lora" / CARD).read_text()
     assert "| TCD-LoRA, 4 steps | 4 | 0.100 | 10.0× | 12.0 [11.0, 13.0] |" in text
-    assert "(evaluation.png)" in text and (student / "lora" / EVALUATION_GRID).is_file()
+    assert "(evaluation.png)" in text
+    with Image.open(student / "lora" / EVALUATION_GRID) as file:  # the photos are not the run's to show
+        shown = grid_images(file)
+        assert [(image.heading, image.caption) for image in shown[:3]] == [
+            ("base", "a"),
+            ("TCD-LoRA", "a"),
+            ("base", "b"),
+        ]
+        expected = (images[2, 1] * 255).round().byte().permute(1, 2, 0).numpy().tobytes()
+        assert (
+            shown[-1].picture.tobytes() == expected and file.size == labelled_grid(images[1:], ["", ""], ["", ""]).size
+        )
     assert "/home/alice" not in text and "features tiny_clip" in text
 
 

@@ -24,6 +24,7 @@ from helpers.hub import Commit, Hub, Repository, Trouble, serve_hub
 from lcm_lightning import hub as hub_module
 from lcm_lightning.config.model_choice import _lora_files
 from lcm_lightning.errors import UserError
+from lcm_lightning.methods import adapter_kinds
 from lcm_lightning.methods.lora import LoraFinetuning
 from lcm_lightning.models.kinds import KOHYA_FILE, LORA_FILE
 from lcm_lightning.runs.contents import Adapter, read_manifest, write_manifest
@@ -114,6 +115,20 @@ def test_a_push_is_one_commit_of_both_layouts_card_and_settings(hub: Hub, run: P
     assert len(hub.repositories[REPO].branches["main"]) == 2  # the hub's own first one, and this
     assert hub.repositories[REPO].private
     assert ModelCard(files[CARD].decode()).data.library_name == "diffusers"
+
+
+def test_a_whole_unet_is_published_as_its_pipeline(hub: Hub, run: Path):
+    shutil.rmtree(run / "lora")
+    shutil.copytree(TINY / "unet", run / "pipeline" / "unet")
+    shutil.copy(TINY / "model_index.json", run / "pipeline")
+    write_manifest(run / "pipeline", [Adapter(adapter_kinds()["full_lcm"], "unet", 1)])
+    push(run)
+    assert {"model_index.json", "unet/config.json", "adapters.json", CARD} <= set(hub.files(REPO))
+    assert f'from_pretrained("{REPO}"' in hub.files(REPO)[CARD].decode()
+    push(run)
+    assert len(hub.repositories[REPO].branches["main"]) == 2
+    with pytest.raises(UserError, match=f"holds a whole UNet and no LoRA; give model=sd15 model.path={REPO}"):
+        _lora_files(REPO, None)
 
 
 def test_nothing_private_is_published(hub: Hub, run: Path, tmp_path: Path):

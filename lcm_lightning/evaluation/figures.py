@@ -21,7 +21,7 @@ from lcm_lightning.evaluation.contenders import Contender
 from lcm_lightning.evaluation.drawing import Drawing, ModelImages, read_images
 from lcm_lightning.evaluation.protocol import Protocol
 from lcm_lightning.evaluation.reference import Reference, evenly
-from lcm_lightning.evaluation.tables import METRICS, Metric, is_known, three_digits
+from lcm_lightning.evaluation.tables import METRICS, REAL, Metric, is_known, three_digits
 from lcm_lightning.models.sampling import DDIM
 from lcm_lightning.output.pictures import labelled_grid
 
@@ -82,7 +82,7 @@ def make_grids(
         for start in range(0, len(shown), COLUMNS):
             chunk = shown[start : start + COLUMNS]
             drawn = [torch.cat([read_images(e.folder, range(i, i + 1)) for i in firsts.tolist()]) for e, _ in chunk]
-            headings = ["real", *(heading(entry.contender, cost) for entry, cost in chunk)]
+            headings = [REAL, *(heading(entry.contender, cost) for entry, cost in chunk)]
             columns = [real, *(column.float() / 255 for column in drawn)]
             captions, seeds = ([of[i] for i in firsts.tolist()] for of in (drawing.prompts, drawing.seeds))
             grids.append(Grid(title, columns, headings, captions, seeds))

@@ -22,7 +22,7 @@ from lcm_lightning.evaluation import tables
 from lcm_lightning.evaluation.figures import Grid, as_bytes, frontier
 from lcm_lightning.evaluation.protocol import PublishedTable
 from lcm_lightning.output.files import write_atomic
-from lcm_lightning.output.pictures import to_pil
+from lcm_lightning.output.pictures import png_bytes, to_pil
 
 TEMPLATES = Path(__file__).parent / "templates"
 SCHEMA_VERSION = 1  # of metrics.schema.json
@@ -44,7 +44,7 @@ def write_report(
     """
     folder.mkdir(parents=True, exist_ok=True)
     plot = frontier(metrics["models"])
-    pictures = {_grid_name(number): _png(grid.picture()) for number, grid in enumerate(grids)}
+    pictures = {_grid_name(number): png_bytes(grid.picture()) for number, grid in enumerate(grids)}
     content = report_content(metrics, config, published) | {"pictures": list(zip(pictures, grids, strict=True))}
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(TEMPLATES), autoescape=False, trim_blocks=True, lstrip_blocks=True
@@ -112,17 +112,11 @@ def _thumbnail(image: Tensor) -> str:
     """A [3, H, W] image in [0, 1] as a data address: as it is up to 128 px, else reduced and as JPEG."""
     picture = to_pil(image)
     if picture.width <= 128:
-        return _data_uri(_png(picture), "png")
+        return _data_uri(png_bytes(picture), "png")
     picture.thumbnail((LARGEST_THUMBNAIL, LARGEST_THUMBNAIL), Image.Resampling.LANCZOS)
     buffer = io.BytesIO()
     picture.save(buffer, format="JPEG", quality=90)
     return _data_uri(buffer.getvalue(), "jpeg")
-
-
-def _png(picture: Image.Image) -> bytes:
-    buffer = io.BytesIO()
-    picture.save(buffer, format="PNG")
-    return buffer.getvalue()
 
 
 def _data_uri(data: bytes, kind: str) -> str:

@@ -48,6 +48,7 @@ TO_TEACHER = (
     Metric("ssim", "SSIM", "higher", "structural similarity"),
     Metric("perceptual", "perceptual", "lower", "distance in a network's features"),
 )
+REAL = "real"  # heading of the data set's own photos in grids
 STAGES = {"text_encoding": "text encoding", "denoising": "denoising", "vae_decoding": "VAE decoding"}
 
 

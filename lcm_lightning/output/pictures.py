@@ -114,6 +114,20 @@ def grid_images(grid: Image.Image) -> list[GridImage]:
     ]
 
 
+def without_column(grid: Image.Image, heading: str) -> Image.Image:
+    """A `labelled_grid`, or what its file holds, less the images under `heading`, which has to be there."""
+    cells = json.loads(grid.info[CELLS])
+    place = cells["headings"].index(heading)
+    width = cells["size"][0] + GAP
+    start = cells["first"][0] + place * width
+    rest = Image.new("RGB", (grid.width - width, grid.height), "white")
+    rest.paste(grid.crop((0, 0, start, grid.height)), (0, 0))
+    rest.paste(grid.crop((start + width, 0, grid.width, grid.height)), (start, 0))
+    cells["headings"].pop(place)
+    rest.info[CELLS] = json.dumps(cells)
+    return rest
+
+
 def png_bytes(image: Image.Image, settings: str = "") -> bytes:
     """A PNG file: with its `settings_text` under the key ``parameters``, and of a grid with where its images lie."""
     said = PngInfo()
