@@ -51,7 +51,7 @@ MATERIAL = (
     f"{PREPARE} data=flickr30k",
     f"{PREPARE} data=folder",
     f"{CACHE} data=flickr8k data.source=data/flickr8k cache=latents",
-    f"{CACHE} data=flickr8k data.source=data/flickr8k-latents cache=teacher cache.draws=1 method=lcm_lora",
+    f"{CACHE} data=flickr8k data.source=data/flickr8k-latents cache=teacher method=lcm_lora",
     f"{TRAIN} experiment=quickstart_lora hydra.run.dir=material/runs/finetuned",
     f"{TRAIN} experiment=quickstart method.teacher_lora=material/runs/finetuned hydra.run.dir=material/runs/student",
     f"{TRAIN} method=lcm hydra.run.dir=material/runs/full_lcm",
