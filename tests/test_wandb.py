@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import logging
 import math
 import os
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,12 +28,11 @@ from PIL import Image
 from wandb.sdk.launch.sweeps import utils as wandb_sweeps
 
 from helpers.commands import ROOT, SMALL, in_process
-from helpers.wandb_files import RunFile
+from helpers.wandb_files import RunFile, name
 from lcm_lightning.callbacks.experiment_tracking import ExperimentTracking
 from lcm_lightning.config.resolvers import register_resolvers, sweep_name
 from lcm_lightning.config.wandb_sources import fetch_artifacts
 from lcm_lightning.errors import UserError
-from lcm_lightning.runs.preemption import Preempted
 from lcm_lightning.tracking.artifacts import ArtifactRecord, download, read_record, write_record
 from lcm_lightning.tracking.tracker import Sample
 from lcm_lightning.tracking.wandb_logger import WandbTracker, wandb_logger, wandb_run_id
@@ -44,8 +46,8 @@ def without_wandb(patch: pytest.MonkeyPatch, folder: Path) -> None:
     patch.setenv("HOME", str(folder))
     patch.setenv("WANDB_DATA_DIR", str(folder / "staging"))
     patch.setenv("HF_HUB_OFFLINE", "1")
-    for name in ENVIRONMENT:
-        patch.delenv(name, raising=False)
+    for variable in ENVIRONMENT:
+        patch.delenv(variable, raising=False)
 
 
 @pytest.fixture
@@ -206,7 +208,6 @@ def fake_trainer(*loggers: Any, step: int = 7) -> Any:
     [
         (UserError("loss or gradient not finite in 10 steps in a row"), 2, "ERROR", "not finite in 10 steps in a row"),
         (RuntimeError("out of memory\nmore"), 1, "ERROR", "RuntimeError: out of memory"),
-        (Preempted(15, requeue=False), 143, "WARN", "stopped by SIGTERM after step 7"),
     ],
     ids=lambda value: type(value).__name__ if isinstance(value, Exception) else "",
 )
@@ -220,8 +221,35 @@ def test_an_early_end_is_an_alert_and_the_commands_status(
     file = RunFile(here)
     (alert,) = file.of("alert")
     assert alert.level == level and words in alert.text and "\n" not in alert.text
-    assert file.of("exit")[0].exit_code == status
-    assert len(file.of("preempting")) == isinstance(end, Preempted)
+    assert file.of("exit")[0].exit_code == status and not file.of("preempting")
+
+
+@pytest.mark.slow
+def test_a_training_that_a_signal_interrupts_is_preempted_and_goes_on_in_its_run(here: Path):
+    long = ("experiment=quickstart_lora", "logger=wandb", "logger.wandb.log_code=false", "hydra.run.dir=long")
+    long += (
+        "max_steps=1000",
+        "val_every=1000",
+        "data.batch_size=2",
+        "data.num_workers=0",
+        "trainer.log_every_n_steps=1",
+    )
+    command = [sys.executable, str(ROOT / "train.py"), *long]
+    with (here / "log").open("w") as log:
+        training = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
+    try:
+        deadline = time.monotonic() + 300
+        while not (here / "long" / "metrics.csv").is_file() and time.monotonic() < deadline:
+            assert training.poll() is None, (here / "log").read_text()
+            time.sleep(0.2)
+        training.send_signal(signal.SIGTERM)
+        assert training.wait(120) == 128 + signal.SIGTERM
+    finally:
+        training.kill()
+    file = RunFile(here / "long")
+    (alert,) = file.of("alert")
+    assert alert.level == "WARN" and alert.text.startswith("stopped by SIGTERM after step")
+    assert len(file.of("preempting")) == 1 and file.of("exit")[0].exit_code == 143
 
 
 @pytest.mark.slow
@@ -532,3 +560,20 @@ def test_a_table_of_samples_keeps_each_picture(here: Path):
             colors.append(picture.getpixel((0, 0)))
     assert sorted(colors) == [(0, 0, 255), (255, 0, 0)]
     assert file.table("samples/table")["data"][1][:7] == [3, "a dog", 1, "LCM-LoRA 4 steps", 4, 1.0, 0.25]
+
+
+# ---- the workspace ----
+
+
+def test_the_workspace_plots_what_runs_log(chain: Chain, monkeypatch: pytest.MonkeyPatch):
+    pytest.importorskip("wandb_workspaces", reason="wandb-workspaces is not installed")
+    spec = importlib.util.spec_from_file_location("wandb_workspace", ROOT / "scripts" / "wandb_workspace.py")
+    assert spec is not None and spec.loader is not None
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+    view = script.workspace("team", "lcm-lightning")
+    assert [section.name for section in view.sections] == ["Samples", *script.CURVES, "Evaluation"]
+    plotted = {key for lines in script.CURVES.values() for keys in lines for key in keys}
+    logged = {name(item) for row in RunFile(chain.student).of("history") for item in row.item}
+    quality = {"val/student_distance", "val/student_cmmd", "val/student_kid"}  # of callbacks=student_quality
+    assert plotted - quality <= logged

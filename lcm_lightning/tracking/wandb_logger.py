@@ -59,6 +59,7 @@ class WandbTracker(Tracker, WandbLogger):
         self.log_code = log_code
         self.log_checkpoints = log_checkpoints
         self.exit_code = 1  # of a run that fails
+        self.goes_on = False
 
     # ---- the run -------------------------------------------------------------------------------------------------
 
@@ -100,9 +101,13 @@ class WandbTracker(Tracker, WandbLogger):
 
     @rank_zero_only
     def finalize(self, status: str) -> None:
-        """End the run, with a status that tells a finished one from a failed one."""
+        """End the run, with a status that tells a finished one from a failed one.
+
+        An interrupted one ends with the process, whose status W&B sees: waiting for uploads could cost a job its
+        place in the queue.
+        """
         self.silent_until = 0.0  # one more try
-        if self._experiment is not None:
+        if self._experiment is not None and not self.goes_on:
             self._end(status)
 
     @tolerant
@@ -116,7 +121,7 @@ class WandbTracker(Tracker, WandbLogger):
     @tolerant
     def alert(self, title: str, text: str, exit_code: int, *, goes_on: bool = False) -> None:
         """W&B mails or posts it, as the user's settings there say; an interrupted run is "preempted" there."""
-        self.exit_code = exit_code
+        self.exit_code, self.goes_on = exit_code, goes_on
         if goes_on:
             self.experiment.mark_preempting()
         self.experiment.alert(title[:63], text, level="WARN" if goes_on else "ERROR")
@@ -150,7 +155,8 @@ class WandbTracker(Tracker, WandbLogger):
             for s in samples
         ]
         table = wandb.Table(columns=list(COLUMNS), data=rows)
-        super().log_metrics({"samples/grid": wandb.Image(grid), "samples/table": table}, step)
+        shown: dict[str, Any] = {"samples/grid": wandb.Image(grid), "samples/table": table}
+        super().log_metrics(shown, step)
 
     # ---- what it was made from, and what it has made -------------------------------------------------------------
 
