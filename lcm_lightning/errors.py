@@ -158,7 +158,9 @@ def unreadable(override: str, arguments: Sequence[str]) -> str:
     if placeholder := re.search(r"<[\w -]+>", value):
         return f"{placeholder[0]} stands for a name that you know; put that in its place"
     if (sign := unclosed(value)) is not None:
-        return f"{sign} is never closed; close it, or, if it belongs to a text, quote the value twice: {quoted(override)}"
+        return (
+            f"{sign} is never closed; close it, or, if it belongs to a text, quote the value twice: {quoted(override)}"
+        )
     if value.startswith("["):
         example = f'{key}=["...","..."]'
         return f"is no list that can be read; quote the texts in it: {shlex.quote(example)}"

@@ -15,8 +15,8 @@ from omegaconf import OmegaConf
 from rich.table import Table
 
 from lcm_lightning.errors import UserError, program, report_user_errors
-from lcm_lightning.output.files import write_atomic
 from lcm_lightning.output.console import plain_table, print_table
+from lcm_lightning.output.files import write_atomic
 from lcm_lightning.runs.folders import OVERRIDES
 
 METRICS = "metrics.csv"

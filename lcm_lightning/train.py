@@ -25,7 +25,17 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 GROUPS = ("model", "method", "optimizer", "data", "trainer", "logger", "callbacks")
-TRAIN_KEYS = (*GROUPS, "name", "seed", "max_steps", "val_every", "optimized_metric", "resume", "print_config", "run_dir")
+TRAIN_KEYS = (
+    *GROUPS,
+    "name",
+    "seed",
+    "max_steps",
+    "val_every",
+    "optimized_metric",
+    "resume",
+    "print_config",
+    "run_dir",
+)
 
 
 @command("train")

@@ -293,6 +293,16 @@ def test_a_shard_cut_off_after_counting_keeps_the_steps(tmp_path):
     assert 15 <= len(by_key(batches)) <= 21
 
 
+def test_every_epoch_of_a_limited_training_is_of_the_first_few_which_validation_can_be_too(shards):
+    module = data(shards, train_limit=6, val_split="train", val_limit=6)
+    module.prepare_data()
+    loader = module.train_dataloader()
+    seen = [Counter(key for batch in epoch(loader, number) for key in valid_keys(batch)) for number in range(3)]
+    assert seen == [Counter(f"k{n}" for n in range(6))] * 3
+    validated = [key for batch in epoch(module.val_dataloader()) for key in valid_keys(batch)]
+    assert validated == [f"k{n}" for n in range(6)]
+
+
 class Recorder(pl.LightningModule):
     """Writes down what it is trained on."""
 

@@ -250,6 +250,34 @@ def test_a_run_begins_with_what_is_chosen_and_changed(run: Run, capfd: pytest.Ca
     assert "├── debug=fdr" in tree and "├── max_steps=7" in tree and "├── callbacks=default" in tree
 
 
+def test_debug_overfit_draws_and_validates_the_images_that_it_trains_on(run: Run):
+    folder = run("few", "method=lora", "debug=overfit", "logger=csv", "trainer=cpu", "max_steps=2", "val_every=2")
+    config = OmegaConf.load(folder / "config.yaml")
+    # What is typed counts: `SMALL` wants batches of 2, and to validate on 2.
+    assert (config.data.train_limit, config.data.val_split, config.data.batch_size) == (4, "train", 2)
+    assert "val/loss" in metrics(folder)[-1] and (folder / "samples" / "step_000002.png").is_file()
+
+
+def test_debug_profile_leaves_a_table_and_a_trace(run: Run, capfd: pytest.CaptureFixture[str]):
+    folder = run("slow", "method=lora", "debug=profile", "logger=csv", "trainer=cpu", "max_steps=6")
+    (table,) = (folder / "profile").glob("*.txt")
+    assert "Optimizer.step#AdamW.step" in table.read_text()
+    assert len(list((folder / "profile").glob("*.pt.trace.json"))) == 1
+    assert "  profile   slow/profile/\n" in capfd.readouterr().out
+
+
+@pytest.mark.parametrize("experiment", sorted(path.stem for path in (ROOT / "conf" / "experiment").glob("*.yaml")))
+@pytest.mark.parametrize("debug", ["fdr", "overfit", "profile"])
+def test_a_debug_preset_goes_over_every_experiment_and_under_what_is_typed(experiment: str, debug: str):
+    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+        typed = [f"experiment={experiment}", f"debug={debug}", "trainer=ddp_sim", "val_every=7"]
+        typed += ["method.vae=v", "method.clip=c"] if experiment == "pretrain_unet" else []
+        cfg = compose("train", overrides=typed)
+    assert cfg.max_steps == OmegaConf.load(ROOT / "conf" / "debug" / f"{debug}.yaml").max_steps
+    assert (cfg.trainer.devices, cfg.trainer.accelerator, cfg.val_every) == (2, "cpu", 7)
+    assert set(cfg) <= set(TRAIN_KEYS)
+
+
 def test_the_end_of_a_run_names_what_it_left(run: Run, capfd: pytest.CaptureFixture[str]):
     small = ("method=lora", "debug=fdr", "logger=csv")
     run("drawn", *small)
@@ -272,7 +300,7 @@ def test_the_quick_evaluation_is_proposed_for_the_embedded_pipeline_on_any_data(
 ):
     write_manifest(tmp_path / "lora", [Adapter(LoraFinetuning.kind)])
     with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
-        cfg = compose("train", overrides=choices)
+        cfg = compose("train", overrides=[*choices, "name=mine"])
     assert f"python evaluate.py run={tmp_path}{protocol}\n" in next_commands(cfg, tmp_path)
 
 
@@ -281,8 +309,11 @@ def test_the_quick_evaluation_is_proposed_for_the_embedded_pipeline_on_any_data(
     [
         (["experiment=lora_flickr8k"], "experiment=lcm_flickr8k"),
         (["experiment=quickstart_lora", "seed=3", "trainer=ddp_sim"], "experiment=quickstart trainer=ddp_sim"),
-        (["experiment=lora_folder", "data.source=my photos", "model=tiny"], "experiment=lcm_folder 'data.source=my photos' model=tiny"),
-        (["method=lora", "data=twemoji"], None),
+        (
+            ["experiment=lora_folder", "data.source=my photos", "model=tiny"],
+            "experiment=lcm_folder 'data.source=my photos' model=tiny",
+        ),
+        (["method=lora", "data=twemoji", "name=mine"], None),
     ],
 )
 def test_the_end_of_a_fine_tuning_names_its_distillation_with_the_same_model_and_data(

@@ -106,7 +106,9 @@ def test_help_of_prepare_and_evaluate_has_the_keys_of_the_groups_that_they_alone
 
 def test_help_of_a_file_has_its_keys_and_those_it_took_over():
     shown = help_text([configurations()], "train", "lcm-command", {"data": "twemoji", "method": "pcm_lora"})
-    assert re.search(r"^  data\.flip_probability=0\.0 +letters, arrows and clocks have a direction$", shown, re.MULTILINE)
+    assert re.search(
+        r"^  data\.flip_probability=0\.0 +letters, arrows and clocks have a direction$", shown, re.MULTILINE
+    )
     assert "\n  data.batch_size=32\n" in shown and "\n  data.shuffle_buffer=1000\n" in shown
     assert re.search(r"^  method\.distillation\.solver_steps=1\s+in each of the num_ode_steps$", shown, re.MULTILINE)
     with pytest.raises(UserError, match="method=nonesuch: there is no such file in conf/method; there are dmd2_lora"):

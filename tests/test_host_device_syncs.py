@@ -80,8 +80,9 @@ def module(method: str, pipeline_folder: Path) -> AdapterTraining:
 
 @pytest.mark.parametrize("method", ["lora", "lcm", "tcd", "pcm", "dmd2"])
 def test_no_number_is_read_from_the_device_in_a_step_that_is_not_logged(
-    tmp_path: Path, pipeline_folder: Path, flickr_shards: Path, method: str
+    tmp_path: Path, pipeline_folder: Path, flickr_shards: Path, method: str, monkeypatch: pytest.MonkeyPatch
 ):
+    monkeypatch.setattr("lcm_lightning.callbacks.progress_bar.draws_bars", lambda console: True)
     reads = Reads()
     trainer = L.Trainer(
         accelerator="cpu",

@@ -20,8 +20,8 @@ from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 from diffusers.loaders.single_file_utils import convert_ldm_unet_checkpoint
 from huggingface_hub import HfApi
 from huggingface_hub.errors import EntryNotFoundError
-from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from omegaconf import OmegaConf
+from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer

@@ -38,8 +38,9 @@ class ProgressLines(L.Callback):
         total = total_steps(trainer)
         if trainer.is_global_zero and (part := tenth(trainer.global_step, total)) > self.told:
             self.told = part
-            bar = trainer.progress_bar_callback
-            log.info(self.line(trainer, total), extra=SHOWN if bar is not None and bar.is_enabled else None)
+            # Lightning's bars have it, their common class has not.
+            has_bar = getattr(trainer.progress_bar_callback, "is_enabled", False)
+            log.info(self.line(trainer, total), extra=SHOWN if has_bar else None)
 
     def line(self, trainer: L.Trainer, total: float) -> str:
         """Step, loss, images a second, time left; what is not known is left out."""

@@ -101,7 +101,7 @@ def refuse_words(arguments: Sequence[str], config_name: str) -> None:
 
 
 def with_the_one_before(arguments: Sequence[str]) -> Iterator[tuple[str, str]]:
-    """Each argument that is no flag and no flag's value, after that before it, "" where that is one or there is none."""
+    """Each argument that is no flag and no flag's value, after the one before it, or "" where that is one."""
     flags = get_args_parser()._option_string_actions
     before = ""
     for place, argument in enumerate(arguments):

@@ -49,8 +49,8 @@ def help_text(folders: Sequence[Path], name: str, program: str, chosen: Mapping[
         parts += ["", "experiments:"]
         parts += [entry(*recipe) for recipe in options(folders, "experiment").items()]
     parts += ["", "keys, set by key=value:", *entries("", keys_of(lines[start:end]))]
-    for group, option in asked_for(folders, groups, chosen or {}):
-        parts += ["", f"keys of {group}={option}:", *entries(f"{group}.", file_keys(folders, group, option))]
+    for key, option in asked_for(folders, groups, chosen or {}):
+        parts += ["", f"keys of {key}={option}:", *entries(f"{key}.", file_keys(folders, key, option))]
     if groups:
         parts += ["", f"`{program} --help GROUP=NAME` explains the keys of a file,"]
         parts += ["`--cfg job` in place of --help shows every key as it is chosen."]
@@ -86,7 +86,7 @@ def first_sentence(file: Path) -> str:
 def asked_for(
     folders: Sequence[Path], groups: Mapping[str, re.Match[str]], chosen: Mapping[str, str]
 ) -> Iterator[tuple[str, str]]:
-    """Group and name of the files whose keys are shown: those chosen, and of the command's own groups the usual ones."""
+    """Group and name of files whose keys are shown: those chosen, and of the command's own groups the usual ones."""
     for group, found in groups.items():
         known = options(folders, group)
         option = chosen.get(group, found["value"])

@@ -25,6 +25,7 @@ def quiet_known_warnings() -> None:
         ".*Experiment logs directory .* exists.*",  # metrics.csv belongs in the run folder, which Hydra has made
         ".*Checkpoint directory .* exists and is not empty.*",
         ".*isinstance\\(treespec, LeafSpec\\).*",  # Lightning's own use of torch
+        ".*smaller than the logging interval.*",  # which runs on over epochs here
         ".*does not have many workers.*",  # the number of workers is the user's choice, data.num_workers
         ".*module\\(s\\) in eval mode at the start.*",  # the frozen networks
         ".*overridden `transfer_batch_to_device` in `LightningModule`.*",  # to leave the seeds on the host
