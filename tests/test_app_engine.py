@@ -18,9 +18,9 @@ from PIL import Image
 
 from lcm_lightning.app import engine as engine_module
 from lcm_lightning.app.choices import Choices, local_runs
-from lcm_lightning.app.panels import Wish, draw
 from lcm_lightning.app.engine import Column, Engine, Settings, Superseded, columns
 from lcm_lightning.app.html import Panel, pictures
+from lcm_lightning.app.panels import Wish, draw
 from lcm_lightning.config.entry import configurations
 from lcm_lightning.config.resolvers import register_resolvers
 from lcm_lightning.errors import UserError

@@ -10,9 +10,9 @@ import gradio as gr
 
 from lcm_lightning.app import html
 from lcm_lightning.app.choices import Choices
-from lcm_lightning.app.panels import Wish, draw, explained, load
 from lcm_lightning.app.engine import Engine, ModelOnDevice, Settings, Superseded
 from lcm_lightning.app.evaluations import find_evaluations, read_evaluation
+from lcm_lightning.app.panels import Wish, draw, explained, load
 from lcm_lightning.errors import UserError, first_line
 from lcm_lightning.methods import adapter_kinds
 
