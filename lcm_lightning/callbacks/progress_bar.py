@@ -12,7 +12,7 @@ from rich.progress import TaskID
 from lcm_lightning.callbacks.trainers import logs
 from lcm_lightning.output.progress import draws_bars
 
-FIGURES = ("train/loss", "train/images_per_second")
+FIGURES = {"train/loss": "loss", "train/images_per_second": "images/s"}  # by what they are called behind the bar
 
 
 class ProgressBar(RichProgressBar):
@@ -37,7 +37,7 @@ class ProgressBar(RichProgressBar):
         step = trainer.global_step
         if trainer.validating or (step != self.shown_step and logs(trainer, step)):
             logged = trainer.logged_metrics
-            figures = {name: float(logged[name]) for name in FIGURES if name in logged}
+            figures = {short: float(logged[name]) for name, short in FIGURES.items() if name in logged}
             self.shown, self.shown_step = super().get_metrics(trainer, pl_module) | figures, step
         return self.shown
 
