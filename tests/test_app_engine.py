@@ -19,7 +19,8 @@ from PIL import Image
 from lcm_lightning.app import engine as engine_module
 from lcm_lightning.app.choices import Choices, local_runs
 from lcm_lightning.app.engine import Column, Engine, Settings, Superseded, columns
-from lcm_lightning.app.html import Panel, pictures
+from lcm_lightning.app.evaluations import Shown, picture_rows, read_evaluation
+from lcm_lightning.app.html import Panel, evaluation, pictures
 from lcm_lightning.app.panels import Wish, draw
 from lcm_lightning.config.entry import configurations
 from lcm_lightning.config.resolvers import register_resolvers
@@ -331,3 +332,20 @@ def test_what_the_command_names_comes_first(choices):
     offered = choices("model=tiny", "student=true", "model.unet_init=null")
     assert offered.first() == offered.listed()[0][1] == "command"
     assert offered.teacher_settings("command") == (50, 2.0)
+
+
+def test_an_evaluation_is_tables_and_small_pictures_of_each_contender(tmp_path: Path):
+    folder = tmp_path / "dogs" / "1" / "evaluation" / "quick"
+    for name, side in (("a", 8), ("b", 512)):
+        (folder / "images" / name).mkdir(parents=True)
+        for number in range(3):
+            Image.new("RGB", (side, side), "red").save(folder / "images" / name / f"{number:06d}.png")
+    (folder / "images" / "b" / "000002.png").unlink()  # not drawn yet
+    rows = picture_rows(folder, ["images/a", "images/b"], 8)
+    assert [[file.parent.name + file.name[5] for file in row] for row in rows] == [["a0", "b0"], ["a1", "b1"]]
+    shown = evaluation(Shown("quick", [], ["A", "B"], rows, []))
+    assert shown.count("data:image/png") == shown.count("data:image/jpeg") == 2 and len(shown) < 20_000
+    with pytest.raises(ValueError):
+        picture_rows(folder, ["../../../../.."], 8)
+    with pytest.raises(UserError, match="not there any more"):
+        read_evaluation(tmp_path, "../elsewhere")

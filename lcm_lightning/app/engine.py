@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import gc
-import itertools
+import threading
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
@@ -167,7 +167,7 @@ class Engine:
         self.device = device
         self.kept_models = kept_models
         self.kept_pictures = kept_pictures
-        self._tickets = itertools.count(1)
+        self._counting = threading.Lock()
         self._newest = 0
         # One thread, also because each that computes would bring the threads of its own OpenMP pool.
         self._thread = ThreadPoolExecutor(1, "drawing")
@@ -183,8 +183,9 @@ class Engine:
 
     def ticket(self) -> int:
         """The newest wish; those before it are void."""
-        self._newest = next(self._tickets)
-        return self._newest
+        with self._counting:
+            self._newest += 1
+            return self._newest
 
     def on_device(self, source: ModelSource) -> ModelOnDevice | None:
         """The model, if it has been read and is still there."""

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import base64
+import io
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
 from pathlib import Path
+
+from PIL import Image
 
 from lcm_lightning.app.engine import Picture
 from lcm_lightning.app.evaluations import Shown
@@ -15,6 +18,7 @@ from lcm_lightning.evaluation.tables import Table
 from lcm_lightning.output.pictures import png_bytes
 
 SMALL = 128  # px: pictures up to this are shown pixel by pixel
+THUMBNAIL = 256  # px: those of an evaluation are many
 
 CSS = """
 .pictures { display: flex; flex-wrap: wrap; gap: 16px; }
@@ -88,7 +92,13 @@ def evaluation(shown: Shown) -> str:
 
 
 def _cell(file: Path) -> str:
-    return f'<td><img class="pixels" loading="lazy" alt="" src="{data_address(file.read_bytes(), "png")}"></td>'
+    with Image.open(file) as picture:
+        if picture.width <= SMALL:
+            return f'<td><img class="pixels" alt="" src="{data_address(file.read_bytes(), "png")}"></td>'
+        picture.thumbnail((THUMBNAIL, THUMBNAIL))
+        reduced = io.BytesIO()
+        picture.convert("RGB").save(reduced, "JPEG", quality=90)
+    return f'<td><img alt="" src="{data_address(reduced.getvalue(), "jpeg")}"></td>'
 
 
 def _table(table: Table) -> str:

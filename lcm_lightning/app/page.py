@@ -10,7 +10,7 @@ import gradio as gr
 
 from lcm_lightning.app import html
 from lcm_lightning.app.choices import Choices
-from lcm_lightning.app.engine import Engine, ModelOnDevice, Settings, Superseded
+from lcm_lightning.app.engine import Column, Engine, ModelOnDevice, Settings, Superseded
 from lcm_lightning.app.evaluations import find_evaluations, read_evaluation
 from lcm_lightning.app.panels import Wish, draw, explained, load
 from lcm_lightning.errors import UserError, first_line
@@ -187,11 +187,11 @@ class Page:
     def _usual(self, key: str, model: ModelOnDevice) -> list[Any]:
         teacher_steps, teacher_guidance = self.choices.teacher_settings(key)
         students = [column for column in model.columns if column.role == "student"]
-        steps, guidance = (students[0].steps, students[0].guidance_scale) if students else (gr.skip(), gr.skip())
+        steps, guidance = (students[0].steps, students[0].guidance_scale) if students else (4, 1.0)
         names = model.lora_names[:SLIDERS]
         sliders = [gr.update(label=name, value=1, visible=True) for name in names]
         sliders += [gr.update(value=1, visible=False)] * (SLIDERS - len(names))
-        negative = gr.update(interactive=True)
+        negative = gr.update(interactive=reads_negative_prompt(model.columns, guidance, teacher_guidance))
         return [steps, guidance, teacher_steps, teacher_guidance, negative, gr.update(visible=bool(names)), *sliders]
 
     def _use_loras(self, files: Sequence[str] | None, text: str, role: str, base_model: str) -> tuple[Any, ...]:
@@ -203,16 +203,10 @@ class Page:
 
     def _negative(self, keys: Sequence[str], guidance: float, teacher_guidance: float, with_teacher: bool) -> Any:
         """A negative prompt can be given where a pass of the network would read it."""
-        scales = {"student": guidance}
         models = [self.engine.on_device(self.choices.source(key)) for key in keys]
-        acts = [
-            column.sampler.passes(scales.get(column.role, teacher_guidance)) > 1
-            for model in models
-            if model is not None
-            for column in model.columns
-            if with_teacher or column.role == "student"
-        ]
-        return gr.update(interactive=any(acts) or not acts)
+        columns = [column for model in models if model is not None for column in model.columns]
+        shown = [column for column in columns if with_teacher or column.role == "student"]
+        return gr.update(interactive=reads_negative_prompt(shown, guidance, teacher_guidance))
 
     def _arrive(self, keys: Sequence[str]) -> Any:
         """Offer runs that have ended since the page was built."""
@@ -234,6 +228,12 @@ class Page:
             return html.evaluation(read_evaluation(self.outputs, name))
         except UserError as error:
             return html.problem(str(error))
+
+
+def reads_negative_prompt(columns: Sequence[Column], guidance: float, teacher_guidance: float) -> bool:
+    """Whether one of them takes a second pass of the network a step, which is told what not to draw."""
+    scales = {column: guidance if column.role == "student" else teacher_guidance for column in columns}
+    return any(column.sampler.passes(scale) > 1 for column, scale in scales.items())
 
 
 SEED = 3  # among the values of a wish
