@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import subprocess
 import sys
 import time
 import warnings
@@ -23,7 +24,9 @@ class Inputs:
         self.folder = Path(folder).absolute()
         self.expected: dict[str, Any] = json.loads((self.folder / "expected.json").read_text())
         self.noise = np.load(self.folder / "noise.npy")
-        self.base, self.lora = np.load(self.folder / "base.npy"), np.load(self.folder / "lora.npy")
+        self.base, self.lora, self.attention = (
+            np.load(self.folder / f"{name}.npy") for name in ("base", "lora", "attention")
+        )
 
     def __truediv__(self, name: str) -> str:
         return str(self.folder / name)
@@ -75,10 +78,16 @@ class Report:
 
 
 def difference(found: np.ndarray, expected: np.ndarray, without: np.ndarray) -> dict[str, float]:
-    """Largest and mean absolute difference of two pictures in 0..255, and the mean change that the LoRA makes in ours."""
+    """Largest and mean absolute difference of two pictures in 0..255, and the mean change by the LoRA in ours."""
     apart = np.abs(found.astype(np.float64) - expected)
     change = np.abs(expected.astype(np.float64) - without).mean()
     return {"max": round(apart.max(), 4), "mean": round(apart.mean(), 5), "change": round(change, 3)}
+
+
+def commit_of(checkout: str) -> str:
+    """The commit of a cloned repository, "" of a folder that is none."""
+    done = subprocess.run(["git", "-C", checkout, "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
+    return done.stdout.strip()[:10]
 
 
 class Weights:
@@ -98,7 +107,7 @@ class Weights:
         self.layers += bool(changed.any())
 
     def row(self) -> dict[str, float]:
-        """The largest difference, the root of the summed squares relative to the LoRA's change, and the layers changed."""
+        """The largest difference, the norm of all of it over that of the LoRA's change, and the layers changed."""
         relative = (self.apart / self.change) ** 0.5
         return {
             "weight_max": float(f"{self.largest:.2g}"),

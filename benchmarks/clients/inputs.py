@@ -3,12 +3,13 @@
 In a folder of each size:
 
     pipeline/           as diffusers saves it, float16
-    lora/               pytorch_lora_weights.safetensors, kohya_lora_weights.safetensors
+    lora/               pytorch_lora_weights.safetensors, kohya_lora_weights.safetensors; kohya_attention.safetensors
+                        has those of its layers that are linear ones of attention
     fused/              the pipeline with the LoRA added to its weights, float32, and the scheduler that draws from it
     base.safetensors    the pipeline in one file with Stable Diffusion's own names, float16   (real sizes only)
     fused.safetensors   fused/ as such a file, float32                                         (real sizes only)
     noise.npy           the noise that the pictures start from, [1, 4, h, w]
-    base.npy, lora.npy  pictures of our own without and with the LoRA, [H, W, 3], float32 in 0..255, not rounded
+    base.npy, lora.npy, attention.npy  pictures of our own without and with these, [H, W, 3] in 0..255, not rounded
     expected.json       prompt, seed, size, steps, guidance, and the scheduler with its settings
 """
 
@@ -23,7 +24,9 @@ from typing import Any
 
 import numpy as np
 import torch
+from transformers import CLIPTextConfig, CLIPTextModel
 
+from benchmarks.inputs import small
 from lcm_lightning.config.resolvers import package_file
 from lcm_lightning.exports.single_checkpoint import original_state_dict
 from lcm_lightning.methods.lcm_lora import LCM
@@ -38,7 +41,7 @@ from lcm_lightning.models.adapters import (
     lora_parameters,
     lora_state_dict,
 )
-from lcm_lightning.models.architectures import clip_tokenizer
+from lcm_lightning.models.architectures import SD15_TEXT, clip_tokenizer
 from lcm_lightning.models.kinds import KOHYA_FILE, LORA_FILE
 from lcm_lightning.models.lora_files import save_lora
 from lcm_lightning.models.sampling import Sampler, make_scheduler, sample
@@ -49,6 +52,8 @@ from lcm_lightning.runs.contents import read_manifest
 
 PROMPT = "a red heart"
 NAME = "client"
+ATTENTION_FILE = "kohya_attention.safetensors"
+SD15_TOKENS = {key: SD15_TEXT[key] for key in ("vocab_size", "bos_token_id", "eos_token_id") if key in SD15_TEXT}
 
 
 @dataclass(frozen=True)
@@ -69,19 +74,42 @@ class Size:
 
 
 def embedded() -> tuple[StableDiffusion, str, Sampler]:
-    """The embedded pipeline with the student that ships, drawn by LCM's sampler, which more programs have than TCD's."""
+    """The embedded pipeline with the student that ships, drawn by LCM's sampler: more programs have it than TCD's."""
     model, student = load_stable_diffusion(package_file("assets/tiny")), Path(package_file("assets/tiny/student"))
     adapter = read_manifest(student)[-1]
     load_lora(model, student / "lora" / adapter.file, adapter.kind.name)
     return model, adapter.kind.name, LCM
 
 
-@torch.no_grad()
 def real_sizes() -> tuple[StableDiffusion, str, Sampler]:
-    """SD v1-5's architecture and CLIP's tokenizer, random weights that float16 holds, and a LoRA of random numbers."""
+    """SD v1-5's architecture and CLIP's tokenizer, with random weights."""
     torch.manual_seed(0)
     model = load_stable_diffusion("", dtype=torch.float32, unet_init="random")
     model.tokenizer = clip_tokenizer("<|endoftext|>")
+    return with_random_lora(model)
+
+
+def small_sizes() -> tuple[StableDiffusion, str, Sampler]:
+    """The same with few channels; unlike the embedded pipeline it predicts the noise, as Stable Diffusion 1 does."""
+    torch.manual_seed(0)
+    model = small()
+    config = CLIPTextConfig(**{**SD15_TEXT, **model.text_encoder.config.to_diff_dict(), **SD15_TOKENS})
+    parts = {**model.pipeline_parts(), "text_encoder": CLIPTextModel(config).eval()}
+    names = ("text_encoder", "vae", "unet")
+    return with_random_lora(
+        StableDiffusion(
+            tokenizer=clip_tokenizer("<|endoftext|>"),
+            scheduler_config=model.scheduler_config,
+            name_or_path=model.name_or_path,
+            dtype=torch.float32,
+            **{name: parts[name] for name in names},
+        )
+    )
+
+
+@torch.no_grad()
+def with_random_lora(model: StableDiffusion) -> tuple[StableDiffusion, str, Sampler]:
+    """Weights as float16 holds them, and a LoRA of random numbers."""
     for parameter in model.parameters():
         parameter.copy_(parameter.half())
     add_lora(model.unet, NAME, LoraSettings(rank=4, alpha=4), fused=False)
@@ -95,6 +123,7 @@ def real_sizes() -> tuple[StableDiffusion, str, Sampler]:
 
 SIZES = {
     "tiny": Size(embedded, resolution=64, steps=4, single_file=False),
+    "small": Size(small_sizes, resolution=128, steps=4, single_file=False),
     "sd15": Size(real_sizes, resolution=256, steps=1, single_file=True),
 }
 
@@ -108,9 +137,12 @@ def make_inputs(folder: Path, size: Size) -> Path:
     lora = lora_state_dict(model.unet, name)
     save_lora(lora, folder / "lora" / LORA_FILE)
     save_lora(kohya_state_dict(lora, model.unet), folder / "lora" / KOHYA_FILE)
+    attention = {key: tensor for key, tensor in lora.items() if ".attn" in key}
+    save_lora(kohya_state_dict(attention, model.unet), folder / "lora" / ATTENTION_FILE)
+    load_lora(model, folder / "lora" / ATTENTION_FILE, "attention")
     seed = 7
     drawn = {"steps": size.steps, "seed": seed, "size": size.resolution, "guidance_scale": 1.0}
-    for picture, adapters in {"base": (), "lora": (name,)}.items():
+    for picture, adapters in {"base": (), "lora": (name,), "attention": ("attention",)}.items():
         with active_adapters(model, adapters):
             np.save(folder / f"{picture}.npy", draw(model, sampler, seed, size))
     shape = model.latent_shape(size.resolution, size.resolution)

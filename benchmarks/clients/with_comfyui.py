@@ -6,13 +6,12 @@ python with_comfyui.py INPUTS CHECKOUT
 from __future__ import annotations
 
 import gc
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent))
-from common import Inputs, Report, Weights, difference
+from common import Inputs, Report, Weights, commit_of, difference
 
 FOLDER, CHECKOUT = sys.argv[1:]
 sys.path.insert(0, CHECKOUT)
@@ -67,8 +66,7 @@ def merged(model: Any, inputs: Inputs) -> dict[str, float]:
 def main() -> None:
     """Every file that ComfyUI should take."""
     inputs = Inputs(FOLDER)
-    commit = subprocess.run(["git", "-C", CHECKOUT, "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
-    report = Report("ComfyUI", "torch", ComfyUI=comfyui_version.__version__, commit=commit.stdout.strip()[:10])
+    report = Report("ComfyUI", "torch", ComfyUI=comfyui_version.__version__, commit=commit_of(CHECKOUT))
     report.listen()
     with report.row("base.safetensors") as row:
         model, clip, vae, _ = comfy.sd.load_checkpoint_guess_config(inputs / "base.safetensors")
@@ -79,10 +77,9 @@ def main() -> None:
             adapted, adapted_clip = comfy.sd.load_lora_for_models(model, clip, lora, 1.0, 1.0)
             row |= merged(adapted, inputs)
             row["picture"] = difference(draw(adapted, adapted_clip, vae, inputs), inputs.lora, inputs.base)
-    with report.row("the same with the node ModelSamplingDiscrete, sampling lcm") as row:
-        distilled = ModelSamplingDiscrete().patch(adapted, "lcm", False)[0]
-        row["picture"] = difference(draw(distilled, adapted_clip, vae, inputs), inputs.lora, inputs.base)
-        row["timesteps"] = {"without": timesteps(adapted, 4), "with": timesteps(distilled, 4)}
+    with report.row("4 steps by sgm_uniform, without and with the node ModelSamplingDiscrete") as row:
+        distilled = ModelSamplingDiscrete().patch(model, "lcm", False)[0]
+        row["timesteps"] = {"without": timesteps(model, 4), "with": timesteps(distilled, 4)}
     del model, clip, vae, adapted, adapted_clip, distilled  # 8 GB
     comfy.model_management.unload_all_models()
     gc.collect()

@@ -5,13 +5,12 @@ python with_sd_scripts.py INPUTS CHECKOUT
 
 from __future__ import annotations
 
-import subprocess
 import sys
 from pathlib import Path
 
 sys.path[:0] = [str(Path(__file__).parent), sys.argv[2]]
 import torch
-from common import Inputs, Report, Weights
+from common import Inputs, Report, Weights, commit_of
 from diffusers import UNet2DConditionModel
 from networks.lora import create_network_from_weights
 from safetensors import safe_open
