@@ -194,7 +194,6 @@ def test_the_hash_is_of_everything_behind_the_header(adapted, tmp_path: Path):
     content = file.read_bytes()
     digest = hashlib.sha256(content[8 + int.from_bytes(content[:8], "little") :]).hexdigest()
     assert header(file)["modelspec.hash_sha256"] == f"0x{digest}"
-    assert list(header(file)) != [] and write_kohya_lora(tensors, model, (STUDENT,), tmp_path / "again").is_file()
 
 
 @pytest.mark.parametrize("names", [[STUDENT], [STYLE], [STYLE, STUDENT]])

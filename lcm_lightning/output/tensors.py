@@ -6,6 +6,7 @@ import hashlib
 import json
 import shutil
 from collections.abc import Mapping
+from io import BufferedReader
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
 
@@ -43,7 +44,7 @@ def save_tensors(tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[st
         beside.unlink(missing_ok=True)
 
 
-def _copy(content: BinaryIO, file: BinaryIO, metadata: dict[str, str]) -> None:
+def _copy(content: BufferedReader, file: BinaryIO, metadata: dict[str, str]) -> None:
     """Copy a .safetensors file with other metadata."""
     header = json.loads(content.read(int.from_bytes(content.read(8), "little")))
     start = content.tell()
