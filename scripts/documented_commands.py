@@ -77,9 +77,11 @@ PLACEHOLDERS = (
     (r"/path/to/folder|[\w-]+\.safetensors(?= |$)", "lcm_lightning/assets/tiny"),
     (r"outputs/full_lcm_\w+/(?:<date_time>|\.\.\.)", "material/runs/full_lcm"),
     (r"outputs/lora_\w+(?:/(?:<date_time>|\.\.\.))?(?![\w/])", "material/runs/finetuned"),
+    (r"outputs/lcm_flickr30k/\.\.\.", "material/runs/finetuned"),  # beside another: no model is compared with itself
     (r"outputs/<name>/<date_time>", "material/runs"),
     (r"outputs/[\w<>]+/(?:<date_time>|\.\.\.|\d{4}-[\d_-]+)", "material/runs/student"),
-    (r"outputs/(?:\.\.\.|a|b|tcd_noto)(?![\w/])", "material/runs/student"),
+    (r"outputs/(?:\.\.\.|a|tcd_noto)(?![\w/])", "material/runs/student"),
+    (r"outputs/b(?![\w/])", "material/runs/finetuned"),
     (r"/tmp/lcm_runs/lora\b", "material/runs/finetuned"),
     (r"/tmp/lcm_runs/lcm\b", "material/runs/student"),
     (r"/tmp/flickr8k_shards|\bSHARDS\b", "data/flickr8k"),
