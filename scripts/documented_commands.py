@@ -76,7 +76,7 @@ PLACEHOLDERS = (
     (r"/path/to/photos", "material/folder"),
     (r"/path/to/folder|[\w-]+\.safetensors(?= |$)", "lcm_lightning/assets/tiny"),
     (r"outputs/full_lcm_\w+/(?:<date_time>|\.\.\.)", "material/runs/full_lcm"),
-    (r"outputs/lora_\w+(?:/(?:<date_time>|\.\.\.))?(?![\w/])", "material/runs/finetuned"),
+    (r"outputs/(?:lora_\w+|quickstart_lora)(?:/(?:<date_time>|\.\.\.))?(?![\w/])", "material/runs/finetuned"),
     (r"outputs/lcm_flickr30k/\.\.\.", "material/runs/finetuned"),  # beside another: no model is compared with itself
     (r"outputs/<name>/<date_time>", "material/runs"),
     (r"outputs/[\w<>]+/(?:<date_time>|\.\.\.|\d{4}-[\d_-]+)", "material/runs/student"),
