@@ -169,12 +169,12 @@ def runnable(program: Sequence[str]) -> list[str]:
         words += ["READY=", f"BIN={Path(sys.executable).parent}"]
     if words and words[0] in SCRIPTS:
         words[:1] = [sys.executable, "-m", SCRIPTS[words[0]]]
+    elif words and Path(words[0]).name in ("python", "python3"):
+        words[0] = sys.executable
     elif words and words[0].startswith(".venv/bin/"):
         words[:1] = [sys.executable, "-m", Path(words[0]).name]
     elif words[:1] == ["torchrun"]:
         words[:1] = [sys.executable, "-m", "torch.distributed.run"]
-    elif words and words[0] in ("python", "python3"):
-        words[0] = sys.executable
     return words
 
 
