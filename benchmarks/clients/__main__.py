@@ -1,4 +1,4 @@
-"""``python -m benchmarks.clients``: let programs that are not ours read our files, each in an environment of its own."""
+"""``python -m benchmarks.clients``: programs that are not ours read our files, each in an environment of its own."""
 
 from __future__ import annotations
 

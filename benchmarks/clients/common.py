@@ -49,7 +49,8 @@ class Report:
         try:
             yield row
         except Exception as error:
-            row["error"] = f"{type(error).__name__}: {error}"[:400]
+            said = str(error).strip().splitlines() or [""]
+            row["error"] = f"{type(error).__name__}: {said[-1]}"[:300]  # C++'s first lines name its source
         row |= {"warnings": sorted(set(self.heard)), "seconds": round(time.monotonic() - before, 1)}
         self.rows.append(row)
         print(json.dumps(row), file=sys.stderr, flush=True)

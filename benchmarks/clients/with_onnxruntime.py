@@ -25,7 +25,7 @@ LORA = "lora/pytorch_lora_weights.safetensors"
 def export(inputs: Inputs) -> Path:
     """A folder of ours with the LoRA in the weights, made where it is missing."""
     folder = Path(inputs / "onnx")
-    if not folder.is_dir():
+    if not (folder / "model_index.json").is_file():
         command = [sys.executable, "-m", "lcm_lightning.export", "model=sd15", f"model.path={inputs / 'pipeline'}"]
         command += ["format=onnx", "dtype=float32", f"output={folder}", f"lora={inputs / LORA}", "lora_role=lcm"]
         subprocess.run(command, check=True, stdout=sys.stderr)

@@ -23,7 +23,7 @@ LORA = "lora/pytorch_lora_weights.safetensors"
 def export(inputs: Inputs, name: str, *settings: str) -> str:
     """A folder of ours in `format=name`, made where it is missing."""
     folder = inputs / "-".join([name, *(["fused"] if settings else [])])
-    if not Path(folder).is_dir():
+    if not Path(folder, "model_index.json").is_file():
         command = [sys.executable, "-m", "lcm_lightning.export", "model=sd15", f"model.path={inputs / 'pipeline'}"]
         command += [f"format={name}", "dtype=float32", f"output={folder}", *settings]
         subprocess.run(command, check=True, stdout=sys.stderr)

@@ -20,10 +20,7 @@ from safetensors import safe_open
 def main() -> None:
     """Merge kohya's file of the first argument's folder."""
     inputs = Inputs(sys.argv[1])
-    commit = subprocess.run(
-        ["git", "-C", sys.argv[2], "rev-parse", "HEAD"], capture_output=True, text=True, check=False
-    )
-    report = Report("kohya's sd-scripts", "diffusers", "torch", commit=commit.stdout.strip()[:10])
+    report = Report("kohya's sd-scripts", "diffusers", "torch", commit=commit_of(sys.argv[2]))
     report.listen()
     with report.row("kohya_lora_weights.safetensors") as row:
         unet = UNet2DConditionModel.from_pretrained(inputs / "pipeline", subfolder="unet")
