@@ -163,7 +163,7 @@ def documented_commands(page: Path) -> list[Command]:
 
 
 def variables_in_prose(token: Token) -> dict[str, str]:
-    """Shell variables that inline code such as `C="trainer=debug"` sets for the blocks after it."""
+    """Shell variables that inline code such as `C="debug=fdr"` sets for the blocks after it."""
     spans = [child.content for child in token.children or () if child.type == "code_inline"]
     assigned = [match for span in spans if (match := ASSIGNMENT.fullmatch(span)) and match[1].isupper()]
     return {match[1]: match[2].strip('"') for match in assigned}

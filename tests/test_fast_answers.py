@@ -72,7 +72,7 @@ def test_help_explains_every_key_at_the_top_and_every_group(name: str):
             assert re.search(rf"\b{option.stem}\b", shown)
 
 
-@pytest.mark.parametrize("name", ["train", "evaluate", "generate", "prepare"])
+@pytest.mark.parametrize("name", ["train", "evaluate", "generate", "export", "prepare", "app"])
 def test_help_shows_five_commands_that_can_be_typed_each_with_what_it_does(name: str):
     shown = help_text([configurations()], name, "lcm-command")
     examples = re.findall(r"^  (lcm-command \S.*)\n      (\S.*)$", shown, re.MULTILINE)
@@ -89,7 +89,7 @@ def test_help_says_of_every_experiment_what_it_does():
 
 def test_help_fits_the_terminal(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("COLUMNS", "90")
-    for name in ("train", "evaluate", "generate", "prepare"):
+    for name in ("train", "evaluate", "generate", "export", "prepare", "app"):
         body = help_text([configurations()], name, "lcm-command").partition("\ngroups, ")[2]
         assert max(map(len, body.splitlines())) <= 90
 

@@ -52,7 +52,7 @@ def artifacts(run: Any) -> set[str]:
 def test_a_fine_tuning_and_a_distillation_are_two_runs_of_one_experiment(
     here: Path, pipeline_folder: Path, flickr_shards: Path
 ):
-    places = (f"model.path={pipeline_folder}", f"data.source={flickr_shards}", "trainer=debug", "logger=mlflow")
+    places = (f"model.path={pipeline_folder}", f"data.source={flickr_shards}", "debug=fdr", "logger=mlflow")
     in_process(
         "train", "experiment=lora_flickr8k", *places, *SMALL, "+logger.mlflow.tags.team=blue", "hydra.run.dir=teacher"
     )

@@ -83,7 +83,7 @@ def chain(tmp_path_factory: pytest.TempPathFactory, pipeline_folder: Path, flick
     (folder / "mine.py").write_text("secret = 1")
     with pytest.MonkeyPatch.context() as patch:
         without_wandb(patch, folder)
-        places = (f"model.path={pipeline_folder}", f"data.source={flickr_shards}", "trainer=debug", "logger=wandb")
+        places = (f"model.path={pipeline_folder}", f"data.source={flickr_shards}", "debug=fdr", "logger=wandb")
         more = ("logger.wandb.tags=[small,tested]", "logger.wandb.group=pair", "logger.wandb.notes=two of them")
         in_process("train", "experiment=lora_flickr8k", *places, *SMALL, *more, "hydra.run.dir=teacher")
         of_teacher = ("method.teacher_lora=teacher", "callbacks.export.best_by=val/loss", "hydra.run.dir=student")
@@ -189,7 +189,7 @@ def test_prepared_shards_are_the_version_that_a_training_on_them_uses(
     file = RunFile(here / "outputs" / "prepare" / "shades")
     made = file.artifact("dataset")
     assert file.run.job_type == "prepare" and not made.use_after_commit
-    places = (f"model.path={pipeline_folder}", "data.source=data/shades", "trainer=debug", "logger=wandb")
+    places = (f"model.path={pipeline_folder}", "data.source=data/shades", "debug=fdr", "logger=wandb")
     options = ("experiment=lora_folder", "data.name=shades", "logger.wandb.log_code=false", "hydra.run.dir=trained")
     in_process("train", *options, *places, *SMALL)
     used = RunFile(here / "trained").artifact("dataset")
@@ -256,7 +256,7 @@ def test_a_training_that_a_signal_interrupts_is_preempted_and_goes_on_in_its_run
 def test_a_training_whose_numbers_fail_ends_as_a_failed_run(
     here: Path, pipeline_folder: Path, flickr_shards: Path, capfd: pytest.CaptureFixture[str]
 ):
-    places = (f"model.path={pipeline_folder}", f"data.source={flickr_shards}", "trainer=debug", "logger=wandb")
+    places = (f"model.path={pipeline_folder}", f"data.source={flickr_shards}", "debug=fdr", "logger=wandb")
     bad = ("optimizer.lr=1e38", "method.warmup_steps=0", "callbacks.faults.max_in_a_row=1", "trainer.max_steps=4")
     with pytest.raises(SystemExit):
         in_process("train", "experiment=lora_flickr8k", *places, *SMALL, *bad, "hydra.run.dir=bad")
@@ -479,7 +479,7 @@ def test_a_student_is_distilled_from_a_teacher_that_is_an_artifact(
     chain: Chain, api: type[Api], here: Path, pipeline_folder: Path, flickr_shards: Path
 ):
     api.folder = chain.teacher / "lora"
-    places = (f"model.path={pipeline_folder}", f"data.source={flickr_shards}", "trainer=debug", "logger=csv")
+    places = (f"model.path={pipeline_folder}", f"data.source={flickr_shards}", "debug=fdr", "logger=csv")
     teacher = "method.teacher_lora=wandb:team/lcm/lora-1a2b3c4d:best"
     in_process("train", "experiment=lcm_flickr8k", *places, *SMALL, teacher, "hydra.run.dir=student")
     recorded = OmegaConf.load(here / "student" / "config.yaml")
@@ -525,7 +525,7 @@ def test_the_sweeps_parameters_are_numbers_of_settings_that_exist():
 @pytest.mark.slow
 def test_the_command_of_an_agent_trains_the_run_that_the_agent_made(here: Path):
     """A tiny budget beside what the sweep itself says."""
-    tiny = ("experiment=quickstart", "trainer=debug", "max_steps=1", "val_every=1", "callbacks.samples=null")
+    tiny = ("experiment=quickstart", "debug=fdr", "max_steps=1", "val_every=1", "callbacks.samples=null")
     tiny += ("method.warmup_steps=0", "data.batch_size=2", "data.val_limit=2", "callbacks.student_quality.num_images=4")
     tiny += (f"callbacks.student_quality.clip={ROOT / 'lcm_lightning/assets/tiny_clip'}", "logger=wandb")
     tiny += ("callbacks.student_quality.teacher_steps=2", "callbacks.student_quality.bootstrap_samples=0")
