@@ -340,11 +340,17 @@ def lora_file(run: Path) -> Path:
 
 
 def differing_bits(first: Path, second: Path) -> int:
-    """Of two files of the same size. Raises a `UserError` where they are not."""
-    one, two = first.read_bytes(), second.read_bytes()
+    """Of the tensors in two files of them, of the same size. Raises a `UserError` where they are not."""
+    one, two = (tensor_bytes(path) for path in (first, second))
     if len(one) != len(two):
         raise UserError(f"{first} has {len(one)} bytes and {second} {len(two)}")
     return (int.from_bytes(one, "little") ^ int.from_bytes(two, "little")).bit_count()
+
+
+def tensor_bytes(path: Path) -> bytes:
+    """What follows the header of a .safetensors file, which says when it was written."""
+    content = path.read_bytes()
+    return content[8 + int.from_bytes(content[:8], "little") :]
 
 
 def parts_of(setup: Setup) -> tuple[Part, ...]:

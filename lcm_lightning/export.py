@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
 from lcm_lightning.config.checks import check_writable, resolve
 from lcm_lightning.config.entry import command
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
     from lcm_lightning.models.kinds import AdapterKind
     from lcm_lightning.models.stable_diffusion import StableDiffusion
 
-EXPORT_KEYS = ("run", "model", "lora", "weights", "lora_role", "student", "format", "dtype")
+EXPORT_KEYS: tuple[str, ...] = ("run", "model", "lora", "weights", "lora_role", "student", "format", "dtype")
 EXPORT_KEYS += ("title", "author", "license", "overwrite", "output")
 
 # Writes a model with its adapters into a folder, in a type, with what its author says; returns what to do with it.
@@ -79,7 +80,6 @@ def write_onnx(
     from lcm_lightning.exports.onnx_folder import write_onnx as write
     from lcm_lightning.exports.usage import differences, optimum_folder
 
-    check_types("onnx", dtype)
     found = write(model, kinds, folder, dtype)
     return f"{differences(found, 'onnxruntime')}\n\n{optimum_folder(folder, kinds)}"
 
@@ -91,22 +91,8 @@ def write_openvino(
     from lcm_lightning.exports.openvino_folder import write_openvino as write
     from lcm_lightning.exports.usage import differences, openvino_folder
 
-    check_types("openvino", dtype)
     found = write(model, kinds, folder, dtype)
     return f"{differences(found, 'OpenVINO')}\n\n{openvino_folder(folder, kinds)}"
-
-
-def check_types(name: str, dtype: torch.dtype) -> None:
-    """Raise a `UserError` for a type that runtimes on a CPU do not compute in."""
-    if str(dtype) == "torch.bfloat16":
-        raise UserError(f"format={name}: dtype=bfloat16 is not supported; set dtype=float32 or dtype=float16")
-
-
-def check_installed(name: str) -> None:
-    """Raise a `UserError` unless the packages are there that the format `name` needs."""
-    for package in PACKAGES.get(name, ()):
-        if find_spec(package) is None:
-            raise UserError(f"format={name}: needs {package}; pip install 'lcm-lightning[{name}]'")
 
 
 def check_loras(name: str, kinds: Sequence[AdapterKind]) -> None:
@@ -117,18 +103,44 @@ def check_loras(name: str, kinds: Sequence[AdapterKind]) -> None:
         raise UserError(f"format={name}: writes a LoRA, and this is a whole UNet; set format=fused")
 
 
-FORMATS: Mapping[str, tuple[Writer, str]] = {  # with the type of what is written where none is asked for
-    "diffusers": (write_diffusers, "float32"),
-    "kohya": (write_kohya, "float32"),
-    "fused": (write_fused, "float16"),
-    "single_file": (write_single_file, "float16"),
-    "onnx": (write_onnx, "float32"),
-    "openvino": (write_openvino, "float32"),
-}
+@dataclass(frozen=True)
+class Format:
+    """What can be written.
 
-PACKAGES = {  # beyond those that everything needs
-    "onnx": ("onnx", "onnxscript", "onnxruntime"),
-    "openvino": ("openvino", "openvino_tokenizers"),
+    Attributes:
+        write: writes it.
+        dtype: of what is written where none is asked for.
+        dtypes: those that its readers compute in.
+        described: whether it has a header for what its author says.
+        packages: needed beyond those that everything needs; an extra of the format's name installs them.
+    """
+
+    write: Writer
+    dtype: str = "float16"
+    dtypes: tuple[str, ...] = ("float32", "float16", "bfloat16")
+    described: bool = False
+    packages: tuple[str, ...] = ()
+
+    def check(self, cfg: DictConfig) -> None:
+        """Raise a `UserError` for what the format does not take, or needs and is not there."""
+        if cfg.dtype not in (None, *self.dtypes):
+            raise UserError(f"dtype={cfg.dtype}: format={cfg.format} takes {', '.join(self.dtypes)}")
+        for key in () if self.described else ("title", "author", "license"):
+            if cfg[key] is not None:
+                raise UserError(f"{key}={cfg[key]}: format={cfg.format} has no header to say it in; leave it out")
+        for package in self.packages:
+            if find_spec(package) is None:
+                raise UserError(f"format={cfg.format}: needs {package}; pip install 'lcm-lightning[{cfg.format}]'")
+
+
+RUNTIMES = ("float32", "float16")
+FORMATS: Mapping[str, Format] = {
+    "diffusers": Format(write_diffusers, "float32", described=True),
+    "kohya": Format(write_kohya, "float32", described=True),
+    "fused": Format(write_fused),
+    "single_file": Format(write_single_file, described=True),
+    "onnx": Format(write_onnx, "float32", RUNTIMES, packages=("onnx", "onnxscript", "onnxruntime")),
+    "openvino": Format(write_openvino, "float32", RUNTIMES, packages=("openvino", "openvino_tokenizers")),
 }
 
 
@@ -158,23 +170,28 @@ def main(cfg: DictConfig) -> None:
     resolve(cfg, EXPORT_KEYS)
     if cfg.format not in FORMATS:
         raise UserError(f"format={cfg.format}: expected one of {', '.join(FORMATS)}")
-    write, usual_dtype = FORMATS[cfg.format]
+    format = FORMATS[cfg.format]
+    format.check(cfg)
     folder = Path(cfg.output).expanduser()
-    check_installed(cfg.format)
     check_output(folder, overwrite=cfg.overwrite)
     # Imported once the configuration is right.
     from lcm_lightning.config.instantiate import parse_dtype
     from lcm_lightning.config.model_choice import find_models
 
-    dtype = parse_dtype(cfg.dtype or usual_dtype)
-    # Changes are added up in float32, whatever they are stored in at the end.
-    (source,) = find_models(OmegaConf.merge(cfg, {"dtype": "float32"}))
+    dtype = parse_dtype(cfg.dtype or format.dtype)
+    exact = cfg.copy()
+    exact.dtype = "float32"  # in which changes are added up, whatever they are stored in at the end
+    (source,) = find_models(exact)
     from lcm_lightning.config.quiet import quiet_known_warnings
     from lcm_lightning.exports.metadata import Described
 
     quiet_known_warnings()
     loaded = source.load()
-    usage = write(loaded.model, loaded.adapters, folder, dtype, Described(cfg.title, cfg.author, cfg.license))
+    described = Described(cfg.title, cfg.author, cfg.license)
+    try:
+        usage = format.write(loaded.model, loaded.adapters, folder, dtype, described)
+    except OSError as error:
+        raise UserError(f"output={folder}: cannot be written ({error}); make room there, or set output=...") from error
     print("\n".join([*sizes(folder), "", usage]))
 
 

@@ -13,7 +13,15 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from diffusers import DDIMScheduler, DiffusionPipeline, LCMScheduler, StableDiffusionPipeline, TCDScheduler
+from diffusers import (
+    AutoencoderKL,
+    DDIMScheduler,
+    DiffusionPipeline,
+    LCMScheduler,
+    StableDiffusionPipeline,
+    TCDScheduler,
+    UNet2DConditionModel,
+)
 from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -21,20 +29,21 @@ from transformers import CLIPTokenizer
 
 from helpers.commands import in_process
 from helpers.pipelines import build_tiny_sdxl, save_full_lcm
-from helpers.single_files import TINY, build_pipeline, checkpoint
+from helpers.single_files import TINY, build_pipeline, checkpoint, unet_tensors
 from lcm_lightning.exports.adapter_files import joint_state_dict, write_diffusers_lora, write_kohya_lora
 from lcm_lightning.exports.metadata import Described
 from lcm_lightning.exports.onnx_folder import write_onnx
-from lcm_lightning.exports.openvino_folder import write_openvino
-from lcm_lightning.exports.single_checkpoint import original_state_dict, write_single_file
+from lcm_lightning.exports.openvino_folder import known_scheduler, write_openvino
+from lcm_lightning.exports.single_checkpoint import original_key, original_state_dict, vae_tensors, write_single_file
 from lcm_lightning.methods.lcm_lora import LcmLoraDistillation
 from lcm_lightning.methods.lora import LoraFinetuning
 from lcm_lightning.methods.tcd_lora import TcdLoraDistillation
 from lcm_lightning.models import single_file
 from lcm_lightning.models.adapters import load_lora, merged_adapters, set_active_adapters
+from lcm_lightning.models.architectures import SD1, SD2, SDXL, Architecture
 from lcm_lightning.models.kinds import KOHYA_FILE, LORA_FILE, AdapterKind
 from lcm_lightning.models.lora_files import adaptable_layers, save_lora
-from lcm_lightning.models.sampling import sample
+from lcm_lightning.models.sampling import make_scheduler, sample
 from lcm_lightning.models.stable_diffusion import StableDiffusion, load_stable_diffusion
 from lcm_lightning.runs.contents import Adapter, write_manifest
 
@@ -185,7 +194,6 @@ def test_the_hash_is_of_everything_behind_the_header(adapted, tmp_path: Path):
     content = file.read_bytes()
     digest = hashlib.sha256(content[8 + int.from_bytes(content[:8], "little") :]).hexdigest()
     assert header(file)["modelspec.hash_sha256"] == f"0x{digest}"
-    assert list(header(file)) != [] and write_kohya_lora(tensors, model, (STUDENT,), tmp_path / "again").is_file()
 
 
 @pytest.mark.parametrize("names", [[STUDENT], [STYLE], [STYLE, STUDENT]])
@@ -229,6 +237,27 @@ def test_the_original_names_are_those_that_an_independent_list_gives(kind: str, 
     assert all(key.endswith("logit_scale") for key in dropped) and found.keys() <= expected.keys()
     for key, tensor in found.items():
         assert torch.equal(tensor, expected[key]), key
+
+
+PUBLISHED = [  # how many tensors the UNets of Runway's and Stability AI's own files have, and some of their names
+    (SD1, 686, ["input_blocks.3.0.op.weight", "output_blocks.2.1.conv.weight", "output_blocks.5.2.conv.bias"]),
+    (SD2, 686, ["input_blocks.1.1.proj_in.weight", "output_blocks.11.1.transformer_blocks.0.norm1.bias"]),
+    (SDXL, 1680, ["label_emb.0.2.bias", "output_blocks.2.2.conv.weight", "input_blocks.8.1.proj_out.weight"]),
+]
+
+
+@pytest.mark.parametrize(("architecture", "count", "some"), PUBLISHED)
+def test_networks_of_full_size_have_the_names_that_were_published(
+    architecture: Architecture, count: int, some: list[str]
+):
+    with torch.device("meta"):
+        unet, vae = UNet2DConditionModel(**architecture.unet), AutoencoderKL(**architecture.vae)
+    found = {original_key(key, unet.config) for key in unet.state_dict()}
+    assert len(found) == count and {*some, "out.0.weight", "out.2.bias", "time_embed.2.weight"} <= found
+    assert {f"model.diffusion_model.{name}" for name in found} == set(unet_tensors(unet))
+    decoded = dict(vae_tensors(vae))
+    assert len(decoded) == 248 and decoded["encoder.mid.attn_1.q.weight"].shape == (512, 512, 1, 1)
+    assert {"decoder.up.3.upsample.conv.weight", "encoder.down.0.downsample.conv.bias"} <= decoded.keys()
 
 
 @pytest.mark.parametrize(
@@ -390,33 +419,57 @@ def test_onnxruntime_alone_draws_the_student_s_picture(
     assert (expected - base).abs().max() > 1e-2
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("solver_steps", [8, 50])
-def test_openvino_alone_draws_the_student_s_picture(
-    solver_steps: int, student: Path, tmp_path: Path, folders, caplog: pytest.LogCaptureFixture
+def tcd(solver_steps: int, eta: float = 0.0) -> AdapterKind:
+    """A TCD student of a solver of so many steps."""
+    kind = TcdLoraDistillation.kind
+    settings = {**kind.sampler.settings, "original_inference_steps": solver_steps, "eta": eta}
+    return replace(kind, sampler=replace(kind.sampler, settings=settings))
+
+
+@pytest.mark.parametrize(
+    ("kind", "name"),
+    [
+        (STUDENT, "LCMScheduler"),
+        (tcd(8), "DDIMScheduler"),  # 999, 749, 499, 249 are DDIM's steps too
+        (tcd(50), "TCDScheduler"),  # 999, 759, 499, 259 are not
+        (tcd(8, eta=0.3), "TCDScheduler"),
+    ],
+)
+def test_a_scheduler_that_openvino_genai_does_not_have_is_one_that_it_has_where_both_take_the_same_steps(
+    kind: AdapterKind, name: str, folders, caplog: pytest.LogCaptureFixture
 ):
+    model = load_stable_diffusion(str(folders("v1")))
+    model.scheduler_config["set_alpha_to_one"] = True
+    own: Any = make_scheduler(kind.sampler, model.scheduler_config)
+    found = known_scheduler(own, [kind], model.scheduler_config)
+    assert type(found).__name__ == name
+    assert ("OpenVINO GenAI has no TCDScheduler" in caplog.text) == (name == "TCDScheduler")
+    if name == "DDIMScheduler":
+        output, x_t = torch.randn(2, 1, 4, 8, 8)
+        for timestep in own.timesteps:
+            expected = own.step(output, timestep, x_t, eta=0.0).prev_sample
+            torch.testing.assert_close(found.step(output, timestep, x_t).prev_sample, expected)
+
+
+@pytest.mark.slow
+def test_openvino_alone_draws_the_student_s_picture(student: Path, tmp_path: Path, folders):
     openvino = pytest.importorskip("openvino")
     pytest.importorskip("openvino_tokenizers")
-    tcd = TcdLoraDistillation.kind
-    settings = {**tcd.sampler.settings, "original_inference_steps": solver_steps, "eta": 0.0}
-    kind = replace(tcd, sampler=replace(tcd.sampler, settings=settings))
-    student_alone(student, kind)
+    student_alone(student, tcd(8))
     export(f"run={student}", "format=openvino", f"output={tmp_path / 'ov'}")
     index = json.loads((tmp_path / "ov" / "model_index.json").read_text())
-    assert index["scheduler"][1] == ("DDIMScheduler" if solver_steps == 8 else "TCDScheduler")
-    assert ("OpenVINO GenAI has no TCDScheduler" in caplog.text) == (solver_steps == 50)
+    assert index["scheduler"][1] == "DDIMScheduler"
 
     def run(name: str, inputs: dict[str, np.ndarray]) -> np.ndarray:
         exact = {"INFERENCE_PRECISION_HINT": "f32"}
         network = openvino.compile_model(tmp_path / "ov" / name / "openvino_model.xml", "CPU", exact)
         return network({key: value.reshape(1) if key == "timestep" else value for key, value in inputs.items()})[0]
 
-    if solver_steps == 8:
-        scheduler = DDIMScheduler.from_pretrained(tmp_path / "ov" / "scheduler")
-        found = draw_elsewhere(tmp_path / "ov", run, scheduler, "a dog", 7, kind.steps)
-        expected, base = with_student(folders("v1"), student, kind)
-        torch.testing.assert_close(found, expected, atol=1e-4, rtol=0)
-        assert (expected - base).abs().max() > 1e-2
+    scheduler = DDIMScheduler.from_pretrained(tmp_path / "ov" / "scheduler")
+    found = draw_elsewhere(tmp_path / "ov", run, scheduler, "a dog", 7, 4)
+    expected, base = with_student(folders("v1"), student, tcd(8))
+    torch.testing.assert_close(found, expected, atol=1e-4, rtol=0)
+    assert (expected - base).abs().max() > 1e-2
     tokens = openvino.compile_model(tmp_path / "ov" / "tokenizer" / "openvino_tokenizer.xml", "CPU")
     tokenizer = CLIPTokenizer.from_pretrained(tmp_path / "ov" / "tokenizer")
     for prompt in ("a dog", "", "a very long prompt about nothing at all " * 9):
@@ -458,6 +511,8 @@ def test_what_cannot_be_written_is_refused_with_a_remedy(
     base = ("model=sd15", f"model.path={folders('v1')}", f"output={tmp_path / 'out'}")
     assert "there is none; give run=outputs/... or lora=..." in refused(capsys, *base, "format=kohya")
     assert not (tmp_path / "out").exists()
+    assert "has no header to say it in" in refused(capsys, *base, "format=fused", "title=Mine")
+    assert "dtype=int8: format=kohya takes float32" in refused(capsys, *base, "format=kohya", "dtype=int8")
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "notes.txt").touch()
     assert "holds files already; set overwrite=true" in refused(capsys, *base, "format=fused")

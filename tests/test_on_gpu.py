@@ -203,7 +203,8 @@ def test_differing_bits_are_counted(tmp_path: Path):
     rng = np.random.default_rng(0)
     one, two = (rng.integers(0, 256, 1000, dtype=np.uint8) for _ in range(2))
     for name, content in (("one", one), ("two", two), ("short", one[:-1])):
-        (tmp_path / name).write_bytes(content.tobytes())
+        header = f'{{"__metadata__": {{"written": "{name}"}}}}'.encode()
+        (tmp_path / name).write_bytes(len(header).to_bytes(8, "little") + header + content.tobytes())
     assert differing_bits(tmp_path / "one", tmp_path / "two") == np.unpackbits(one ^ two).sum()
     assert differing_bits(tmp_path / "one", tmp_path / "one") == 0
     with pytest.raises(UserError, match="999"):

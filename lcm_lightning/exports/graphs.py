@@ -76,6 +76,8 @@ class Unet(nn.Module):
 class VaeDecoder(nn.Module):
     """Unscaled latents to images in [-1, 1]."""
 
+    vae: Any
+
     def __init__(self, vae: nn.Module) -> None:
         super().__init__()
         self.vae = vae
@@ -86,6 +88,8 @@ class VaeDecoder(nn.Module):
 
 class VaeEncoder(nn.Module):
     """Images in [-1, 1] to mean and logarithm of the variance, one after the other, of unscaled latents."""
+
+    vae: Any
 
     def __init__(self, vae: nn.Module) -> None:
         super().__init__()

@@ -19,8 +19,14 @@ from lcm_lightning.models.stable_diffusion import StableDiffusion
 
 FILE = "openvino_model.xml"
 # Those that OpenVINO GenAI 2026 has written anew in C++; it refuses a folder with another.
-GENAI_SCHEDULERS = ("LCMScheduler", "DDIMScheduler", "EulerDiscreteScheduler", "EulerAncestralDiscreteScheduler")
-GENAI_SCHEDULERS += ("LMSDiscreteScheduler", "PNDMScheduler")
+GENAI_SCHEDULERS = (
+    "LCMScheduler",
+    "DDIMScheduler",
+    "EulerDiscreteScheduler",
+    "EulerAncestralDiscreteScheduler",
+    "LMSDiscreteScheduler",
+    "PNDMScheduler",
+)
 TRAILING_DDIM = Sampler("ddim", "DDIM", "DDIMScheduler", {"timestep_spacing": "trailing"})
 
 log = logging.getLogger(__name__)
@@ -105,7 +111,7 @@ def known_scheduler(scheduler: Any, kinds: Sequence[AdapterKind], schedule: Mapp
     if name in GENAI_SCHEDULERS:
         return scheduler
     if not usual.sampler.settings.get("eta", 0.0):
-        ddim: Any = make_scheduler(TRAILING_DDIM, schedule)
+        ddim: Any = make_scheduler(TRAILING_DDIM, {**schedule, "set_alpha_to_one": False})  # TCD ends at timestep 0
         for each in (scheduler, ddim):
             each.set_timesteps(usual.steps)
         if scheduler.timesteps.tolist() == ddim.timesteps.tolist():

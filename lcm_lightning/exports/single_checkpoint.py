@@ -8,8 +8,9 @@ transformers' CLIP in Stable Diffusion 1, OpenCLIP in 2, and one of each in SDXL
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -67,7 +68,7 @@ def write_single_file(
 
 def original_state_dict(model: StableDiffusion) -> dict[str, Tensor]:
     """All weights of the model, which carries no adapters, by the names of Stable Diffusion's own code."""
-    tensors = {UNET + _unet_name(key, model.unet.config): value for key, value in model.unet.state_dict().items()}
+    tensors = {UNET + original_key(key, model.unet.config): value for key, value in model.unet.state_dict().items()}
     tensors |= {VAE + key: value for key, value in vae_tensors(model.vae)}
     texts = model.text_encoders
     if "text_encoder_2" in texts:
@@ -87,7 +88,8 @@ def markers(model: StableDiffusion) -> dict[str, Tensor]:
     return {name: torch.empty(0) for name, holds in told.items() if holds}
 
 
-def _unet_name(key: str, config: Mapping[str, object]) -> str:
+def original_key(key: str, config: Any) -> str:
+    """The name of a UNet's tensor; see `original_name`, which takes that of its layer."""
     layer, dot, kind = key.rpartition(".")
     return original_name(layer, config) + dot + kind
 

@@ -45,7 +45,8 @@ def optimum_folder(folder: Path, kinds: Sequence[AdapterKind]) -> str:
     """Python code for a folder of ONNX graphs."""
     return "\n".join(
         [
-            "from optimum.onnxruntime import ORTDiffusionPipeline  # pip install 'optimum-onnx[onnxruntime]'",
+            "# in an environment of its own: pip install 'optimum-onnx[onnxruntime]' diffusers",
+            "from optimum.onnxruntime import ORTDiffusionPipeline",
             "",
             f'pipe = ORTDiffusionPipeline.from_pretrained("{folder}")',
             drawing(usual_kind(kinds)),

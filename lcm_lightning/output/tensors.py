@@ -6,9 +6,9 @@ import hashlib
 import json
 import shutil
 from collections.abc import Mapping
+from io import BufferedReader
 from pathlib import Path
-from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, BinaryIO
 
 from lcm_lightning.output.files import atomic_file
 
@@ -33,22 +33,26 @@ def save_tensors(tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[st
     from safetensors.torch import save_file
 
     path.parent.mkdir(parents=True, exist_ok=True)
-    with TemporaryDirectory(dir=path.parent, prefix=".") as folder:
-        written = Path(folder, "tensors")
-        try:
-            save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, written, {"format": "pt"})
-        except SafetensorError as error:  # of a full disk, for one
-            raise OSError(str(error)) from error
-        with written.open("rb") as content:
-            header = json.loads(content.read(int.from_bytes(content.read(8), "little")))
-            start = content.tell()
-            said = {"format": "pt", **metadata}
-            if SPEC in said:
-                said[HASH] = f"0x{hashlib.file_digest(content, 'sha256').hexdigest()}"
-            content.seek(start)
-            header["__metadata__"] = dict(sorted(said.items()))
-            text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-            text = text.ljust(-(-len(text) // 8) * 8)  # so that tensors stay aligned
-            with atomic_file(path) as file:
-                file.write(len(text).to_bytes(8, "little") + text)
-                shutil.copyfileobj(content, file, 1 << 24)
+    beside = path.with_name(f".{path.name}.tensors.tmp")  # a killed process's is overwritten by the next one
+    try:
+        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, beside, {"format": "pt"})
+        with beside.open("rb") as content, atomic_file(path) as file:
+            _copy(content, file, {"format": "pt", **metadata})
+    except SafetensorError as error:  # of a full disk, for one
+        raise OSError(str(error)) from error
+    finally:
+        beside.unlink(missing_ok=True)
+
+
+def _copy(content: BufferedReader, file: BinaryIO, metadata: dict[str, str]) -> None:
+    """Copy a .safetensors file with other metadata."""
+    header = json.loads(content.read(int.from_bytes(content.read(8), "little")))
+    start = content.tell()
+    if SPEC in metadata:
+        metadata[HASH] = f"0x{hashlib.file_digest(content, 'sha256').hexdigest()}"
+    header["__metadata__"] = dict(sorted(metadata.items()))
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text = text.ljust(-(-len(text) // 8) * 8)  # so that tensors stay aligned
+    content.seek(start)
+    file.write(len(text).to_bytes(8, "little") + text)
+    shutil.copyfileobj(content, file, 1 << 24)
