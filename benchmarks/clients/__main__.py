@@ -74,13 +74,9 @@ CLIENTS = (
         ("einops",),
         ("AUTOMATIC1111/stable-diffusion-webui", "Stability-AI/stablediffusion"),
     ),
-    Client(
-        "cyllama",
-        "with_stable_diffusion_cpp.py",
-        "sd15",
-        ("cyllama", "numpy", "safetensors"),
-        more=("cyllama",),
-        alone=True,
+    *(
+        Client(name, "with_stable_diffusion_cpp.py", "sd15", (name, "numpy", "safetensors"), more=(name,), alone=True)
+        for name in ("cyllama", "inferna")
     ),
     Client("openvino", "with_openvino.py", "small", ("openvino", "openvino-tokenizers", "openvino-genai")),
     Client("onnxruntime", "with_onnxruntime.py", "tiny", ("onnx", "onnxscript", "onnxruntime")),
@@ -176,7 +172,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(names)}; without, all")
     parser.add_argument("--work", type=Path, default=Path("outputs/clients"), help="environments, inputs, results")
     parser.add_argument("--checkouts", type=Path, help="folder of cloned repositories, for clients that need theirs")
-    parser.add_argument("--python", default=sys.executable, help="for cyllama, whose wheels want 3.12 or newer")
+    parser.add_argument(
+        "--python", default=sys.executable, help="for cyllama and inferna, whose wheels want 3.12 or newer"
+    )
     parser.add_argument("--page", action="store_true", help=f"only write the results into {PAGE.name}")
     said = parser.parse_args(arguments)
     if unknown := set(said.names) - set(names):

@@ -27,7 +27,14 @@ def export(inputs: Inputs) -> Path:
     folder = Path(inputs / "onnx")
     if not (folder / "model_index.json").is_file():
         command = [sys.executable, "-m", "lcm_lightning.export", "model=sd15", f"model.path={inputs / 'pipeline'}"]
-        command += ["format=onnx", "dtype=float32", f"output={folder}", f"lora={inputs / LORA}", "lora_role=lcm"]
+        command += [
+            "format=onnx",
+            "dtype=float32",
+            "overwrite=true",
+            f"output={folder}",
+            f"lora={inputs / LORA}",
+            "lora_role=lcm",
+        ]
         subprocess.run(command, check=True, stdout=sys.stderr)
     return folder
 

@@ -25,7 +25,7 @@ def export(inputs: Inputs, name: str, *settings: str) -> str:
     folder = inputs / "-".join([name, *(["fused"] if settings else [])])
     if not Path(folder, "model_index.json").is_file():
         command = [sys.executable, "-m", "lcm_lightning.export", "model=sd15", f"model.path={inputs / 'pipeline'}"]
-        command += [f"format={name}", "dtype=float32", f"output={folder}", *settings]
+        command += [f"format={name}", "dtype=float32", "overwrite=true", f"output={folder}", *settings]
         subprocess.run(command, check=True, stdout=sys.stderr)
     return folder
 
