@@ -40,7 +40,7 @@ from lcm_lightning.methods.lora import LoraFinetuning
 from lcm_lightning.methods.tcd_lora import TcdLoraDistillation
 from lcm_lightning.models import single_file
 from lcm_lightning.models.adapters import load_lora, merged_adapters, set_active_adapters
-from lcm_lightning.models.architectures import SD1, SD2, SDXL, Architecture
+from lcm_lightning.models.architectures import SD1, SD2, SD15_SCHEDULER, SDXL, Architecture
 from lcm_lightning.models.kinds import KOHYA_FILE, LORA_FILE, AdapterKind
 from lcm_lightning.models.lora_files import adaptable_layers, save_lora
 from lcm_lightning.models.sampling import make_scheduler, sample
@@ -424,6 +424,13 @@ def tcd(solver_steps: int, eta: float = 0.0) -> AdapterKind:
     kind = TcdLoraDistillation.kind
     settings = {**kind.sampler.settings, "original_inference_steps": solver_steps, "eta": eta}
     return replace(kind, sampler=replace(kind.sampler, settings=settings))
+
+
+@pytest.mark.parametrize(("prediction", "drawn"), [("epsilon", True), ("v_prediction", False)])
+def test_it_is_said_where_openvino_genai_cannot_draw(prediction: str, drawn: bool, caplog: pytest.LogCaptureFixture):
+    schedule = {**SD15_SCHEDULER, "prediction_type": prediction}
+    known_scheduler(make_scheduler(STUDENT.sampler, schedule), [STUDENT], schedule)
+    assert ("OpenVINO GenAI cannot draw" in caplog.text) != drawn
 
 
 @pytest.mark.parametrize(

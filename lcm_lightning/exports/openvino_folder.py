@@ -109,6 +109,8 @@ def known_scheduler(scheduler: Any, kinds: Sequence[AdapterKind], schedule: Mapp
     """
     name, usual = type(scheduler).__name__, usual_kind(kinds)
     if name in GENAI_SCHEDULERS:
+        if name == "LCMScheduler" and scheduler.config.prediction_type == "v_prediction":
+            log.warning("format=openvino: OpenVINO GenAI cannot draw this model by LCM; optimum-intel reads the folder")
         return scheduler
     if not usual.sampler.settings.get("eta", 0.0):
         ddim: Any = make_scheduler(TRAILING_DDIM, {**schedule, "set_alpha_to_one": False})  # TCD ends at timestep 0
