@@ -134,7 +134,7 @@ def random_shards(folder: Path, *, samples: int, side: int, per_shard: int = 100
     A .json beside each says the size of a larger original, as diffusers' script for SDXL asks of its shards.
     """
     done = folder / "done.json"
-    wanted, original = {"samples": samples, "side": side, "json": True}, {"WIDTH": 1024, "HEIGHT": 1024}
+    wanted, original = {"samples": samples, "side": side, "sizes": True}, {"width": 1024, "height": 1024}
     if done.is_file() and json.loads(done.read_text()) == wanted:
         return folder
     folder.mkdir(parents=True, exist_ok=True)

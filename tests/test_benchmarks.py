@@ -113,7 +113,7 @@ def test_sdxl_runs_beside_its_own_script(sdxl_folder: Path, tmp_path: Path, monk
     } <= set(ran["peer"])
     (shard,) = (tmp_path / "work" / "shards_32").glob("*.tar")
     sample = next(iter(wds.WebDataset(str(shard), shardshuffle=False)))
-    assert json.loads(sample["json"]) == {"WIDTH": 1024, "HEIGHT": 1024}  # the script leaves out what is below 700
+    assert json.loads(sample["json"]) == {"width": 1024, "height": 1024}  # the script leaves out what is below 700
 
 
 def test_growth_varies_one_thing_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
