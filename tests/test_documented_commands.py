@@ -69,9 +69,15 @@ def known_keys(config: str) -> tuple[str, ...]:
     return getattr(importlib.import_module(module), keys)
 
 
+def settings_among(arguments: Sequence[str]) -> list[str]:
+    """Arguments without options such as `-m` and `--cfg job`."""
+    values = {place + 1 for place, text in enumerate(arguments) if text in ("--cfg", "--info", "--package")}
+    return [text for place, text in enumerate(arguments) if not text.startswith("-") and place not in values]
+
+
 def check(config: str, arguments: Sequence[str]) -> None:
     """Compose a configuration as the command does, and check it as far as the command does before any work."""
-    overrides = OverridesParser.create().parse_overrides([text for text in arguments if not text.startswith("-")])
+    overrides = OverridesParser.create().parse_overrides(settings_among(arguments))
     with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
         cfg = compose(config, [one_value(override) for override in overrides], return_hydra_config=True)
     if config in ("train", "prepare"):
@@ -92,13 +98,19 @@ def composed(command: Command) -> Iterator[Configured]:
             yield found
 
 
-# Each once, as it is typed; and one of each program as run_documented_commands.py makes it small.
-TYPED = {(found.config, found.arguments): str(command) for command in reversed(COMMANDS) for found in composed(command)}
+# Each once, as it is typed, but for those that a page shows to be refused; and one of each program as
+# run_documented_commands.py makes it small.
+TYPED = {
+    (found.config, found.arguments): str(command)
+    for command in reversed(COMMANDS)
+    if not command.refused
+    for found in composed(command)
+}
 SMALL = {
     found.config: tuple(shrunk(found)[len(found.start) :])
     for command in reversed(COMMANDS)
     for found in composed(command)
-    if not command.needs
+    if not command.needs and not command.refused
 }
 TYPED |= {small: f"small {small[0]}" for small in SMALL.items()}
 

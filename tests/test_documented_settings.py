@@ -52,7 +52,7 @@ def keys_named(page: Path) -> list[tuple[str, str]]:
     inline = [token for token in MarkdownIt().enable("table").parse(page.read_text()) if token.type == "inline"]
     spans = [child.content for token in inline for child in token.children or () if child.type == "code_inline"]
     words = [word for span in spans for word in span.split() if "(" not in word and "/" not in word.partition("=")[0]]
-    named = [match.groups() for word in words if (match := KEY.fullmatch(word))]
+    named = [match.groups() for word in words if not word.endswith(".png") and (match := KEY.fullmatch(word))]
     return [(group, key) for group, key in named if not is_module(group, key)]
 
 
