@@ -262,7 +262,8 @@ def test_debug_overfit_draws_and_validates_the_images_that_it_trains_on(experime
     data.prepare_data()
     data.setup("fit")
     trained, validated = (
-        {key for batch in loader for key in batch["keys"]} for loader in (data.train_dataloader(), data.val_dataloader())
+        {key for batch in loader for key in batch["keys"]}
+        for loader in (data.train_dataloader(), data.val_dataloader())
     )
     assert trained == validated and len(trained) == 4
 

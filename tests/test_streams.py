@@ -1,4 +1,4 @@
-"""A program whose output is read no more: it goes on, says nothing of a reader who left, and ends with 2 on a full disk."""
+"""A program whose output is read no more goes on, says nothing of a reader who left, and ends with 2 on a full disk."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ def read_by_nobody() -> Iterator[TextIO]:
     """Standard output is a pipe whose reader has gone, as `head` has; in the end flushed, as Python does it."""
     reader, writer = os.pipe()
     os.close(reader)
-    with open(writer, "w") as stream, redirect_stdout(stream):
+    with os.fdopen(writer, "w") as stream, redirect_stdout(stream):
         yield stream
 
 
 @contextmanager
 def full_disk() -> Iterator[TextIO]:
     """Standard output is a file on a disk without room."""
-    with open("/dev/full", "w") as stream, redirect_stdout(stream):
+    with Path("/dev/full").open("w") as stream, redirect_stdout(stream):
         yield stream
 
 

@@ -69,4 +69,6 @@ def lasting_output() -> Iterator[None]:
         finally:
             output.flush()
         if output.error is not None and not isinstance(output.error, BrokenPipeError):
-            fail(f"standard output: cannot be written ({output.error}); the rest was done; send it to a place with room")
+            fail(
+                f"standard output: cannot be written ({output.error}); the rest was done; send it to a place with room"
+            )
