@@ -108,16 +108,12 @@ def report_configuration_errors(entry_point: Callable[P, R]) -> Callable[P, R]:
         before = os.environ.get("HYDRA_FULL_ERROR")
         os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra raises then what it would print
         try:
-            result = entry_point(*args, **kwargs)
-            sys.stdout.flush()  # so that a reader who has gone is noticed here
-            return result
+            return entry_point(*args, **kwargs)
         except UserError as error:
             fail(str(error))
         except (HydraException, OmegaConfBaseException, OSError) as error:
             if any(frame.name == "run_task" for frame in traceback.extract_tb(error.__traceback__)):
                 raise
-            if isinstance(error, BrokenPipeError):  # of `--help | head`
-                end_quietly()
             fail(explain(error))
         finally:
             os.environ.pop("HYDRA_FULL_ERROR")
@@ -258,12 +254,6 @@ def remove_unused_run_folder() -> None:
         if any(empty.iterdir()):
             return
         empty.rmdir()
-
-
-def end_quietly() -> NoReturn:
-    """End the program where the reader of its output has gone, as `head` does when it has seen enough: no error."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes once more at its end
-    sys.exit(0)
 
 
 def fail(message: str) -> NoReturn:

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from hydra import compose
+from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
 from lcm_lightning.config.checks import check_writable, resolve
 from lcm_lightning.config.entry import command
+from lcm_lightning.config.resolvers import evaluation_folder
 
 EVALUATE_KEYS: tuple[str, ...] = ("models", "run", "model", "lora", "lora_role", "student", "data", "evaluation")
 EVALUATE_KEYS += ("logger", "seed", "accelerator", "devices", "dtype", "name", "run_dir")
@@ -37,7 +40,8 @@ def main(cfg: DictConfig) -> None:
     quiet_known_warnings()
     real = RealImages(data.name, data.source, protocol.split, protocol.num_images, data.resolution, data.cache_dir)
     # Before there are other processes that would wait for one that gave up.
-    real, protocol = fit_size(real, protocol)
+    real, protocol = fit_size(real, protocol, usual_number())
+    name_folder(cfg, protocol.name)
     fabric = make_fabric(cfg.accelerator, cfg.devices)
     threads = torch.get_num_threads()  # launching several processes shares the cores out between them
     fabric.launch()
@@ -65,6 +69,20 @@ def main(cfg: DictConfig) -> None:
         for table in console_tables(metrics):
             rich_print(table)
         print(f"\nreport: {(folder / 'report.html').resolve()}")
+
+
+def usual_number() -> int | None:
+    """Real images of the chosen protocol as its file has them, whatever was typed; None for all of the split."""
+    option = HydraConfig.get().runtime.choices["evaluation"]
+    return compose(f"evaluation/{option}").evaluation.num_images
+
+
+def name_folder(cfg: DictConfig, protocol: str) -> None:
+    """Give the protocol its name; a folder that was called after it gets the new one, one that was typed stays."""
+    folder = evaluation_folder(cfg.run, cfg.evaluation.name, cfg.name, "")
+    if cfg.run is not None and cfg.run_dir == folder:
+        cfg.run_dir = evaluation_folder(cfg.run, protocol, cfg.name, "")
+    cfg.evaluation.name = protocol
 
 
 def named_places(cfg: DictConfig) -> list[str]:

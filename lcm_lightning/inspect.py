@@ -37,11 +37,13 @@ from lcm_lightning.models.single_file import (
     read_header,
 )
 from lcm_lightning.output.console import plain_table, print_table
+from lcm_lightning.output.streams import lasting_output
 from lcm_lightning.runs.contents import CONFIG, MANIFEST, exported, read_config, read_manifest
 
 SHOWN = 10  # exceptions and unused keys
 
 
+@lasting_output()
 @report_user_errors
 def main() -> None:
     """Entry point."""

@@ -17,6 +17,7 @@ from rich.table import Table
 from lcm_lightning.errors import UserError, program, report_user_errors
 from lcm_lightning.output.console import plain_table, print_table
 from lcm_lightning.output.files import write_atomic
+from lcm_lightning.output.streams import lasting_output
 from lcm_lightning.runs.folders import OVERRIDES
 
 METRICS = "metrics.csv"
@@ -42,6 +43,7 @@ class Run:
     last: float
 
 
+@lasting_output()
 @report_user_errors
 def main() -> None:
     """Entry point."""

@@ -17,7 +17,7 @@ from lcm_lightning.config.checks import resolve
 from lcm_lightning.config.entry import command
 from lcm_lightning.config.overview import as_text, overview
 from lcm_lightning.errors import UserError
-from lcm_lightning.output.logs import SHOWN, logged_warnings
+from lcm_lightning.output.logs import SHOWN, logged_errors, logged_warnings
 
 if TYPE_CHECKING:
     import torch
@@ -39,6 +39,7 @@ TRAIN_KEYS = (
 
 
 @command("train")
+@logged_errors()
 def main(cfg: DictConfig) -> float | None:
     """Compose the run, train, and say where its results are; returns `optimized_metric`, for sweepers to minimise."""
     resolve(cfg, TRAIN_KEYS)

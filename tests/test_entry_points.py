@@ -16,17 +16,18 @@ import pytest
 import torch
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
-from hydra.utils import get_class
+from hydra.utils import get_class, instantiate
 from omegaconf import OmegaConf
 from PIL import Image
 from safetensors.torch import load_file
 
 from helpers.commands import ROOT, SMALL, in_process
 from lcm_lightning.config.hints import next_commands
+from lcm_lightning.errors import UserError
 from lcm_lightning.methods.lcm_lora import LcmLoraDistillation
 from lcm_lightning.methods.lora import LoraFinetuning
 from lcm_lightning.models.kinds import AdapterKind
-from lcm_lightning.output.logs import logged_warnings
+from lcm_lightning.output.logs import logged_errors, logged_warnings
 from lcm_lightning.runs.contents import Adapter, read_manifest, write_manifest
 from lcm_lightning.runs.loading import load_run
 from lcm_lightning.tracking.wandb_logger import wandb_run_id
@@ -89,7 +90,7 @@ def test_an_experiment_leaves_a_complete_run_folder(run: Run, experiment: str, c
     assert_complete(folder, steps=2)
     said = "".join(capfd.readouterr())
     assert "evaluate.py run=first" in said
-    for noise in ("litlogger", "eval mode", "weights_only"):
+    for noise in ("litlogger", "eval mode", "weights_only", "limit_val_batches"):
         assert noise not in said
 
 
@@ -250,12 +251,38 @@ def test_a_run_begins_with_what_is_chosen_and_changed(run: Run, capfd: pytest.Ca
     assert "├── debug=fdr" in tree and "├── max_steps=7" in tree and "├── callbacks=default" in tree
 
 
-def test_debug_overfit_draws_and_validates_the_images_that_it_trains_on(run: Run):
-    folder = run("few", "method=lora", "debug=overfit", "logger=csv", "trainer=cpu", "max_steps=2", "val_every=2")
-    config = OmegaConf.load(folder / "config.yaml")
-    # What is typed counts: `SMALL` wants batches of 2, and to validate on 2.
-    assert (config.data.train_limit, config.data.val_split, config.data.batch_size) == (4, "train", 2)
-    assert "val/loss" in metrics(folder)[-1] and (folder / "samples" / "step_000002.png").is_file()
+@pytest.mark.parametrize("experiment", ["lora_flickr8k", "quickstart"])
+def test_debug_overfit_draws_and_validates_the_images_that_it_trains_on(experiment: str, flickr_shards: Path):
+    small = ("data.num_workers=0", "data.resolution=32", "data.bucket_step=32")
+    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+        typed = (f"experiment={experiment}", "debug=overfit", "data=flickr8k", f"data.source={flickr_shards}", *small)
+        cfg = compose("train", overrides=list(typed))
+    assert cfg.callbacks.samples.prompts is None  # the first captions of what is validated on
+    data = instantiate(cfg.data)
+    data.prepare_data()
+    data.setup("fit")
+    trained, validated = (
+        {key for batch in loader for key in batch["keys"]}
+        for loader in (data.train_dataloader(), data.val_dataloader())
+    )
+    assert trained == validated and len(trained) == 4
+
+
+def test_the_log_says_why_a_run_died(run: Run, in_folder: Path):
+    with pytest.raises(SystemExit) as end:
+        run("dead", "method=lora", "debug=fdr", "optimizer.lr=1e38", "max_steps=5", "callbacks.faults.max_in_a_row=2")
+    last = (in_folder / "dead" / "train.log").read_text().splitlines()[-1]
+    assert end.value.code == 2 and "[ERROR] - ended by an error: " in last and "2 steps in a row" in last
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [(ZeroDivisionError("unforeseen"), "unforeseen"), (KeyboardInterrupt(), "interrupted"), (UserError("k=1"), "k=1")],
+)
+def test_what_ends_a_run_is_logged_and_raised(error: BaseException, said: str, caplog: pytest.LogCaptureFixture):
+    with pytest.raises(type(error)), logged_errors():
+        raise error
+    assert said in caplog.text and (("Traceback" in caplog.text) == (said == "unforeseen"))
 
 
 def test_debug_profile_leaves_a_table_and_a_trace(run: Run, capfd: pytest.CaptureFixture[str]):
@@ -276,6 +303,16 @@ def test_a_debug_preset_goes_over_every_experiment_and_under_what_is_typed(exper
     assert cfg.max_steps == OmegaConf.load(ROOT / "conf" / "debug" / f"{debug}.yaml").max_steps
     assert (cfg.trainer.devices, cfg.trainer.accelerator, cfg.val_every) == (2, "cpu", 7)
     assert set(cfg) <= set(TRAIN_KEYS)
+
+
+@pytest.mark.parametrize("experiment", sorted(path.stem for path in (ROOT / "conf" / "experiment").glob("*.yaml")))
+def test_a_fast_run_takes_few_passes_of_the_network(experiment: str):
+    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+        cfg = compose("train", overrides=[f"experiment={experiment}", "debug=fdr"])
+    samples = cfg.callbacks.samples
+    assert cfg.data.batch_size * cfg.trainer.accumulate_grad_batches == 1 and not cfg.logger
+    assert samples.num_prompts * (samples.teacher_steps + sum(samples.student_steps)) <= 3
+    assert (samples["_target_"] is None) == experiment.startswith("pretrain_")
 
 
 def test_the_end_of_a_run_names_what_it_left(run: Run, capfd: pytest.CaptureFixture[str]):

@@ -137,7 +137,7 @@ def figures(folder: Path) -> dict:
 def test_metrics_json_keeps_its_schema_and_holds_every_role(evaluated: Path):
     metrics = read_metrics(evaluated)
     jsonschema.validate(metrics, json.loads(SCHEMA.read_text()))
-    assert metrics["protocol"] == "quick" and metrics["features"].endswith(":tiny_clip")
+    assert metrics["protocol"] == "quick-6" and metrics["features"].endswith(":tiny_clip")
     assert metrics["machine"]["cores"] and metrics["versions"]["torch"]
     found = [(model["slug"], model["role"], model["network_evaluations"]) for model in metrics["models"]]
     assert found == [

@@ -7,9 +7,9 @@ import re
 import shutil
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -17,7 +17,10 @@ from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.utils import instantiate
+from lightning.fabric.utilities.rank_zero import rank_zero_only
 from omegaconf import DictConfig, OmegaConf, open_dict
+from rich.progress import Progress, TaskID
+from torch import Tensor
 
 from lcm_lightning import evaluate
 from lcm_lightning.config.model_choice import evaluation_data, find_models
@@ -194,9 +197,9 @@ def test_more_images_than_the_split_holds_are_refused(monkeypatch: pytest.Monkey
     strict = Protocol("report", "clip")
     for number in (99, None):
         real = RealImages("flickr8k", None, "test", number, 64)
-        assert fit_size(real, strict) == (real, strict)
+        assert fit_size(real, strict, usual=number) == (real, strict)
     with pytest.raises(UserError, match="num_images=100: flickr8k/test holds 99 images"):
-        fit_size(RealImages("flickr8k", None, "test", 100, 64), strict)
+        fit_size(RealImages("flickr8k", None, "test", 100, 64), strict, usual=100)
 
 
 def test_the_quick_protocol_takes_all_of_a_smaller_split_under_a_name_with_their_number(
@@ -205,11 +208,80 @@ def test_the_quick_protocol_takes_all_of_a_smaller_split_under_a_name_with_their
     monkeypatch.setattr(reference, "locate", lambda *_: None)
     monkeypatch.setattr(reference, "open_split", lambda *_: (Shard(Path("a"), 60, ""), Shard(Path("b"), 39, "")))
     quick = instantiate(composed("model=tiny", "data=twemoji", "evaluation=quick").evaluation)
-    real, protocol = fit_size(RealImages("mine", None, "train", quick.num_images, 64), quick)
+    real, protocol = fit_size(RealImages("mine", None, "train", quick.num_images, 64), quick, usual=300)
     assert (real.num_images, protocol.num_images, protocol.name) == (None, None, "quick-99")
     assert "mine/train holds 99 images, fewer than the 300 of quick: all are taken, as protocol quick-99" in caplog.text
-    real, protocol = fit_size(RealImages("mine", None, "train", 50, 64), replace(quick, num_images=50))
-    assert (real.num_images, protocol.name) == (50, "quick")
+
+
+@pytest.mark.parametrize(
+    ("usual", "typed", "name"),
+    [(300, None, "p-99"), (300, 50, "p-50"), (None, 50, "p-50"), (None, 99, "p"), (50, 50, "p"), (99, None, "p")],
+)
+def test_a_protocol_is_named_by_a_number_of_images_that_is_not_its_own(
+    monkeypatch: pytest.MonkeyPatch, usual: int | None, typed: int | None, name: str
+):
+    monkeypatch.setattr(reference, "locate", lambda *_: None)
+    monkeypatch.setattr(reference, "open_split", lambda *_: (Shard(Path("a"), 99, ""),))
+    real = RealImages("mine", None, "train", typed, 64)
+    assert fit_size(real, Protocol("p", "clip", num_images=typed), usual) == (
+        real,
+        Protocol(name, "clip", num_images=typed),
+    )
+
+
+def test_the_folder_has_the_protocol_s_name_unless_it_was_typed(composed: Callable[..., DictConfig]):
+    for run_dir in (None, "mine"):
+        cfg = composed("run=a", "evaluation=quick", *([f"run_dir={run_dir}"] if run_dir else []))
+        evaluate.name_folder(cfg, "quick-109")
+        assert (cfg.evaluation.name, cfg.run_dir) == ("quick-109", run_dir or "a/evaluation/quick-109")
+
+
+def test_the_usual_number_is_the_file_s_whatever_is_typed(composed: Callable[..., DictConfig]):
+    for protocol, number in (("quick", 300), ("standard", None), ("report", 100)):
+        composed("model=tiny", f"evaluation={protocol}", "evaluation.num_images=7")
+        assert evaluate.usual_number() == number
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_one_process_says_that_a_split_is_small(
+    rank: int, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+):
+    monkeypatch.setattr(reference, "locate", lambda *_: None)
+    monkeypatch.setattr(reference, "open_split", lambda *_: (Shard(Path("a"), 99, ""),))
+    monkeypatch.setattr(rank_zero_only, "rank", rank)
+    fit_size(RealImages("mine", None, "train", 300, 64), Protocol("p", "clip", takes_fewer=True), 300)
+    assert len(caplog.records) == (rank == 0)
+
+
+def test_no_more_images_are_counted_than_there_are(
+    tiny_model: StableDiffusion, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """The first of two processes draws two batches of three; the other's is short."""
+
+    def blank(model: StableDiffusion, prompts: list[str], *, on_latents: Callable[..., None], **_: object) -> Tensor:
+        on_latents(torch.zeros(len(prompts), 4, 1, 1))
+        return torch.zeros(len(prompts), 3, 8, 8)
+
+    monkeypatch.setattr(drawing_module, "sample", blank)
+    fabric = SimpleNamespace(global_rank=0, world_size=2, barrier=lambda: None)
+    progress = RecordedProgress(disable=True)
+    contender = Contender("base", "base", (), DDIM, 2, 1.0, "base")
+    drawing_module.draw_missing(tiny_model, contender, Drawing(["a"] * 7, 0, 8, 2), tmp_path, fabric, progress)
+    assert progress.counts[-1] == 7 and max(progress.counts) == 7
+
+
+class RecordedProgress(Progress):
+    """Remembers how far it was."""
+
+    counts: tuple[float, ...] = ()
+
+    def update(self, task_id: TaskID, **changes: Any) -> None:
+        super().update(task_id, **changes)
+        self.counts += (self.tasks[task_id].completed,)
+
+    def advance(self, task_id: TaskID, advance: float = 1) -> None:
+        super().advance(task_id, advance)
+        self.counts += (self.tasks[task_id].completed,)
 
 
 @pytest.mark.parametrize(

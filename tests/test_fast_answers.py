@@ -18,6 +18,7 @@ from lcm_lightning.config.entry import configurations, with_absolute_config_path
 from lcm_lightning.config.help import help_text
 from lcm_lightning.config.signatures import parameters
 from lcm_lightning.errors import UserError
+from lcm_lightning.train import TRAIN_KEYS
 
 HERE = {**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent), "OMP_NUM_THREADS": "1"}
 SLOW = {"torch", "lightning", "torchmetrics", "diffusers", "transformers", "peft", "wandb", "matplotlib", "scipy"}
@@ -113,6 +114,14 @@ def test_help_of_a_file_has_its_keys_and_those_it_took_over():
     assert re.search(r"^  method\.distillation\.solver_steps=1\s+in each of the num_ode_steps$", shown, re.MULTILINE)
     with pytest.raises(UserError, match="method=nonesuch: there is no such file in conf/method; there are dmd2_lora"):
         help_text([configurations()], "train", "lcm-command", {"method": "nonesuch"})
+
+
+@pytest.mark.parametrize("group", ["experiment", "debug", "hparams_search"])
+def test_help_of_a_recipe_has_the_keys_as_they_are_typed(group: str):
+    for file in (configurations() / group).glob("*.yaml"):
+        shown = help_text([configurations()], "train", "lcm-command", {group: file.stem})
+        keys = re.findall(r"^  ([\w.]+)", shown.partition(f"\nkeys of {group}={file.stem}:\n")[2], re.MULTILINE)
+        assert keys and {key.partition(".")[0] for key in keys} <= {*TRAIN_KEYS}, file.stem
 
 
 @pytest.mark.parametrize("module", COMMANDS)

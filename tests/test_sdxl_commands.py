@@ -56,7 +56,7 @@ def test_an_experiment_is_trained_drawn_from_and_evaluated(
     assert np.abs(difference).max() <= 1  # of 255: both sides round
 
     in_process("evaluate", "run=run", *EVALUATION, *device, "logger=csv")
-    metrics = json.loads((tmp_path / "run" / "evaluation" / "quick" / "metrics.json").read_text())
+    metrics = json.loads((tmp_path / "run" / "evaluation" / "quick-4" / "metrics.json").read_text())
     assert {model["role"] for model in metrics["models"]} >= {"base", "undistilled", "student"}
     assert all(model["flops_per_image"]["total"] > 0 for model in metrics["models"])
 

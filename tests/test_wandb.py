@@ -167,7 +167,7 @@ def test_an_evaluation_uses_what_it_measures(chain: Chain, tmp_path: Path, monke
     clip = f"evaluation.clip={ROOT / 'lcm_lightning/assets/tiny_clip'}"
     short = ("evaluation=quick", "evaluation.num_images=4", clip, "accelerator=cpu", "logger.wandb.log_code=false")
     in_process("evaluate", "run=student", "logger=wandb", *short)
-    file = RunFile(chain.student / "evaluation" / "quick")
+    file = RunFile(chain.student / "evaluation" / "quick-4")
     assert file.run.job_type == "evaluate" and file.config["evaluation"]["num_images"] == 4
     used = file.artifact("lora")
     (made,) = [a for a in RunFile(chain.student).of("artifact") if a.type == "lora" and not a.use_after_commit]

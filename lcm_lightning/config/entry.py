@@ -19,6 +19,7 @@ from omegaconf import DictConfig
 from lcm_lightning.config.help import groups_of, help_text, options
 from lcm_lightning.config.resolvers import PACKAGE, register_resolvers
 from lcm_lightning.errors import fail, program, report_configuration_errors, report_user_errors
+from lcm_lightning.output.streams import lasting_output
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -61,6 +62,7 @@ def command(config_name: str) -> Callable[[Callable[P, R]], Callable[[], R | Non
         main = report_configuration_errors(answer)
 
         @functools.wraps(task)
+        @lasting_output()
         def run(*config: DictConfig) -> R | None:
             Plugins.instance().register(ConfigurationsHere)  # not on import: another program may compose its own
             refuse_flags(sys.argv[1:])

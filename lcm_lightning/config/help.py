@@ -50,7 +50,8 @@ def help_text(folders: Sequence[Path], name: str, program: str, chosen: Mapping[
         parts += [entry(*recipe) for recipe in options(folders, "experiment").items()]
     parts += ["", "keys, set by key=value:", *entries("", keys_of(lines[start:end]))]
     for key, option in asked_for(folders, groups, chosen or {}):
-        parts += ["", f"keys of {key}={option}:", *entries(f"{key}.", file_keys(folders, key, option))]
+        prefix = "" if is_global(group_file(folders, key, option)) else f"{key}."
+        parts += ["", f"keys of {key}={option}:", *entries(prefix, file_keys(folders, key, option))]
     if groups:
         parts += ["", f"`{program} --help GROUP=NAME` explains the keys of a file,"]
         parts += ["`--cfg job` in place of --help shows every key as it is chosen."]
@@ -96,10 +97,19 @@ def asked_for(
             yield from ((group, name) for name in ([option] if option in known else known))
 
 
+def group_file(folders: Sequence[Path], group: str, name: str) -> Path:
+    """The first of a group's files of that name."""
+    return next(path for folder in folders if (path := folder / group / f"{name}.yaml").is_file())
+
+
+def is_global(file: Path) -> bool:
+    """Whether a file's keys are those at the top, not those of its group."""
+    return "# @package _global_" in file.read_text(encoding="utf-8").splitlines()
+
+
 def file_keys(folders: Sequence[Path], group: str, name: str) -> Keys:
     """The keys of a group's file and of those it is made from."""
-    (file,) = [path for folder in folders if (path := folder / group / f"{name}.yaml").is_file()][:1]
-    lines = file.read_text(encoding="utf-8").splitlines()
+    lines = group_file(folders, group, name).read_text(encoding="utf-8").splitlines()
     found: Keys = {}
     for parent in filter(None, map(PARENT.fullmatch, lines)):
         if parent["name"] in options(folders, group):
@@ -119,9 +129,11 @@ def keys_of(lines: Iterable[str]) -> Keys:
     hidden = -1  # the indent of the section whose keys are not shown; none
     for line in filter(None, map(KEY.fullmatch, lines)):
         indent = len(line["indent"])
-        if 0 <= hidden < indent or line["key"] in ("defaults", "hydra") or line["key"].startswith("_"):
+        if 0 <= hidden < indent:
             continue
-        hidden = -1
+        hidden = indent if line["key"] in ("defaults", "hydra") else -1
+        if hidden == indent or line["key"].startswith("_"):
+            continue
         above = [section for section in above if section[0] < indent]
         name = ".".join([*(section for _, section in above), line["key"]])
         if line["value"] is None or line["value"] == "":

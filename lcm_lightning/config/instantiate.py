@@ -195,12 +195,16 @@ def build_optimizer(cfg: DictConfig) -> partial[Optimizer]:
 
 
 def instantiate_each(cfg: DictConfig, group: str) -> list[Any]:
-    """The objects of a group of several, such as `callbacks`; those set to null are left out.
+    """The objects of a group of several, such as `callbacks`; those set to null, or whose `_target_` is, are left out.
 
     Raises:
         UserError: as `instantiate_group`.
     """
-    return [instantiate_group(cfg, f"{group}.{name}") for name, part in cfg[group].items() if part is not None]
+
+    def left_out(part: object) -> bool:
+        return part is None or (isinstance(part, DictConfig) and "_target_" in part and part["_target_"] is None)
+
+    return [instantiate_group(cfg, f"{group}.{name}") for name, part in cfg[group].items() if not left_out(part)]
 
 
 def instantiate_group(cfg: DictConfig, group: str, **arguments: object) -> Any:

@@ -195,8 +195,10 @@ def draw_missing(
     # Shared out before looking for files: ranks look at different times, and must not disagree on whose a batch is.
     shared = drawing.batches()[fabric.global_rank :: fabric.world_size]
     mine = [batch for batch in shared if not is_drawn(folder, batch)]
-    bar = progress.add_task(contender.label, total=len(drawing.prompts))
-    progress.advance(bar, (sum(map(len, shared)) - sum(map(len, mine))) * fabric.world_size)
+    total = len(drawing.prompts)
+    done = sum(map(len, shared)) - sum(map(len, mine))
+    # The other ranks are taken to be as far; the first rank's share is the largest.
+    bar = progress.add_task(contender.label, total=total, completed=min(done * fabric.world_size, total))
     seeds = drawing.seeds
     with merged_adapters(model, contender.adapters):
         for batch in mine:
@@ -215,9 +217,10 @@ def draw_missing(
             _write_latents(torch.cat(latents), latents_file(folder, batch))
             for index, image in zip(batch, images, strict=True):
                 _write_png(image, image_file(folder, index))
-            progress.advance(bar, len(batch) * fabric.world_size)
+            done += len(batch)
+            progress.update(bar, completed=min(done * fabric.world_size, total))
     fabric.barrier()
-    progress.update(bar, completed=len(drawing.prompts))
+    progress.update(bar, completed=total)
     return sum(map(len, mine))
 
 

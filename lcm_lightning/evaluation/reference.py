@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from lightning.fabric.utilities.rank_zero import rank_zero_only
 from rich.progress import Progress
 from safetensors import safe_open
 from safetensors.torch import save_file
@@ -88,29 +89,36 @@ class Reference:
         return [caption for captions in self.captions for caption in captions[:captions_per_image]]
 
 
-def fit_size(real: RealImages, protocol: Protocol) -> tuple[RealImages, Protocol]:
-    """The same, or of a split that holds fewer images than the protocol wants all, under a name that says how many.
+def fit_size(real: RealImages, protocol: Protocol, usual: int | None) -> tuple[RealImages, Protocol]:
+    """The same, or all of a split that holds fewer images than are wanted; named by a number that is not the usual.
+
+    Figures on other numbers of images do not compare: `quick` on 109 is `quick-109`, whoever chose the number.
+
+    Args:
+        usual: images of the protocol as its file has it; None for all of the split.
 
     Raises:
-        UserError: it holds fewer, and the protocol does not take them.
+        UserError: the split holds fewer, and the protocol does not take them.
     """
-    if real.num_images is None:
+    if real.num_images is None and usual is None:
         return real, protocol
     available = sum(shard.samples for shard in open_split(locate(real.name, real.source), real.split, real.cache_dir))
-    if real.num_images <= available:
-        return real, protocol
-    if not protocol.takes_fewer:
+    wanted = available if real.num_images is None else real.num_images
+    if wanted > available and not protocol.takes_fewer:
         raise UserError(
-            f"evaluation.num_images={real.num_images}: {real.name}/{real.split} holds {available} images; set it to "
+            f"evaluation.num_images={wanted}: {real.name}/{real.split} holds {available} images; set it to "
             "that or less, or null for all, or choose another evaluation.split"
         )
-    name = f"{protocol.name}-{available}"
-    log.warning(
-        "%s/%s holds %d images, fewer than the %d of %s: all are taken, as protocol %s, whose figures compare with "
-        "those of as many images alone",
-        *(real.name, real.split, available, real.num_images, protocol.name, name),
-    )
-    return replace(real, num_images=None), replace(protocol, num_images=None, name=name)
+    taken = min(wanted, available)
+    name = protocol.name if taken == (usual or available) else f"{protocol.name}-{taken}"
+    if taken < wanted:
+        rank_zero_only(log.warning)(
+            "%s/%s holds %d images, fewer than the %d of %s: all are taken, as protocol %s, whose figures compare with "
+            "those of as many images alone",
+            *(real.name, real.split, available, wanted, protocol.name, name),
+        )
+        real, protocol = replace(real, num_images=None), replace(protocol, num_images=None)
+    return real, replace(protocol, name=name)
 
 
 def read_reference(

@@ -1,4 +1,4 @@
-"""What a run's log holds beside what is shown: progress that a terminal has as a bar, and Python's warnings."""
+"""What a run's log holds beside what is shown: progress that a terminal has as a bar, warnings, why the run died."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TextIO
+
+from lcm_lightning.errors import UserError
 
 log = logging.getLogger(__name__)
 
@@ -42,3 +44,19 @@ def logged_warnings() -> Iterator[None]:
         yield
     finally:
         warnings.showwarning = show
+
+
+@contextmanager
+def logged_errors() -> Iterator[None]:
+    """What ends a run goes to its log too: a mistake as its message, anything unforeseen with its traceback."""
+    try:
+        yield
+    except UserError as error:
+        log.error("ended by an error: %s", error, extra=SHOWN)
+        raise
+    except KeyboardInterrupt:
+        log.warning("interrupted", extra=SHOWN)
+        raise
+    except Exception:
+        log.exception("ended by an error", extra=SHOWN)
+        raise
