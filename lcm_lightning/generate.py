@@ -18,7 +18,7 @@ from lcm_lightning.config.entry import command
 from lcm_lightning.data.images import MAX_PIXELS, ImageFault, decode_image, normalise, resize_shorter_side
 from lcm_lightning.errors import UserError
 from lcm_lightning.methods import adapter_kinds
-from lcm_lightning.output.pictures import contact_sheet, png_bytes, settings_text, to_pil
+from lcm_lightning.output.pictures import contact_sheet, drawing_settings, png_bytes, settings_text, to_pil
 from lcm_lightning.output.progress import image_progress
 
 if TYPE_CHECKING:
@@ -232,10 +232,17 @@ def main(cfg: DictConfig) -> None:
         )
     check_finite(source.spec, images)
     pictures = pictures_by_name(images, prompts, seeds)
-    said = {"Steps": steps, "Sampler": sampler.title, "CFG scale": guidance_scale}
-    said |= {"Size": f"{images.shape[-1]}x{images.shape[-2]}", "Model": Path(model.name_or_path).name}
-    if loaded.adapters:
-        said["LoRAs"] = f"{source.name}: " + ", ".join(kind.name for kind in loaded.adapters)
+    said = drawing_settings(
+        steps=steps,
+        sampler=sampler.title,
+        guidance_scale=guidance_scale,
+        size=(images.shape[-1], images.shape[-2]),
+        model=model.name_or_path,
+        loras=source.name,
+        weights={kind.name: loaded.weights.get(kind.name, 1.0) for kind in loaded.adapters},
+        init_image=cfg.init_image,
+        strength=None if init_image is None else init_image.strength,
+    )
     write_pictures(pictures, settings_by_name(prompts, seeds, cfg.negative_prompt, said), Path(cfg.output))
     for name in pictures:
         print(Path(cfg.output) / name)

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import gc
 import io
+import os
 import threading
+import time
+import weakref
 from collections.abc import Callable, Iterator
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,19 +19,22 @@ import torch
 from hydra import compose, initialize_config_dir
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import OmegaConf
+from peft.tuners.lora import LoraLayer
 from PIL import Image
 
+from lcm_lightning.app import choices as choices_module
 from lcm_lightning.app import engine as engine_module
 from lcm_lightning.app.choices import Choices, local_runs
 from lcm_lightning.app.engine import Column, Engine, Settings, Superseded, columns
 from lcm_lightning.app.evaluations import Shown, picture_rows, read_evaluation
 from lcm_lightning.app.html import Panel, evaluation, pictures
-from lcm_lightning.app.panels import Wish, draw
+from lcm_lightning.app.panels import Wish, draw, followed
 from lcm_lightning.config.entry import configurations
 from lcm_lightning.config.resolvers import register_resolvers
 from lcm_lightning.errors import UserError
 from lcm_lightning.evaluation.model_sources import LoadedModel, ModelSource
 from lcm_lightning.methods import adapter_kinds
+from lcm_lightning.models import adapters
 from lcm_lightning.models.adapters import LoraSettings, add_lora, load_lora, lora_parameters, lora_state_dict
 from lcm_lightning.models.lora_files import save_lora
 from lcm_lightning.models.sampling import sample
@@ -108,7 +116,7 @@ def test_a_student_stands_beside_its_teacher_and_a_finetuned_model_beside_its_ba
     assert compared("lcm") == [base, (STUDENT.title, ("lcm",))]
     assert compared("finetuned") == [base, (TUNED.title, ("finetuned",))]
     assert compared("finetuned", "lcm") == [(TUNED.title, ("finetuned",)), (STUDENT.title, ("finetuned", "lcm"))]
-    assert [title for title, _ in compared("full_lcm" if "full_lcm" in KINDS else "lcm", taught=False)] != ["base"]
+    assert compared("full_lcm", taught=False) == [(KINDS["full_lcm"].title, ("full_lcm",))]
 
 
 def test_pictures_are_those_that_sample_draws_of_the_model_with_its_loras_so_weighted(
@@ -142,30 +150,21 @@ def test_a_teacher_is_drawn_once_for_prompt_and_seed_and_a_student_each_time(
 
 
 def test_models_of_one_teacher_share_its_picture(engine: Engine, pipeline_folder: Path, lora_files, sampled: list[str]):
-    alone = made(pipeline_folder, {"finetuned": lora_files["finetuned"]})
-    both = made(pipeline_folder, lora_files)
+    alone = replace(made(pipeline_folder, {"finetuned": lora_files["finetuned"]}), name="alone")
+    both = replace(made(pipeline_folder, lora_files), name="both")
     _, tuned = teacher_and_student(engine, alone)
     teacher, _ = teacher_and_student(engine, both)
     first = engine.draw(engine.ticket(), alone, tuned, GUIDED).result()
-    assert engine.draw(engine.ticket(), both, teacher, GUIDED).result() is first and len(sampled) == 1
+    second = engine.draw(engine.ticket(), both, teacher, GUIDED).result()
+    assert second.image is first.image and len(sampled) == 1
+    assert "LoRAs: alone" in first.settings.replace('"', "") and "LoRAs: both" in second.settings.replace('"', "")
 
 
 def test_of_fifty_wishes_at_once_the_running_one_is_left_at_its_next_step_and_the_last_one_drawn(
     engine: Engine, source: ModelSource, sampled: list[str], monkeypatch: pytest.MonkeyPatch
 ):
     teacher, _ = teacher_and_student(engine, source)
-    model = engine.load(source).result().model
-    inside, go_on = threading.Event(), threading.Event()
-    denoise = model.denoise
-    steps = []
-
-    def slow(*arguments: torch.Tensor) -> torch.Tensor:
-        steps.append(1)
-        inside.set()
-        assert go_on.wait(30)
-        return denoise(*arguments)
-
-    monkeypatch.setattr(model, "denoise", slow)
+    inside, go_on, steps = held_in_a_step(monkeypatch)
     jobs = [engine.draw(engine.ticket(), source, teacher, replace(GUIDED, prompt="0"))]
     assert inside.wait(30)
     jobs += [engine.draw(engine.ticket(), source, teacher, replace(GUIDED, prompt=str(n))) for n in range(1, 50)]
@@ -177,28 +176,152 @@ def test_of_fifty_wishes_at_once_the_running_one_is_left_at_its_next_step_and_th
     assert sampled == ["0", "49"] and len(steps) == 1 + GUIDED.steps
 
 
+def held_in_a_step(monkeypatch: pytest.MonkeyPatch) -> tuple[threading.Event, threading.Event, list[int]]:
+    """Set when a model is in the midst of a step; to be set, that it goes on; and the steps begun."""
+    inside, go_on, steps = threading.Event(), threading.Event(), list[int]()
+    denoise = StableDiffusion.denoise
+
+    def slow(model: StableDiffusion, *arguments: torch.Tensor) -> torch.Tensor:
+        steps.append(1)
+        inside.set()
+        assert go_on.wait(30)
+        return denoise(model, *arguments)
+
+    monkeypatch.setattr(StableDiffusion, "denoise", slow)
+    return inside, go_on, steps
+
+
+@dataclass
+class Reading:
+    """Sources that say which of them was read, and which models there are in memory."""
+
+    pipeline_folder: Path
+    read: list[str] = field(default_factory=list)
+    models: list[weakref.ref[StableDiffusion]] = field(default_factory=list)
+
+    def source(self, name: str) -> ModelSource:
+        plain = made(self.pipeline_folder, {})
+
+        def load() -> LoadedModel:
+            loaded = plain.load()
+            self.read.append(name)
+            self.models.append(weakref.ref(loaded.model))
+            return loaded
+
+        return replace(plain, name=name, load=load)
+
+    def alive(self) -> int:
+        return sum(model() is not None for model in self.models)
+
+
 def test_the_models_used_last_stay_and_others_are_read_again(pipeline_folder: Path):
-    engine, read = Engine(torch.device("cpu"), kept_models=2), []
-
-    def source(name: str) -> ModelSource:
-        plain = made(pipeline_folder, {})
-        return replace(plain, name=name, load=lambda: (read.append(name), plain.load())[1])
-
-    a, b, c = map(source, "abc")
+    engine, reading = Engine(torch.device("cpu"), kept_models=2), Reading(pipeline_folder)
+    a, b, c = map(reading.source, "abc")
     for wanted in (a, b, a, c, a, b):
         engine.load(wanted).result()
     engine.close()
-    assert read == ["a", "b", "c", "b"]
+    assert reading.read == ["a", "b", "c", "b"]
+
+
+def test_no_more_models_than_are_kept_lie_in_memory_and_each_is_read_once_for_a_drawing(pipeline_folder: Path):
+    engine, reading = Engine(torch.device("cpu"), kept_models=1), Reading(pipeline_folder)
+    sources = [reading.source(name) for name in "abc"]
+    wish, alive = Wish(["a", "b", "c"], DOG, teacher_steps=1, teacher_guidance=1.0), []
+    for panels in draw(engine, OneModel(*sources), wish):  # type: ignore[arg-type]
+        gc.collect()
+        alive.append(reading.alive())
+    assert max(alive) == 1 and reading.read == ["a", "b", "c"]
+    assert [bool(panel.picture) for panel in panels] == [True]  # of the one teacher that they are
+    assert engine.known(sources[0]) is not None
+    engine.close()
+
+
+def fill_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """From the fifth change of weights on there is no room, for that one."""
+    update, merged = adapters._update, list[str]()
+
+    def full(layer: LoraLayer, name: str) -> torch.Tensor:
+        merged.append(name)
+        if len(merged) == 5:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return update(layer, name)
+
+    monkeypatch.setattr(adapters, "_update", full)
+
+
+def test_a_model_is_itself_again_where_its_device_had_no_room_for_a_merge(
+    engine: Engine, source: ModelSource, monkeypatch: pytest.MonkeyPatch
+):
+    _, student = teacher_and_student(engine, source)
+    expected = engine.draw(engine.ticket(), source, student, DOG).result()
+    fill_memory(monkeypatch)
+    with pytest.raises(torch.OutOfMemoryError):
+        engine.draw(engine.ticket(), source, student, DOG, {"finetuned": 0.5}).result()
+    again = engine.draw(engine.ticket(), source, student, DOG).result()
+    assert np.array_equal(levels(again.image), levels(expected.image))
+
+
+def test_a_merge_that_fails_half_way_leaves_no_trace(source: ModelSource, monkeypatch: pytest.MonkeyPatch):
+    model = source.load().model
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    fill_memory(monkeypatch)
+    with pytest.raises(torch.OutOfMemoryError), adapters.merged_adapters(model, ["finetuned", "lcm"]):
+        pass
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+
+
+def test_a_model_whose_weights_cannot_be_put_back_is_read_again(
+    engine: Engine, source: ModelSource, monkeypatch: pytest.MonkeyPatch
+):
+    teacher, student = teacher_and_student(engine, source)
+    expected = engine.draw(engine.ticket(), source, student, DOG).result()
+    restore = engine_module.ModelOnDevice.restore
+
+    def full(model: engine_module.ModelOnDevice) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(engine_module.ModelOnDevice, "restore", full)
+    with pytest.raises(torch.OutOfMemoryError):
+        engine.draw(engine.ticket(), source, teacher, GUIDED).result()
+    monkeypatch.setattr(engine_module.ModelOnDevice, "restore", restore)
+    again = engine.draw(engine.ticket(), source, student, DOG).result()
+    assert np.array_equal(levels(again.image), levels(expected.image))
+
+
+def test_what_waits_ends_where_the_engine_is_closed(source: ModelSource, monkeypatch: pytest.MonkeyPatch):
+    engine = Engine(torch.device("cpu"))
+    inside, go_on, _ = held_in_a_step(monkeypatch)
+    engine.warm_up(source)
+    assert inside.wait(30)
+    waiting = engine.load(source)
+    closing = threading.Thread(target=engine.close)
+    closing.start()
+    while not waiting.future.cancelled():
+        assert closing.is_alive()
+        time.sleep(0.01)
+    go_on.set()
+    closing.join(30)
+    assert waiting.done(within=0) and list(followed(waiting)) == []
+    with pytest.raises(Superseded):
+        waiting.result()
 
 
 def test_a_warm_engine_has_read_and_drawn_and_drops_that_for_who_wants_a_picture(
-    engine: Engine, source: ModelSource, sampled: list[str]
+    engine: Engine, source: ModelSource, sampled: list[str], monkeypatch: pytest.MonkeyPatch
 ):
     engine.warm_up(source).result()
-    assert engine.on_device(source) is not None and sampled == [""]
+    known = engine.known(source)
+    assert known is not None and sampled == [""]
+    inside, go_on, steps = held_in_a_step(monkeypatch)
+    monkeypatch.setattr(engine_module, "sample", lambda *args, **kw: sample(*args, **{**kw, "steps": 2}))
     warming = engine.warm_up(source)
-    engine.draw(engine.ticket(), source, engine.on_device(source).columns[-1], DOG).result()
-    assert isinstance(warming.future.exception(), Superseded | None) and sampled[-1] == "dog"
+    assert inside.wait(30)
+    drawing = engine.draw(engine.ticket(), source, known.columns[-1], DOG)
+    go_on.set()
+    with pytest.raises(Superseded):
+        warming.result()
+    drawing.result()
+    assert len(steps) == 1 + DOG.steps
 
 
 def test_a_side_that_the_model_does_not_take_and_a_model_that_is_gone_are_said_in_a_sentence(
@@ -232,8 +355,8 @@ def test_a_file_says_how_its_picture_was_drawn(engine: Engine, source: ModelSour
     picture = engine.draw(engine.ticket(), source, student, DOG, {"finetuned": 0.5}).result()
     with Image.open(io.BytesIO(png_bytes(picture.image, picture.settings))) as file:
         assert file.info["parameters"] == (
-            f"dog\nSteps: 2, Sampler: LCM, CFG scale: 1.0, Seed: 3, Size: 32x32, Model: {pipeline_folder.name}, "
-            'LoRAs: "dogs: finetuned 0.5, lcm 1"'
+            f"dog\nSteps: 2, Sampler: LCM, CFG scale: 1.0, Size: 32x32, Model: {pipeline_folder.name}, "
+            'LoRAs: "dogs: finetuned 0.5, lcm 1", Seed: 3'
         )
         assert np.array_equal(levels(file), levels(picture.image))
 
@@ -316,6 +439,63 @@ def test_runs_are_offered_the_newest_student_first_chosen_and_loaded(
     assert engine.load(source).result().lora_names == ["lcm"]
 
 
+@pytest.mark.parametrize(
+    "content", ["name: x\n", "name: [x\n", "- x\n", "data: here\n", "data: {name: x}\n", "\x00", "name: ${\n"]
+)
+def test_a_damaged_run_is_passed_over_and_said_in_a_sentence(
+    choices, tmp_path: Path, lora_files: dict[str, Path], pipeline_folder: Path, content: str
+):
+    for name, written in (("whole", 1), ("damaged", 2)):
+        leave_run(tmp_path / name / "1", lora_files["lcm"], "lcm", pipeline_folder)
+        os.utime(tmp_path / name / "1" / "lora", (written, written))
+    (tmp_path / "damaged" / "1" / "config.yaml").write_text(content)
+    offered = choices()
+    damaged = f"run:{tmp_path}/damaged/1"
+    if content == "name: x\n":  # it says all that is asked for before it is read
+        assert offered.first() == damaged
+        return
+    assert [key for _, key in offered.listed()][0] == damaged and offered.first() == f"run:{tmp_path}/whole/1"
+    with pytest.raises(UserError, match=r"damaged/1: config\.yaml is damaged \("):
+        offered.source(damaged)
+
+
+def test_a_run_that_was_trained_further_is_read_again(
+    choices, tmp_path: Path, lora_files: dict[str, Path], pipeline_folder: Path
+):
+    leave_run(tmp_path / "dogs" / "1", lora_files["lcm"], "lcm", pipeline_folder)
+    offered = choices(f"run={tmp_path}/dogs/1")
+    keys = ["command", f"run:{tmp_path}/dogs/1", offered.add_loras([str(tmp_path / "dogs" / "1")], "lcm", "tiny")]
+    before = [offered.source(key) for key in keys]
+    assert all(offered.source(key) is source for key, source in zip(keys, before, strict=True))
+    exports = tmp_path / "dogs" / "1" / "lora"
+    write_manifest(exports, [Adapter(STUDENT, step=2)])
+    os.utime(exports / "adapters.json", ns=(2**61, 2**61))  # however coarse the clock of the disk is
+    after = [offered.source(key) for key in keys]
+    assert all(new is not old for new, old in zip(after, before, strict=True))
+    assert all(offered.source(key) is source for key, source in zip(keys, after, strict=True))
+
+
+def test_threads_that_ask_at_once_get_the_same_model(choices, monkeypatch: pytest.MonkeyPatch):
+    offered, together, found = choices(), threading.Barrier(4), []
+    find = choices_module.find_models
+
+    def slow(*arguments: object) -> list[ModelSource]:
+        time.sleep(0.1)
+        return find(*arguments)  # type: ignore[arg-type]
+
+    def ask() -> None:
+        together.wait(30)
+        found.append(offered.source("tiny"))
+
+    monkeypatch.setattr(choices_module, "find_models", slow)
+    threads = [threading.Thread(target=ask) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(30)
+    assert len(found) == 4 and all(source is found[0] for source in found)
+
+
 def test_the_embedded_pipeline_has_its_student_and_loras_of_ones_own_add_up(choices, lora_files: dict[str, Path]):
     offered = choices()
     assert offered.source("tiny").spec.endswith("tiny/student")
@@ -349,3 +529,100 @@ def test_an_evaluation_is_tables_and_small_pictures_of_each_contender(tmp_path: 
         picture_rows(folder, ["../../../../.."], 8)
     with pytest.raises(UserError, match="not there any more"):
         read_evaluation(tmp_path, "../elsewhere")
+
+
+DAMAGED = ["{", "[1]", '{"models": []}', '{"models": [1]}', '{"models": "ab"}', '{"models": {}}', "null"]
+
+
+@pytest.mark.parametrize("content", DAMAGED)
+def test_a_damaged_evaluation_is_said_in_a_sentence(tmp_path: Path, content: str):
+    folder = tmp_path / "dogs" / "1"
+    folder.mkdir(parents=True)
+    (folder / "metrics.json").write_text(content)
+    with pytest.raises(UserError, match="evaluation dogs/1: metrics.json cannot be read"):
+        read_evaluation(tmp_path, "dogs/1")
+
+
+def test_pictures_that_cannot_be_read_leave_the_others(tmp_path: Path):
+    whole, cut, none = tmp_path / "a.png", tmp_path / "b.png", tmp_path / "c.png"
+    Image.effect_noise((64, 64), 9).save(whole)
+    cut.write_bytes(whole.read_bytes()[:900])
+    none.write_bytes(b"\x89PNG")
+    shown = evaluation(Shown("quick", [], ["A", "B", "C", "D"], [[whole, cut, none, tmp_path / "gone.png"]], []))
+    assert shown.count("data:image/png") == 1 and shown.count("cannot be read") == 3
+
+
+class Browser:
+    """In the place of Gradio's request: whose page it is."""
+
+    def __init__(self, session_hash: str) -> None:
+        self.session_hash = session_hash
+
+
+@pytest.fixture
+def page(choices, engine: Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """The page, seen by no browser."""
+    monkeypatch.setenv("GRADIO_ANALYTICS_ENABLED", "False")
+    pytest.importorskip("gradio", reason="the page is made of gradio; pip install -e '.[app]'")
+    from lcm_lightning.app.page import Page
+
+    return Page(engine, choices(), tmp_path, "red heart")
+
+
+# Teacher, lock, models, prompt, negative prompt, seed, steps, guidance, those of the teacher, width, height.
+TYPED = (True, True, ["tiny"], "dog", "", 0, 1, 1.0, 2, 2.0, 0, 0)
+
+
+def test_a_page_whose_wish_another_one_s_has_replaced_says_so_and_waits_for_nothing(page: Any):
+    mine, others = Browser("mine"), Browser("others")
+
+    def interrupted(newer: Browser) -> tuple[Any, ...]:
+        drawing, newest = page._draw(mine, *TYPED), page._draw(newer, *TYPED)
+        for wish in (drawing, newest):
+            next(wish)
+            next(wish)  # by which it has its ticket
+        *_, last = drawing
+        list(newest)
+        return last
+
+    _, message, shown = interrupted(others)
+    assert "another page&#x27;s wish came first" in message and "not drawn" in shown and "step " not in shown
+    assert all("__type__" in shown for shown in interrupted(mine))  # what the newer one says stays
+
+
+def test_a_page_whose_typing_or_choice_another_one_s_wish_has_replaced_says_so(
+    page: Any, monkeypatch: pytest.MonkeyPatch
+):
+    def superseded(*arguments: object, **settings: object) -> Iterator[None]:
+        raise Superseded
+        yield
+
+    monkeypatch.setattr("lcm_lightning.app.page.draw", superseded)
+    monkeypatch.setattr(page.engine, "load", superseded)
+    monkeypatch.setattr("lcm_lightning.app.page.followed", lambda job: job)
+    message, _ = page._draw_typed(Browser("mine"), True, *TYPED[2:])
+    assert "another page" in message
+    assert "another page" in list(page._choose(Browser("mine"), ["tiny"], None))[-1][0]
+
+
+def test_a_model_that_is_added_leaves_what_is_set_for_the_first(
+    page: Any, tmp_path: Path, lora_files: dict[str, Path], pipeline_folder: Path
+):
+    leave_run(tmp_path / "dogs" / "1", lora_files["lcm"], "lcm", pipeline_folder)
+    run, mine = f"run:{tmp_path}/dogs/1", Browser("mine")
+    *_, (_, first, steps, *_) = page._choose(mine, ["tiny"], None)
+    assert (first, steps) == ("tiny", page.engine.known(page.choices.source("tiny")).columns[-1].steps)
+    *_, (message, *unchanged) = page._choose(mine, ["tiny", run], "tiny")
+    assert message == "" and all(list(value) == ["__type__"] for value in unchanged)
+    *_, (_, first, steps, *_) = page._choose(mine, [run], "tiny")
+    assert (first, steps) == (run, STUDENT.steps)
+
+
+def test_what_is_dropped_on_the_page_is_bounded_and_goes_after_a_day(page: Any, monkeypatch: pytest.MonkeyPatch):
+    from lcm_lightning.app.page import serve
+
+    told: dict[str, Any] = {}
+    monkeypatch.setattr(page.blocks, "launch", lambda **settings: (told.update(settings), ("", "here", None))[1])
+    monkeypatch.setattr(page.blocks, "queue", lambda **settings: page.blocks)
+    assert serve(page, "127.0.0.1", None, False) == "here" and told["max_file_size"] == "4gb"
+    assert page.blocks.delete_cache == (3600, 24 * 3600)

@@ -99,8 +99,15 @@ def test_a_picture_s_file_says_how_it_was_drawn(drawn, loras: Path, pipeline_fol
     with Image.open(tmp_path / "dog-3.png") as file:
         assert file.info["parameters"] == (
             f"dog\nSteps: 2, Sampler: LCM, CFG scale: 1.0, Size: 32x32, Model: {pipeline_folder.name}, "
-            'LoRAs: "student: lcm", Seed: 3'
+            'LoRAs: "student: lcm 1", Seed: 3'
         )
+
+
+def test_a_picture_s_file_says_weights_and_the_photo_it_was_drawn_from(drawn, loras: Path, tmp_path: Path):
+    Image.new("RGB", (32, 32), "red").save(tmp_path / "photo.jpg")
+    drawn(f"lora={loras / 'student'}", "weights=0.5", f"init_image={tmp_path}/photo.jpg", "strength=0.75")
+    with Image.open(tmp_path / "dog-3.png") as file:
+        assert 'LoRAs: "student: lcm 0.5", Denoising strength: 0.75, Init image: photo.jpg' in file.info["parameters"]
 
 
 def test_the_student_among_adapters_says_how_they_are_drawn_from():

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +18,8 @@ from lcm_lightning.errors import UserError
 from lcm_lightning.evaluation.model_sources import ModelSource
 from lcm_lightning.methods import adapter_kinds
 from lcm_lightning.models.kinds import BASE
-from lcm_lightning.runs.contents import exported, read_config, read_manifest
+from lcm_lightning.output.files import modified
+from lcm_lightning.runs.contents import MANIFEST, exported, read_config, read_manifest
 
 EMBEDDED = "tiny"
 EMBEDDED_GUIDANCE = 2.0  # more makes its flat colours glaring
@@ -28,7 +31,7 @@ def local_runs(outputs: Path) -> list[Path]:
     """Runs below `outputs` that left something to draw with, the newest first."""
     folders = [folder for depth in DEPTHS for folder in outputs.glob(depth) if (folder / "config.yaml").is_file()]
     found = {folder: exports for folder in folders if (exports := exported(folder)) is not None}
-    return sorted(found, key=lambda folder: found[folder].stat().st_mtime, reverse=True)
+    return sorted(found, key=lambda folder: modified(found[folder]) or 0, reverse=True)
 
 
 def run_title(run: Path, outputs: Path) -> str:
@@ -44,8 +47,47 @@ def has_student(run: Path) -> bool:
         return False
 
 
+def written(place: str) -> int | None:
+    """When what lies at `place`, a run or a file or folder with LoRAs, was written; None for what lies elsewhere."""
+    folder = Path(place).expanduser()
+    exports = exported(folder) or folder
+    return modified(exports / MANIFEST) or modified(folder)
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A model that was found.
+
+    Attributes:
+        cfg: what names it.
+        source: what it is read from.
+        written: when each of the places that `cfg` names was, at that time.
+    """
+
+    cfg: DictConfig
+    source: ModelSource
+    written: tuple[int | None, ...]
+
+    @staticmethod
+    def find(cfg: DictConfig) -> Choice:
+        """The model that `cfg` names. Raises a `UserError` where it is not there."""
+        before = Choice._written(cfg)
+        return Choice(cfg, find_models(cfg)[0], before)
+
+    def newest(self) -> Choice:
+        """The same; found anew where one of its places was written meanwhile, by a run that goes on for example."""
+        now = self._written(self.cfg)
+        changed = any(new is not None and new != old for new, old in zip(now, self.written, strict=True))
+        return Choice.find(self.cfg) if changed else self
+
+    @staticmethod
+    def _written(cfg: DictConfig) -> tuple[int | None, ...]:
+        loras = cfg.lora if OmegaConf.is_list(cfg.lora) else [cfg.lora]
+        return tuple(written(str(place)) for place in (cfg.run, *loras) if place is not None)
+
+
 class Choices:
-    """Models by key; each is found once, so that the one that is loaded is known again."""
+    """Models by key; each is found once, so that the one that is loaded is known again. Any thread may ask."""
 
     def __init__(self, cfg: DictConfig, outputs: Path) -> None:
         """`cfg` is the command's: what `run`, `model`, `lora` and `student` name there comes first.
@@ -55,20 +97,22 @@ class Choices:
         """
         self._cfg = cfg
         self._outputs = outputs
-        self._sources: dict[str, ModelSource] = {}
+        self._lock = threading.RLock()  # Hydra composes for one at a time, and a model found twice is read twice
+        self._found: dict[str, Choice] = {}
         self._own: dict[str, str] = {}  # titles of LoRAs of one's own
         self._config_name = HydraConfig.get().job.config_name
         self.base_models = sorted(file.stem for file in (configurations() / "model").glob("*.yaml"))
         chosen = HydraConfig.get().runtime.choices.get("model")
         self.base_model = chosen or EMBEDDED
         if any(cfg.get(key) is not None for key in ("run", "model", "lora")) or cfg.student:
-            self._sources[COMMAND] = find_models(cfg)[0]
+            self._found[COMMAND] = Choice.find(cfg)
 
     def listed(self) -> list[tuple[str, str]]:
         """Titles and keys of everything that can be picked, anew: runs end while the page is open."""
         own = f"{self.base_model} and its student" if self._cfg.student else None
-        found = [(own or self._sources[COMMAND].spec, COMMAND)] if COMMAND in self._sources else []
-        found += [(title, key) for key, title in self._own.items()]
+        found = [(own or self._found[COMMAND].source.spec, COMMAND)] if COMMAND in self._found else []
+        with self._lock:
+            found += [(title, key) for key, title in self._own.items()]
         for run in local_runs(self._outputs):
             try:
                 found.append((run_title(run, self._outputs), f"run:{run}"))
@@ -78,22 +122,31 @@ class Choices:
 
     def first(self) -> str:
         """The key to begin with: of what the command named, or the newest run with a student."""
-        if COMMAND in self._sources:
+        if COMMAND in self._found:
             return COMMAND
         students = (f"run:{run}" for run in local_runs(self._outputs) if has_student(run))
-        return next(students, EMBEDDED)
+        return next(filter(self._is_there, students), EMBEDDED)
+
+    def _is_there(self, key: str) -> bool:
+        try:
+            return bool(self.source(key))
+        except UserError:
+            return False  # a damaged run is nothing to begin with
 
     def source(self, key: str) -> ModelSource:
-        """The model of a key of `listed`. Raises a `UserError` where it is gone."""
-        if key not in self._sources:
-            kind, _, place = key.partition(":")
-            if kind == "run":
-                (self._sources[key],) = find_models(self._with(None, run=place))
-            elif key == EMBEDDED:
-                (self._sources[key],) = find_models(self._with(EMBEDDED, student=True))
-            else:
-                raise UserError(f"model {key}: is not there any more; choose another one")
-        return self._sources[key]
+        """The model of a key of `listed`, another one where it was written anew. Raises a `UserError` where it is gone."""
+        with self._lock:
+            known = self._found.get(key)
+            self._found[key] = Choice.find(self._named(key)) if known is None else known.newest()
+            return self._found[key].source
+
+    def _named(self, key: str) -> DictConfig:
+        kind, _, place = key.partition(":")
+        if kind == "run":
+            return self._with(None, run=place)
+        if key == EMBEDDED:
+            return self._with(EMBEDDED, student=True)
+        raise UserError(f"model {key}: is not there any more; choose another one")
 
     def add_loras(self, lines: Sequence[str], role: str, base_model: str) -> str:
         """The key of `base_model` with LoRAs, each a line: a file, run folder or hub id, `lcm:` and the like before it.
@@ -109,10 +162,10 @@ class Choices:
             raise UserError("LoRA: none is given; drop a .safetensors file, or type its path or hub id")
         roles, places = zip(*split, strict=True)
         key = " + ".join(f"{its_role}:{place}" for its_role, place in split) + f" on {base_model}"
-        if key not in self._sources:
-            cfg = self._with(base_model, lora=list(places), lora_role=list(roles))
-            (self._sources[key],) = find_models(cfg)
-            self._own[key] = f"{self._sources[key].name} on {base_model}"
+        with self._lock:
+            if key not in self._found:
+                self._found[key] = Choice.find(self._with(base_model, lora=list(places), lora_role=list(roles)))
+                self._own[key] = f"{self._found[key].source.name} on {base_model}"
         return key
 
     def teacher_settings(self, key: str) -> tuple[int, float]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import threading
+from contextlib import ExitStack
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -41,9 +42,9 @@ def main(cfg: DictConfig) -> None:
     engine.warm_up(choices.source(choices.first()))  # while what the page is made of is imported
     from lcm_lightning.app.page import Page, serve
 
-    try:
+    with ExitStack() as ending:
+        ending.callback(engine.close)
         page = Page(engine, choices, Path(cfg.outputs), FIRST_PROMPT)
+        ending.callback(page.blocks.close, verbose=False)  # by which dropped files go
         print(f"{serve(page, cfg.host, cfg.port, cfg.share)}  (Ctrl-C ends it)", flush=True)
         threading.Event().wait()
-    finally:
-        engine.close()

@@ -6,11 +6,10 @@ import gc
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, wait
-from contextlib import ExitStack
-from dataclasses import dataclass, field
-from pathlib import Path
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import CancelledError, Future, ThreadPoolExecutor, wait
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field, replace
 from typing import Any, Generic, TypeVar
 
 import torch
@@ -21,7 +20,7 @@ from lcm_lightning.evaluation.model_sources import LoadedModel, ModelSource
 from lcm_lightning.models.adapters import merged_adapters, set_adapter_weight
 from lcm_lightning.models.kinds import BASE, AdapterKind, Role
 from lcm_lightning.models.sampling import Sampler, check_finite, sample
-from lcm_lightning.output.pictures import settings_text, to_pil
+from lcm_lightning.output.pictures import drawing_settings, settings_text, to_pil
 
 LARGEST_SIDE = 4  # times the model's own: more would take hours, or all memory, and draw badly
 T = TypeVar("T")
@@ -86,11 +85,15 @@ class Job(Generic[T]):
 
     def done(self, within: float) -> bool:
         """Whether it has ended, waiting at most so many seconds for it."""
-        return bool(wait([self.future], within).done)
+        # `wait` does not count one that was cancelled before it began.
+        return self.future.done() or bool(wait([self.future], within).done)
 
     def result(self) -> T:
-        """What it gave. Raises what it did: `Superseded`, or a `UserError`."""
-        return self.future.result()
+        """What it gave. Raises what it did: `Superseded`, also where it was cancelled, or a `UserError`."""
+        try:
+            return self.future.result()
+        except CancelledError:
+            raise Superseded from None
 
 
 def columns(adapters: Sequence[AdapterKind], *, taught: bool) -> list[Column]:
@@ -114,6 +117,19 @@ def columns(adapters: Sequence[AdapterKind], *, taught: bool) -> list[Column]:
     return found + [column(kind, (*acting, kind.name)) for kind in students]
 
 
+@dataclass(frozen=True)
+class Drawable:
+    """What can be drawn from a model that has been read; holds nothing of its memory.
+
+    Attributes:
+        lora_names: adapters that can be weighted.
+    """
+
+    source: ModelSource
+    columns: Sequence[Column]
+    lora_names: Sequence[str]
+
+
 class ModelOnDevice:
     """A model that is drawn from again and again: adapters stay merged until others are to act."""
 
@@ -121,20 +137,16 @@ class ModelOnDevice:
         self.source = source
         self.loaded: LoadedModel = source.load()
         self.model = self.loaded.model.to(device)
-        self.columns = columns(self.loaded.adapters, taught=self.loaded.taught)
+        lora_names = [kind.name for kind in self.loaded.adapters if not kind.whole]
+        self.drawable = Drawable(source, columns(self.loaded.adapters, taught=self.loaded.taught), lora_names)
         self._identities: dict[str, str] | None = None
         self._merged = ExitStack()
         self._acting: tuple[tuple[str, float], ...] | None = None
 
-    @property
-    def lora_names(self) -> list[str]:
-        """Of the adapters that can be weighted."""
-        return [kind.name for kind in self.loaded.adapters if not kind.whole]
-
     def identity(self, names: Sequence[str]) -> tuple[str, ...]:
         """What tells the model with the adapters `names` from others: digests of their weights."""
         if self._identities is None:
-            self.let_act([(name, 1.0) for name in self.lora_names])  # a weight would count as the file's own
+            self.let_act([(name, 1.0) for name in self.drawable.lora_names])  # a weight would count as the file's own
             self.let_act(())
             self._identities = self.loaded.identities()
         return tuple(self._identities[name] for name in ("", *names))
@@ -172,6 +184,7 @@ class Engine:
         # One thread, also because each that computes would bring the threads of its own OpenMP pool.
         self._thread = ThreadPoolExecutor(1, "drawing")
         self._models: OrderedDict[int, ModelOnDevice] = OrderedDict()
+        self._known: dict[int, Drawable] = {}
         self._pictures: OrderedDict[Any, Picture] = OrderedDict()
 
     def close(self) -> None:
@@ -187,13 +200,13 @@ class Engine:
             self._newest += 1
             return self._newest
 
-    def on_device(self, source: ModelSource) -> ModelOnDevice | None:
-        """The model, if it has been read and is still there."""
-        return self._models.get(id(source))
+    def known(self, source: ModelSource) -> Drawable | None:
+        """What can be drawn from a model, if it has been read, whether or not it is still there."""
+        return self._known.get(id(source))
 
-    def load(self, source: ModelSource, ticket: int | None = None) -> Job[ModelOnDevice]:
+    def load(self, source: ModelSource, ticket: int | None = None) -> Job[Drawable]:
         """Read a model, if it is not there. Without a ticket it is read whatever else is wished for."""
-        return self._start(ticket, lambda job: self._model(job, source))
+        return self._start(ticket, lambda job: self._model(job, source).drawable)
 
     def warm_up(self, source: ModelSource) -> Job[None]:
         """Read a model and draw once from it, as its student: what a first drawing sets up is there for the next."""
@@ -201,7 +214,7 @@ class Engine:
 
         def work(job: Job[None]) -> None:
             model = self._model(job, source)
-            column = model.columns[-1]
+            column = model.drawable.columns[-1]
             settings = Settings("", column.sampler.min_steps, column.guidance_scale)
             self._drawn(job, ticket, model, column, settings, [(name, 1.0) for name in column.adapters])
 
@@ -245,6 +258,7 @@ class Engine:
                 self._models.popitem(last=False)[1].restore()
             gc.collect()
             self._models[key] = ModelOnDevice(source, self.device)
+            self._known[key] = self._models[key].drawable
         self._models.move_to_end(key)
         return self._models[key]
 
@@ -261,13 +275,24 @@ class Engine:
         acting = [(name, weights.get(name, 1.0)) for name in column.adapters]
         if column.role == "student":
             return self._drawn(job, ticket, model, column, settings, acting)
-        key = (model.identity(column.adapters), tuple(acting), column.sampler.name, settings)
+        with self._adapting(model):
+            key = (model.identity(column.adapters), tuple(acting), column.sampler.name, settings)
         if key not in self._pictures:
             self._pictures[key] = self._drawn(job, ticket, model, column, settings, acting)
         self._pictures.move_to_end(key)
         while len(self._pictures) > self.kept_pictures:
             self._pictures.popitem(last=False)
-        return self._pictures[key]
+        # Another model of the same teacher may have drawn it, whose name would be in the settings.
+        return replace(self._pictures[key], settings=file_settings(model, column, settings, acting))
+
+    @contextmanager
+    def _adapting(self, model: ModelOnDevice) -> Iterator[None]:
+        """A block that merges adapters; where it fails the model is dropped, whose weights may be half merged."""
+        try:
+            yield
+        except BaseException:
+            self._models.pop(id(model.source), None)
+            raise
 
     def _drawn(
         self,
@@ -283,9 +308,8 @@ class Engine:
             self._check(ticket)
 
         width, height = sides(model, settings)
-        model.let_act(acting)
-        guided = column.sampler.passes(settings.guidance_scale) > 1
-        negative_prompt = settings.negative_prompt if guided else ""
+        with self._adapting(model):
+            model.let_act(acting)
         start = time.perf_counter()
         images = sample(
             model.model,
@@ -295,18 +319,33 @@ class Engine:
             guidance_scale=settings.guidance_scale,
             sampler=column.sampler,
             resolution=(height, width),
-            negative_prompt=negative_prompt,
+            negative_prompt=acting_negative_prompt(column, settings),
             on_step=on_step,
         )
         seconds = time.perf_counter() - start
         check_finite(model.source.spec, images)
-        said = {"Steps": settings.steps, "Sampler": column.sampler.title, "CFG scale": settings.guidance_scale}
-        said |= {"Seed": settings.seed, "Size": f"{width}x{height}"}
-        # By name alone: where they lie is nobody's business whom a picture is sent to.
-        said["Model"] = Path(model.model.name_or_path).name
-        if acting:
-            said["LoRAs"] = f"{model.source.name}: " + ", ".join(f"{name} {weight:g}" for name, weight in acting)
-        return Picture(to_pil(images[0]), seconds, settings_text(settings.prompt, negative_prompt, said))
+        return Picture(to_pil(images[0]), seconds, file_settings(model, column, settings, acting))
+
+
+def acting_negative_prompt(column: Column, settings: Settings) -> str:
+    """The negative prompt, where a pass of the network reads it."""
+    return settings.negative_prompt if column.sampler.passes(settings.guidance_scale) > 1 else ""
+
+
+def file_settings(model: ModelOnDevice, column: Column, settings: Settings, acting: Sequence[tuple[str, float]]) -> str:
+    """How a picture is drawn, for its file; `acting` are adapters and their weights."""
+    own = model.loaded.weights
+    said = drawing_settings(
+        steps=settings.steps,
+        sampler=column.sampler.title,
+        guidance_scale=settings.guidance_scale,
+        size=sides(model, settings),
+        model=model.model.name_or_path,
+        loras=model.source.name,
+        weights={name: weight * own.get(name, 1.0) for name, weight in acting},
+    )
+    negative_prompt = acting_negative_prompt(column, settings)
+    return settings_text(settings.prompt, negative_prompt, said | {"Seed": settings.seed})
 
 
 def sides(model: ModelOnDevice, settings: Settings) -> tuple[int, int]:

@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lcm_lightning.errors import UserError
+from lcm_lightning.errors import UserError, first_line
 from lcm_lightning.evaluation.tables import Table, cost_table, quality_table
+from lcm_lightning.output.files import modified
 
 # A run's, by its protocols; its own copy of the newest lies a folder above. And those of models without a run.
 PLACES = ("*/*/evaluation/*/metrics.json", "*/*/metrics.json")
@@ -37,7 +38,7 @@ class Shown:
 def find_evaluations(outputs: Path) -> list[str]:
     """Folders of evaluations below `outputs`, relative to it, the newest first."""
     files = {file for place in PLACES for file in outputs.glob(place)}
-    newest = sorted(files, key=lambda file: file.stat().st_mtime, reverse=True)
+    newest = sorted(files, key=lambda file: modified(file) or 0, reverse=True)
     return [file.parent.relative_to(outputs).as_posix() for file in newest]
 
 
@@ -55,10 +56,12 @@ def read_evaluation(outputs: Path, name: str, pictures: int = 8) -> Shown:
         models = metrics["models"]
         tables = quality_table(models), cost_table(models)
         rows = picture_rows(folder, [model["images"] for model in models], pictures)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"evaluation {name}: metrics.json cannot be read ({error}); evaluate again") from error
-    title = f"{metrics['protocol']}, {metrics['dataset']}, {models[0]['n_images']} images of each"
-    return Shown(title, tables, [model["label"] for model in models], rows, metrics["warnings"])
+        title = f"{metrics['protocol']}, {metrics['dataset']}, {models[0]['n_images']} images of each"
+        labels, warnings = [str(model["label"]) for model in models], list(map(str, metrics["warnings"]))
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+        said = f"{type(error).__name__}: {first_line(error)}"
+        raise UserError(f"evaluation {name}: metrics.json cannot be read ({said}); evaluate again") from error
+    return Shown(title, tables, labels, rows, warnings)
 
 
 def picture_rows(folder: Path, places: Sequence[str], number: int) -> list[list[Path]]:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import base64
-import io
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,10 +13,7 @@ from PIL import Image
 from lcm_lightning.app.engine import Picture
 from lcm_lightning.app.evaluations import Shown
 from lcm_lightning.evaluation.tables import Table
-from lcm_lightning.output.pictures import png_bytes
-
-SMALL = 128  # px: pictures up to this are shown pixel by pixel
-THUMBNAIL = 256  # px: those of an evaluation are many
+from lcm_lightning.output.pictures import LARGEST_WHOLE, data_address, png_bytes, thumbnail_address
 
 CSS = """
 .pictures { display: flex; flex-wrap: wrap; gap: 16px; }
@@ -60,7 +55,7 @@ def _figure(panel: Panel) -> str:
         kind, text = ("pending failed", panel.problem) if panel.problem else ("pending", panel.waits)
         return f'<figure><div class="{kind}">{escape(text)}</div><figcaption>{title}</figcaption></figure>'
     picture, prompt = panel.picture, panel.picture.settings.split("\n")[0]
-    pixels = ' class="pixels"' if picture.image.width <= SMALL else ""
+    pixels = ' class="pixels"' if picture.image.width <= LARGEST_WHOLE else ""
     source = data_address(png_bytes(picture.image, picture.settings), "png")
     name = re.sub(r"[^0-9a-z]+", "-", f"{prompt[:60]} {panel.title}".lower()).strip("-") + ".png"
     save = f'<a href="#" download="{name}" onclick="{SAVE}">Save</a>'
@@ -92,13 +87,12 @@ def evaluation(shown: Shown) -> str:
 
 
 def _cell(file: Path) -> str:
-    with Image.open(file) as picture:
-        if picture.width <= SMALL:
-            return f'<td><img class="pixels" alt="" src="{data_address(file.read_bytes(), "png")}"></td>'
-        picture.thumbnail((THUMBNAIL, THUMBNAIL))
-        reduced = io.BytesIO()
-        picture.convert("RGB").save(reduced, "JPEG", quality=90)
-    return f'<td><img alt="" src="{data_address(reduced.getvalue(), "jpeg")}"></td>'
+    try:
+        with Image.open(file) as picture:
+            pixels = ' class="pixels"' if picture.width <= LARGEST_WHOLE else ""
+            return f'<td><img{pixels} alt="" src="{thumbnail_address(picture)}"></td>'
+    except Exception:  # of many kinds where a file is cut off or damaged; the others are shown
+        return f"<td>{escape(file.name)} cannot be read</td>"
 
 
 def _table(table: Table) -> str:
@@ -108,8 +102,3 @@ def _table(table: Table) -> str:
         for row in table.rows
     )
     return f'<div class="wide"><table><thead><tr>{heads}</tr></thead><tbody>{rows}</tbody></table></div>'
-
-
-def data_address(content: bytes, kind: str) -> str:
-    """A picture's file as an address that holds it whole."""
-    return f"data:image/{kind};base64,{base64.b64encode(content).decode()}"

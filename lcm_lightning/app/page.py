@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,9 +11,9 @@ import gradio as gr
 
 from lcm_lightning.app import html
 from lcm_lightning.app.choices import Choices
-from lcm_lightning.app.engine import Column, Engine, ModelOnDevice, Settings, Superseded
+from lcm_lightning.app.engine import Column, Drawable, Engine, Settings, Superseded
 from lcm_lightning.app.evaluations import find_evaluations, read_evaluation
-from lcm_lightning.app.panels import Wish, draw, explained, load
+from lcm_lightning.app.panels import Wish, draw, explained, followed
 from lcm_lightning.errors import UserError, first_line
 from lcm_lightning.methods import adapter_kinds
 
@@ -20,6 +21,9 @@ MOST_STEPS = 8
 SLIDERS = 4  # for weights of LoRAs
 LARGEST_SEED = 2**32 - 1
 USUAL_ROLE = "finetuned"  # of LoRAs of one's own
+LARGEST_FILE = "4gb"  # of a LoRA that is dropped
+CLEANING = (3600, 86_400)  # seconds: how often dropped files are looked for, and how old those are that go
+ANOTHER_CAME_FIRST = "another page's wish came first; draw again"
 # The typefaces of the machine: Gradio's own come from the internet.
 THEME = gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"])
 QUIET: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
@@ -35,7 +39,9 @@ class Page:
         self.choices = choices
         self.outputs = outputs
         self.first = choices.first()
-        with gr.Blocks(title="LCM-Lightning", analytics_enabled=False) as self.blocks:
+        self._wishes: defaultdict[str | None, int] = defaultdict(int)  # by session
+        with gr.Blocks(title="LCM-Lightning", analytics_enabled=False, delete_cache=CLEANING) as self.blocks:
+            self.set_for = gr.State(None)  # the model whose usual settings are set
             with gr.Tab("Draw"):
                 self._add_prompt(prompt)
                 self._add_settings()
@@ -120,22 +126,35 @@ class Page:
         typing = {**AT_ONCE, "trigger_mode": "always_last", "queue": False}
         self.prompt.input(self._draw_typed, [self.as_typed, *wish], [self.message, self.pictures], **typing)
         defaults = [self.steps, self.guidance, self.teacher_steps, self.teacher_guidance, self.negative]
-        loaded = [self.message, *defaults, self.weighting, *self.weights]
-        self.models.input(self._choose, self.models, loaded, **AT_ONCE)
+        chosen = [self.models, self.set_for]
+        loaded = [self.message, self.set_for, *defaults, self.weighting, *self.weights]
+        guided = [self.models, self.guidance, self.teacher_guidance, self.with_teacher]
+        self.models.input(self._choose, chosen, loaded, **AT_ONCE).success(
+            self._negative, guided, self.negative, **QUIET
+        )
         used = [self.dropped, self.lines, self.role, self.base_model]
         for event in (self.use.click, self.dropped.upload):
             event(self._use_loras, used, [self.message, self.models], **QUIET).success(
-                self._choose, self.models, loaded, **QUIET
+                self._choose, chosen, loaded, **QUIET
             )
-        guided = [self.models, self.guidance, self.teacher_guidance, self.with_teacher]
         gr.on([part.change for part in guided[1:]], self._negative, guided, self.negative, **QUIET)
         self.evaluations_tab.select(self._list_evaluations, self.evaluation, self.evaluation, **QUIET)
         self.evaluation.change(self._show_evaluation, self.evaluation, self.report, **QUIET)
         self.own.expand(self._roles, None, self.role, **QUIET)
         self.blocks.load(self._arrive, self.models, self.models, **QUIET)
-        self.blocks.load(self._load, self.models, loaded, **QUIET)
+        self.blocks.load(self._load, chosen, loaded, **QUIET)
 
-    def _draw(self, with_teacher: bool, lock: bool, *values: Any) -> Iterator[tuple[Any, ...]]:
+    def _wish(self, request: gr.Request) -> int:
+        """The number of a wish among those of its page."""
+        self._wishes[request.session_hash] += 1
+        return self._wishes[request.session_hash]
+
+    def _is_last(self, request: gr.Request, wish: int) -> bool:
+        """Whether a page has not wished for anything since: what took the place of its wish is another page's."""
+        return self._wishes[request.session_hash] == wish
+
+    def _draw(self, request: gr.Request, with_teacher: bool, lock: bool, *values: Any) -> Iterator[tuple[Any, ...]]:
+        wish, panels = self._wish(request), list[html.Panel]()
         seed = int(values[SEED] or 0)
         seed = seed if lock else (seed + 1) % (LARGEST_SEED + 1)
         values = (*values[:SEED], seed, *values[SEED + 1 :])
@@ -145,46 +164,55 @@ class Page:
                 yield gr.skip(), html.note("drawing"), html.pictures(panels)
             yield gr.skip(), "", gr.skip()
         except Superseded:
-            yield gr.skip(), gr.skip(), gr.skip()
+            if self._is_last(request, wish):
+                for panel in panels:
+                    panel.waits = "not drawn"
+                yield gr.skip(), html.note(ANOTHER_CAME_FIRST), html.pictures(panels) if panels else gr.skip()
+            else:
+                yield gr.skip(), gr.skip(), gr.skip()
         except Exception as error:
             yield gr.skip(), html.problem(explained(error)), gr.skip()
 
-    def _draw_next(self, with_teacher: bool, lock: bool, *values: Any) -> Iterator[tuple[Any, ...]]:
-        return self._draw(with_teacher, False, *values)
+    def _draw_next(
+        self, request: gr.Request, with_teacher: bool, lock: bool, *values: Any
+    ) -> Iterator[tuple[Any, ...]]:
+        return self._draw(request, with_teacher, False, *values)
 
-    def _draw_typed(self, as_typed: bool, *values: Any) -> tuple[Any, ...]:
+    def _draw_typed(self, request: gr.Request, as_typed: bool, *values: Any) -> tuple[Any, ...]:
         if not as_typed:
             return gr.skip(), gr.skip()
+        wish = self._wish(request)
         try:
             *_, panels = draw(self.engine, self.choices, wished(*values).while_typed(), teachers=False)
             return "", html.pictures(panels)
         except Superseded:
-            return gr.skip(), gr.skip()
+            return html.note(ANOTHER_CAME_FIRST) if self._is_last(request, wish) else gr.skip(), gr.skip()
         except Exception as error:
             return html.problem(explained(error)), gr.skip()
 
-    def _choose(self, keys: Sequence[str]) -> Iterator[Any]:
-        return self._load(keys, self.engine.ticket())
+    def _choose(self, request: gr.Request, keys: Sequence[str], set_for: str | None) -> Iterator[Any]:
+        return self._load(request, keys, set_for, self.engine.ticket())
 
-    def _load(self, keys: Sequence[str], ticket: int | None = None) -> Iterator[Any]:
-        """Read the chosen models, and set what is usual for the first one."""
-        unchanged = [gr.skip()] * (6 + SLIDERS)
-        reading = load(self.engine, self.choices, keys, ticket)
+    def _load(
+        self, request: gr.Request, keys: Sequence[str], set_for: str | None, ticket: int | None = None
+    ) -> Iterator[Any]:
+        """Read the chosen models that stay on the device, and set what is usual for the first one if it is another."""
+        wish, unchanged = self._wish(request), [gr.skip()] * (7 + SLIDERS)
         try:
-            while True:
-                try:
-                    (panel,) = next(reading)
-                except StopIteration as finished:
-                    models: list[ModelOnDevice] = finished.value
-                    break
-                yield [html.note(f"{panel.waits} ..."), *unchanged]
-            yield ["", *self._usual(keys[0], models[0])] if models else ["", *unchanged]
+            models = []
+            for key in keys[: self.engine.kept_models]:
+                job = self.engine.load(self.choices.source(key), ticket)
+                for said in followed(job):
+                    yield [html.note(f"{said} ..."), *unchanged]
+                models.append(job.result())
+            another = models and keys[0] != set_for
+            yield ["", keys[0], *self._usual(keys[0], models[0])] if another else ["", *unchanged]
         except Superseded:
-            yield [gr.skip(), *unchanged]
+            yield [html.note(ANOTHER_CAME_FIRST) if self._is_last(request, wish) else gr.skip(), *unchanged]
         except Exception as error:
             yield [html.problem(explained(error)), *unchanged]
 
-    def _usual(self, key: str, model: ModelOnDevice) -> list[Any]:
+    def _usual(self, key: str, model: Drawable) -> list[Any]:
         teacher_steps, teacher_guidance = self.choices.teacher_settings(key)
         students = [column for column in model.columns if column.role == "student"]
         steps, guidance = (students[0].steps, students[0].guidance_scale) if students else (4, 1.0)
@@ -203,7 +231,7 @@ class Page:
 
     def _negative(self, keys: Sequence[str], guidance: float, teacher_guidance: float, with_teacher: bool) -> Any:
         """A negative prompt can be given where a pass of the network would read it."""
-        models = [self.engine.on_device(self.choices.source(key)) for key in keys]
+        models = [self.engine.known(self.choices.source(key)) for key in keys]
         columns = [column for model in models if model is not None for column in model.columns]
         shown = [column for column in columns if with_teacher or column.role == "student"]
         return gr.update(interactive=reads_negative_prompt(shown, guidance, teacher_guidance))
@@ -226,8 +254,8 @@ class Page:
             return ""
         try:
             return html.evaluation(read_evaluation(self.outputs, name))
-        except UserError as error:
-            return html.problem(str(error))
+        except Exception as error:
+            return html.problem(explained(error))
 
 
 def reads_negative_prompt(columns: Sequence[Column], guidance: float, teacher_guidance: float) -> bool:
@@ -264,7 +292,8 @@ def wished(
 def serve(page: Page, host: str, port: int | None, share: bool) -> str:
     """Let the page be seen, and return its address; the program's end ends it.
 
-    Nothing is served but Gradio's own files: pictures are part of what the page is told.
+    Pictures are part of what the page is told. Gradio serves its own files, and those dropped on the page to who knows
+    their address, which holds their SHA-256; it deletes them after a day or where the program ends.
 
     Raises:
         UserError: the port is taken, or the host is none of this machine.
@@ -274,6 +303,7 @@ def serve(page: Page, host: str, port: int | None, share: bool) -> str:
             server_name=host,
             server_port=port,
             share=share,
+            max_file_size=LARGEST_FILE,
             prevent_thread_lock=True,
             quiet=True,
             footer_links=[],

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from lcm_lightning.app.choices import Choices
-from lcm_lightning.app.engine import Column, Engine, Job, ModelOnDevice, Settings, Superseded
+from lcm_lightning.app.engine import Column, Drawable, Engine, Job, Picture, Settings, Superseded
 from lcm_lightning.app.html import Panel
 from lcm_lightning.errors import UserError, first_line
 
@@ -50,7 +50,7 @@ def explained(error: Exception) -> str:
     """An error in one sentence for the page; one that is no user's mistake is logged whole, with where it happened."""
     if isinstance(error, UserError):
         return str(error)
-    log.error("drawing failed", exc_info=error)
+    log.error("the page failed", exc_info=error)
     if type(error).__name__ == "OutOfMemoryError":
         return "The device's memory is full; choose a smaller width and height, or start the app with kept_models=1."
     return f"That went wrong: {first_line(error)}; where the app was started it says more."
@@ -62,24 +62,10 @@ def followed(job: Job[Any]) -> Iterator[str]:
         yield job.said
 
 
-def load(
-    engine: Engine, choices: Choices, keys: Sequence[str], ticket: int | None = None
-) -> Generator[list[Panel], None, list[ModelOnDevice]]:
-    """Read the models of `keys`; returns them, and yields what is to be seen meanwhile.
-
-    `ticket` is as for `Engine.load`.
-    """
-    models: list[ModelOnDevice] = []
-    for key in keys:
-        job = engine.load(choices.source(key), ticket)
-        for said in followed(job):
-            yield [Panel(choices.source(key).name, waits=said)]
-        models.append(job.result())
-    return models
-
-
 def draw(engine: Engine, choices: Choices, wish: Wish, *, teachers: bool = True) -> Iterator[list[Panel]]:
     """Draw every column of the wished models, the quick ones first; yields the panels as they fill.
+
+    Where the models are more than the device keeps they are drawn from one after another, so that each is read once.
 
     Args:
         teachers: draw them too.
@@ -89,26 +75,41 @@ def draw(engine: Engine, choices: Choices, wish: Wish, *, teachers: bool = True)
         UserError: a model is gone or cannot be read.
     """
     ticket = engine.ticket()
-    models = yield from load(engine, choices, wish.models, ticket)
-    work = [
-        (model, column, Panel(panel_title(column, wish.of(column), model.source.name if len(models) > 1 else "")))
-        for model in models
-        for column in model.columns
-    ]
-    panels = [panel for _, _, panel in work]
-    for model, column, panel in sorted(work, key=lambda part: part[1].role != "student"):
-        if column.role != "student" and not teachers:
-            panel.waits = "Enter draws it"
-            continue
-        weights = dict(zip(model.lora_names, wish.weights, strict=False)) if model is models[0] else {}
-        job = engine.draw(ticket, model.source, column, wish.of(column), weights)
-        for said in followed(job):
-            panel.waits = said
-            yield panels
-        fill(panel, job)
-        if panel.picture is not None and any(panel.picture is other.picture for other in panels if other is not panel):
-            panels.remove(panel)  # models of one teacher
+    panels: list[Panel] = []
+    together = len(wish.models) <= engine.kept_models
+    for keys in [wish.models] if together else [[key] for key in wish.models]:
+        models: list[Drawable] = []
+        for key in keys:
+            source = choices.source(key)
+            job = engine.load(source, ticket)
+            for said in followed(job):
+                yield [*panels, Panel(source.name, waits=said)]
+            models.append(job.result())
+        work = [
+            (model, column, Panel(panel_title(column, wish.of(column), model.source.name * (len(wish.models) > 1))))
+            for model in models
+            for column in model.columns
+        ]
+        panels += [panel for _, _, panel in work]
+        weighted = models[0] if keys[0] == wish.models[0] else None
+        for model, column, panel in sorted(work, key=lambda part: part[1].role != "student"):
+            if column.role != "student" and not teachers:
+                panel.waits = "Enter draws it"
+                continue
+            weights = dict(zip(model.lora_names, wish.weights, strict=False)) if model is weighted else {}
+            yield from _draw_column(engine.draw(ticket, model.source, column, wish.of(column), weights), panel, panels)
+    yield panels
+
+
+def _draw_column(job: Job[Picture], panel: Panel, panels: list[Panel]) -> Iterator[list[Panel]]:
+    """Follow the drawing of a panel's picture; where another of `panels` has the same one, the panel goes."""
+    for said in followed(job):
+        panel.waits = said
         yield panels
+    fill(panel, job)
+    images = [other.picture.image for other in panels if other is not panel and other.picture is not None]
+    if panel.picture is not None and any(panel.picture.image is image for image in images):
+        panels.remove(panel)  # models of one teacher
     yield panels
 
 

@@ -12,9 +12,10 @@ from hydra import compose
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import ConfigCompositionException, MissingConfigException
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
 from lcm_lightning.config.instantiate import instantiate_group, parse_dtype
-from lcm_lightning.errors import UserError
+from lcm_lightning.errors import UserError, first_line
 from lcm_lightning.evaluation.model_sources import DataChoice, LoadedModel, ModelSource
 from lcm_lightning.methods import adapter_kinds
 from lcm_lightning.runs.contents import MANIFEST, exported, read_adapters, read_config, read_manifest
@@ -158,7 +159,13 @@ def _run(cfg: DictConfig, run: str, spec: str, dtype: torch.dtype) -> ModelSourc
         loaded = load_run(folder, dtype=dtype, **overrides)
         return LoadedModel(loaded.model.eval(), loaded.adapters)
 
-    return ModelSource(str(config.get("name") or folder.name), spec, load, _data_choice(config.data))
+    try:
+        name, data = str(config.get("name") or folder.name), _data_choice(config.get("data"))
+    except (OmegaConfBaseException, AttributeError) as error:
+        raise UserError(
+            f"run={run}: config.yaml is damaged ({first_line(error)}); copy the run again, or train it again"
+        ) from error
+    return ModelSource(name, spec, load, data)
 
 
 def _loras(
@@ -255,7 +262,7 @@ def _with_adapters(
         load_lora(model, file, kind.name, scale=weight)
     kinds = (*(kind for kind, _, _ in chosen), *own)
     set_active_adapters(model, [kind.name for kind in kinds])
-    return LoadedModel(model.eval(), kinds)
+    return LoadedModel(model.eval(), kinds, {kind.name: weight for kind, _, weight in chosen})
 
 
 def _lora_name(lora: str) -> str:

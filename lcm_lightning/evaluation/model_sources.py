@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -21,10 +21,12 @@ class LoadedModel:
     Attributes:
         model: on the CPU, in evaluation mode.
         adapters: their kinds in training order.
+        weights: what the changes of each LoRA are multiplied by, by its name; 1 of those not named.
     """
 
     model: StableDiffusion
     adapters: tuple[AdapterKind, ...]
+    weights: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def taught(self) -> bool:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import base64
-import io
 import json
 import math
 from collections.abc import Mapping, Sequence
@@ -13,20 +11,17 @@ from typing import Any
 
 import jinja2
 import rich.box
-from PIL import Image
 from rich.markup import escape
 from rich.table import Table as ConsoleTable
-from torch import Tensor
 
 from lcm_lightning.evaluation import tables
 from lcm_lightning.evaluation.figures import Grid, as_bytes, frontier
 from lcm_lightning.evaluation.protocol import PublishedTable
 from lcm_lightning.output.files import write_atomic
-from lcm_lightning.output.pictures import png_bytes, to_pil
+from lcm_lightning.output.pictures import LARGEST_WHOLE, data_address, png_bytes, thumbnail_address, to_pil
 
 TEMPLATES = Path(__file__).parent / "templates"
 SCHEMA_VERSION = 1  # of metrics.schema.json
-LARGEST_THUMBNAIL = 256  # px
 
 
 def write_report(
@@ -49,7 +44,10 @@ def write_report(
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(TEMPLATES), autoescape=False, trim_blocks=True, lstrip_blocks=True
     )
-    embedded = {"frontier": _data_uri(as_bytes(plot, "svg"), "svg+xml"), "grids": [_html_grid(grid) for grid in grids]}
+    embedded = {
+        "frontier": data_address(as_bytes(plot, "svg"), "svg+xml"),
+        "grids": [_html_grid(grid) for grid in grids],
+    }
     html = environment.overlay(autoescape=True).get_template("report.html.j2").render(content | embedded)
     files = {
         "frontier.png": as_bytes(plot, "png"),
@@ -103,24 +101,10 @@ def _grid_name(number: int) -> str:
 
 def _html_grid(grid: Grid) -> dict[str, Any]:
     """A grid's images as data addresses, row by row."""
-    cells = [[_thumbnail(image) for image in column] for column in grid.columns]
+    cells = [[thumbnail_address(to_pil(image)) for image in column] for column in grid.columns]
     rows = list(zip(grid.captions, grid.seeds, zip(*cells, strict=True), strict=True))
-    return {"title": grid.title, "headings": grid.headings, "rows": rows, "pixelated": grid.columns[0].shape[-1] <= 128}
-
-
-def _thumbnail(image: Tensor) -> str:
-    """A [3, H, W] image in [0, 1] as a data address: as it is up to 128 px, else reduced and as JPEG."""
-    picture = to_pil(image)
-    if picture.width <= 128:
-        return _data_uri(png_bytes(picture), "png")
-    picture.thumbnail((LARGEST_THUMBNAIL, LARGEST_THUMBNAIL), Image.Resampling.LANCZOS)
-    buffer = io.BytesIO()
-    picture.save(buffer, format="JPEG", quality=90)
-    return _data_uri(buffer.getvalue(), "jpeg")
-
-
-def _data_uri(data: bytes, kind: str) -> str:
-    return f"data:image/{kind};base64,{base64.b64encode(data).decode()}"
+    pixelated = grid.columns[0].shape[-1] <= LARGEST_WHOLE
+    return {"title": grid.title, "headings": grid.headings, "rows": rows, "pixelated": pixelated}
 
 
 def without_nan(value: Any) -> Any:

@@ -250,25 +250,29 @@ def merged_adapters(module: nn.Module, names: Sequence[str]) -> Iterator[None]:
     """The adapters `names` added to the weights for the duration of a block, as fast to run as the base model.
 
     A variant among them takes the place of the UNet, as in `active_adapters`. Sums are taken in float32 and stored in
-    the weights' type. Afterwards the very same weights are back in place and the adapters act as before.
+    the weights' type. Afterwards the very same weights are back in place and the adapters act as before, also where a
+    device's memory does not suffice for the sums.
     """
     originals = []
     with active_adapters(module, ()):
-        for layer in lora_layers(module):
-            weight = layer.get_base_layer().get_parameter("weight")
-            updates = [_update(layer, name) for name in names if name in layer.lora_A]
-            if updates:
-                # Kept off a GPU, whose memory is measured.
-                originals.append((weight, weight.data.cpu() if weight.is_cuda else weight.data))
-                merged = weight.data.float() + sum(updates)
-                weight.data = torch.empty_like(weight.data).copy_(merged)  # keeps type and memory format
-        if isinstance(module, LatentDiffusionModel):
-            module.let_act(names)
         try:
+            for layer in lora_layers(module):
+                weight = layer.get_base_layer().get_parameter("weight")
+                updates = [_update(layer, name) for name in names if name in layer.lora_A]
+                if updates:
+                    # Kept off a GPU, whose memory is measured.
+                    originals.append((weight, weight.data.cpu() if weight.is_cuda else weight.data))
+                    merged = weight.data.float() + sum(updates)
+                    weight.data = torch.empty_like(weight.data).copy_(merged)  # keeps type and memory format
+            if isinstance(module, LatentDiffusionModel):
+                module.let_act(names)
             yield
         finally:
             for weight, original in originals:
-                weight.data = original.to(weight.device)
+                if original.device == weight.device:
+                    weight.data = original
+                else:
+                    weight.data.copy_(original)  # takes no memory, of which there may be none left
 
 
 @torch.no_grad()

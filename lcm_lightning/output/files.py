@@ -60,6 +60,14 @@ def whole_files(folder: Path, last: str) -> Iterator[Path]:
             replace(path, target)
 
 
+def modified(path: Path) -> int | None:
+    """When a file or folder was last changed, in nanoseconds; None where it is not there."""
+    try:
+        return path.stat().st_mtime_ns
+    except OSError:
+        return None
+
+
 def sha256_of(path: Path) -> str:
     """Hex sha256 of a file."""
     digest = hashlib.sha256()

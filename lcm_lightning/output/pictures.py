@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import base64
 import io
 import json
 import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from PIL import Image, ImageDraw, ImageFont
@@ -21,6 +23,8 @@ HEADING_LINE = 18
 CAPTION = 200
 CAPTION_LINE = 24
 SMALLEST_CELL = 128
+LARGEST_WHOLE = 128  # px: wider pictures are reduced in a page of many
+LARGEST_THUMBNAIL = 256  # px
 CELLS = "cells"  # name of the text in a grid's file that says where its images lie
 
 
@@ -55,6 +59,54 @@ def settings_text(prompt: str, negative_prompt: str, settings: Mapping[str, obje
         for name, value in settings.items()
     }
     return "\n".join([*lines, ", ".join(f"{name}: {value}" for name, value in quoted.items())])
+
+
+def drawing_settings(
+    *,
+    steps: int,
+    sampler: str,
+    guidance_scale: float,
+    size: tuple[int, int],
+    model: str,
+    loras: str = "",
+    weights: Mapping[str, float] | None = None,
+    init_image: str | None = None,
+    strength: float | None = None,
+) -> dict[str, object]:
+    """What a picture was drawn with, under the names of `settings_text`'s format; prompts and seed aside.
+
+    Files by name alone: where they lie is nobody's business whom a picture is sent to.
+
+    Args:
+        sampler: its title.
+        size: width and height, px.
+        model: path or hub id.
+        loras, weights: what the adapters are called together, and by name what each was multiplied by.
+        init_image, strength: the photo that was changed, and how far.
+    """
+    said: dict[str, object] = {"Steps": steps, "Sampler": sampler, "CFG scale": guidance_scale}
+    said |= {"Size": f"{size[0]}x{size[1]}", "Model": Path(model).name}
+    if weights:
+        said["LoRAs"] = f"{loras}: " + ", ".join(f"{name} {weight:g}" for name, weight in weights.items())
+    if init_image is not None:
+        said |= {"Denoising strength": strength, "Init image": Path(init_image).name}
+    return said
+
+
+def data_address(content: bytes, kind: str) -> str:
+    """A picture's file, PNG or another `kind`, as an address that holds it whole."""
+    return f"data:image/{kind};base64,{base64.b64encode(content).decode()}"
+
+
+def thumbnail_address(picture: Image.Image) -> str:
+    """A picture as a data address: as it is up to `LARGEST_WHOLE` px of width, else reduced and as JPEG."""
+    if picture.width <= LARGEST_WHOLE:
+        return data_address(png_bytes(picture), "png")
+    reduced = picture.convert("RGB")
+    reduced.thumbnail((LARGEST_THUMBNAIL, LARGEST_THUMBNAIL), Image.Resampling.LANCZOS)
+    buffer = io.BytesIO()
+    reduced.save(buffer, "JPEG", quality=90)
+    return data_address(buffer.getvalue(), "jpeg")
 
 
 def contact_sheet(images: Tensor, columns: int = 4, captions: Sequence[str] = ()) -> Image.Image:

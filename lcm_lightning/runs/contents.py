@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
 
 from lcm_lightning.errors import UserError, first_line
 from lcm_lightning.methods import adapter_kinds
@@ -51,13 +53,19 @@ def read_config(run: Path) -> DictConfig:
     """The resolved configuration of a run.
 
     Raises:
-        UserError: `run` is no run folder.
+        UserError: `run` is no run folder, or what it records is damaged.
     """
     path = run / CONFIG
     if not path.is_file():
         raise UserError(f"run={run}: no {CONFIG} there; give a run folder such as outputs/lcm_flickr8k/<date_time>")
-    config = OmegaConf.load(path)
-    assert isinstance(config, DictConfig)
+    try:
+        config = OmegaConf.load(path)
+    except (OSError, ValueError, YAMLError, OmegaConfBaseException) as error:
+        raise UserError(
+            f"run={run}: {CONFIG} is damaged ({first_line(error)}); copy the run again, or train it again"
+        ) from error
+    if not isinstance(config, DictConfig):
+        raise UserError(f"run={run}: {CONFIG} is damaged (no settings); copy the run again, or train it again")
     return config
 
 
@@ -86,7 +94,7 @@ def read_adapters(manifest: Path, said: str) -> list[Adapter]:
     """
     try:
         return [_adapter(entry) for entry in json.loads(manifest.read_text())["adapters"]]
-    except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
         raise UserError(
             f"{said} is damaged, or of another version ({first_line(error)}); copy the run again, or train it again "
             "with this version"
