@@ -7,6 +7,7 @@ import json
 import re
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,10 @@ from helpers.commands import in_process
 from helpers.pipelines import build_tiny_sdxl, save_full_lcm
 from helpers.single_files import TINY, build_pipeline, checkpoint, unet_tensors
 from lcm_lightning.exports.adapter_files import joint_state_dict, write_diffusers_lora, write_kohya_lora
+from lcm_lightning.exports.fused import fuse, write_pipeline
+from lcm_lightning.exports.graphs import graphs
 from lcm_lightning.exports.metadata import Described
+from lcm_lightning.exports.network_folder import write_network_folder
 from lcm_lightning.exports.onnx_folder import write_onnx
 from lcm_lightning.exports.openvino_folder import known_scheduler, write_openvino
 from lcm_lightning.exports.single_checkpoint import original_key, original_state_dict, vae_tensors, write_single_file
@@ -45,6 +49,7 @@ from lcm_lightning.models.kinds import KOHYA_FILE, LORA_FILE, AdapterKind
 from lcm_lightning.models.lora_files import adaptable_layers, save_lora
 from lcm_lightning.models.sampling import make_scheduler, sample
 from lcm_lightning.models.stable_diffusion import StableDiffusion, load_stable_diffusion
+from lcm_lightning.output.files import whole_files
 from lcm_lightning.runs.contents import Adapter, write_manifest
 
 KINDS = tuple(TINY)  # Stable Diffusion 1 and 2, SDXL
@@ -356,6 +361,70 @@ def test_a_lora_s_file_gives_the_other_layout(folders, student: Path, tmp_path: 
     tensors = load_file(tmp_path / "out" / KOHYA_FILE)
     assert {t.dtype for key, t in tensors.items() if "lora_" in key.partition(".")[2]} == {torch.float16}
     assert header(tmp_path / "out" / KOHYA_FILE)["sampler"] == "TCDScheduler"
+
+
+def test_a_folder_written_over_holds_nothing_of_what_it_held(folders, tmp_path: Path):
+    """diffusers takes shards where there are any, and a network's `.bin` where its `.safetensors` has another name."""
+    old = build("v1")
+    with torch.no_grad():
+        for parameter in old.unet.parameters():
+            parameter.fill_(7.0)
+    old.save_pretrained(tmp_path, max_shard_size="50KB")
+    (tmp_path / "vae" / "diffusion_pytorch_model.fp16.safetensors").touch()
+    (tmp_path / "unet" / "model.onnx").touch()
+    (tmp_path / ".writing.tmp" / "unet").mkdir(parents=True)  # of an export that was killed
+    kept = [tmp_path / "notes.txt", tmp_path / "unet" / "notes.txt", tmp_path / "mine" / "other.safetensors"]
+    kept[2].parent.mkdir()
+    for file in kept:
+        file.touch()
+    assert (tmp_path / "unet" / "diffusion_pytorch_model.safetensors.index.json").is_file()
+    model = load_stable_diffusion(str(folders("v1")))
+    write_pipeline(model, (), tmp_path, torch.float32)
+    assert sorted(file.name for file in (tmp_path / "unet").iterdir()) == [
+        *("config.json", "diffusion_pytorch_model.safetensors", "notes.txt")
+    ]
+    assert all(file.is_file() for file in kept) and not (tmp_path / ".writing.tmp").exists()
+    assert [file.name for file in (tmp_path / "vae").glob("*.safetensors")] == ["diffusion_pytorch_model.safetensors"]
+    again = DiffusionPipeline.from_pretrained(tmp_path)
+    assert torch.equal(again.unet.conv_in.weight, model.unet.conv_in.weight)
+
+
+def test_what_cannot_be_written_leaves_the_folder_as_it_was(tmp_path: Path):
+    (tmp_path / "unet").mkdir()
+    (tmp_path / "unet" / "model.safetensors").write_text("before")
+    with pytest.raises(OSError, match="disk"), whole_files(tmp_path, last="model_index.json") as temporary:
+        (temporary / "unet").mkdir()
+        (temporary / "unet" / "other.safetensors").touch()
+        raise OSError("the disk is full")
+    assert [str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*")] == ["unet", "unet/model.safetensors"]
+
+
+def write_without_runtime(model: StableDiffusion, folder: Path) -> None:
+    """A folder of graphs, without the graphs."""
+    pipeline = fuse(model, (), torch.float32)
+    write_network_folder(pipeline, graphs(pipeline, timestep_rank=0), folder, lambda graph, place: 0.0, "model.onnx")
+
+
+@pytest.mark.parametrize("kind", ["full", "fused", "graphs"])
+def test_folders_do_not_say_where_their_model_was(kind: str, tmp_path: Path):
+    source = tmp_path / "home" / "alice" / "model"
+    if kind == "full":
+        save_full_lcm(build("v1"), source)
+    else:
+        build("v1").save_pretrained(source)
+    model = load_stable_diffusion(str(source))
+    (write_without_runtime if kind == "graphs" else partial(write_pipeline, kinds=(), dtype=torch.float32))(
+        model=model, folder=tmp_path / "out"
+    )
+    files = [file for file in (tmp_path / "out").rglob("*") if file.is_file()]
+    assert {"unet", "text_encoder"} <= {file.parent.name for file in files}
+    assert not [file for file in files if b"alice" in file.read_bytes()]
+
+
+def test_transformers_4_opens_the_tokenizers_of_graphs_folders(folders, tmp_path: Path):
+    write_without_runtime(load_stable_diffusion(str(folders("xl_base"))), tmp_path)
+    for name in ("tokenizer", "tokenizer_2"):
+        assert {"vocab.json", "merges.txt"} <= {file.name for file in (tmp_path / name).iterdir()}
 
 
 # ---- other runtimes ------------------------------------------------------------------------------------------------

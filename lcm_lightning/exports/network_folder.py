@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from lcm_lightning.exports.graphs import Graph
-from lcm_lightning.models.variants import INDEX
+from lcm_lightning.models.older_readers import add_for_older_readers
+from lcm_lightning.models.variants import INDEX, forget_origin
 from lcm_lightning.output.files import whole_files
 
 
@@ -37,6 +38,8 @@ def write_network_folder(
             place.mkdir()
             found[f"{graph.folder}/{file}"] = export(graph, place)
             write_config(graph, place / "config.json")
+        add_for_older_readers(temporary)
+        forget_origin(temporary)
     return found
 
 
@@ -46,5 +49,5 @@ def write_config(graph: Graph, path: Path) -> None:
     if hasattr(config, "to_json_file"):
         config.to_json_file(path, use_diff=False)
         return
-    content = {key: value for key, value in config.items() if key != "_name_or_path"}
+    content = {key: value for key, value in config.items() if key != "_name_or_path"}  # which may be no text
     path.write_text(json.dumps(content, indent=2, sort_keys=True, default=list) + "\n", encoding="utf-8")

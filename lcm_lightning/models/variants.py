@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -138,6 +139,18 @@ def save_whole(pipeline: diffusers.DiffusionPipeline, folder: Path) -> None:
     with whole_files(folder, last=INDEX) as temporary:
         try:
             pipeline.save_pretrained(temporary)
-            add_for_older_readers(Path(temporary))
+            add_for_older_readers(temporary)
+            forget_origin(temporary)
         except SafetensorError as error:  # of a full disk, for one
             raise OSError(str(error)) from error
+
+
+def forget_origin(folder: Path) -> None:
+    """Remove from the configs of a pipeline in `folder` where each was read from: a path on this machine, for all to see.
+
+    Nothing is lost: who loads a network sets it anew.
+    """
+    for file in (folder / INDEX, *folder.glob("*/config.json")):
+        config = json.loads(file.read_text(encoding="utf-8"))
+        if config.pop("_name_or_path", None) is not None:
+            file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterator
+import shutil
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import BinaryIO
 from uuid import uuid4
+
+WRITING = ".writing.tmp"  # folder of what is not whole yet, in the one that it is for
+WEIGHTS = (".safetensors", ".index.json", ".bin", ".msgpack", ".onnx", ".onnx.data", ".xml")  # how files of them end
 
 
 def write_atomic(path: Path, content: bytes | memoryview, *, shared: bool = False) -> None:
@@ -46,18 +49,34 @@ def atomic_file(path: Path, *, shared: bool = False) -> Iterator[BinaryIO]:
 def whole_files(folder: Path, last: str) -> Iterator[Path]:
     """A temporary folder whose files appear in `folder` at the end of the block, each whole; that called `last` last.
 
+    Weights that were in one of their subfolders before are removed: where there are a model's shards and a model of one
+    file, diffusers takes the shards.
+
     Raises:
         OSError: it cannot be written; files that were there before stay as they are.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    with TemporaryDirectory(dir=folder, prefix=".") as temporary:
-        yield Path(temporary)
-        files = [path for path in Path(temporary).rglob("*") if path.is_file()]
+    temporary = folder / WRITING
+    shutil.rmtree(temporary, ignore_errors=True)  # a killed process's
+    temporary.mkdir(parents=True)
+    try:
+        yield temporary
+        files = [path.relative_to(temporary) for path in temporary.rglob("*") if path.is_file()]
         for path in sorted(files, key=lambda path: path.name == last):
-            target = folder / path.relative_to(temporary)
-            target.parent.mkdir(parents=True, exist_ok=True)
-            path.chmod(0o644)  # safetensors makes files that only their owner can read
-            replace(path, target)
+            if path.name == last:
+                _remove_weights_but(folder, files)
+            (folder / path).parent.mkdir(parents=True, exist_ok=True)
+            (temporary / path).chmod(0o644)  # safetensors makes files that only their owner can read
+            replace(temporary / path, folder / path)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _remove_weights_but(folder: Path, kept: Sequence[Path]) -> None:
+    """Remove weights, their indices and graphs in the subfolders of `folder` that files in `kept` are in, but those."""
+    for place in {path.parent for path in kept} - {Path()}:
+        for path in (folder / place).iterdir():
+            if path.name.endswith(WEIGHTS) and place / path.name not in kept:
+                path.unlink()
 
 
 def modified(path: Path) -> int | None:
