@@ -301,6 +301,17 @@ def test_a_grid_s_file_can_be_taken_apart_again(tmp_path: Path):
         ("clip-benchmark/wds_flickr8k", "clip-benchmark/wds_flickr8k"),
         ("a photo of 1/2 an apple", "a photo of 1/2 an apple"),
         ("hf_abcdefghijklmnopqrst", HIDDEN),
+        ("https://host/train-{000000..000009}.tar?X-Amz-Signature=S", "https://host/train-{000000..000009}.tar"),
+        ("[https://a/x?sig=S,https://u:p@b/(y)?sig=S]", "[https://a/x,https://b/(y)]"),
+        ("https://a/x::https://u:p@b/y#S", "https://a/x::https://b/y"),
+        ("https://u:p?S@host/x", "https://host/x"),
+        ("pipe:curl -s https://host/a,b.tar?sig=S", "pipe:curl -s https://host/a,b.tar"),
+        ("sqlite:////home/alice/runs.db", "runs.db"),
+        ("/home/alice/My Docs/x", "x"),
+        ("run:/home/alice/My Own Docs/x and more", "run:x and more"),
+        ("see file:///home/alice/My Docs/x", "see x"),
+        ("[~alice/x,../../alice/y]", "[x,y]"),
+        (r"copied from \\srv\alice\x", "copied from x"),
     ],
 )
 def test_of_paths_and_addresses_only_what_is_no_secret_is_told(text: str, expected: str):
@@ -311,8 +322,26 @@ def test_values_of_keys_that_name_secrets_are_removed(monkeypatch: pytest.Monkey
     monkeypatch.setenv("MY_API_KEY", "swordfish-swordfish")
     told = public({"api_key": "x", "hub_token": "y", "num_tokens": 77, "note": "swordfish-swordfish!", "a": ["/b/c"]})
     assert told == {"api_key": HIDDEN, "hub_token": HIDDEN, "num_tokens": 77, "note": f"{HIDDEN}!", "a": ["c"]}
+    told = public({"password": 12345678, "tokens": ["a", "b"], "secret": {"x": 1}, "token": None, "tokens_used": 1})
+    assert told == {"password": HIDDEN, "tokens": HIDDEN, "secret": HIDDEN, "token": None, "tokens_used": 1}
     overrides = ["experiment=x", "logger.wandb.api_key=abc", "data.source=/a/b", "+logger=csv", "data.token=abc"]
     assert public_overrides(overrides) == ["experiment=x", "data.source=b", f"data.token={HIDDEN}"]
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("+x={secret: s3cr3t, y: 1}", r"+x={secret:\(removed\),y:1}"),
+        ("data.source='https://h/{0..9}.tar?sig=S'", "data.source='https://h/{0..9}.tar'"),
+        ("lora=[/home/alice/My Docs/a,outputs/b]", "lora=[a,outputs/b]"),
+        ("optimizer.lr=1e-4", "optimizer.lr=1e-4"),
+        ("prompt='two, [words]'", "prompt='two, [words]'"),
+        ("a={b: /home/alice/unclosed", f"a={HIDDEN}"),
+        ("~callbacks.samples", "~callbacks.samples"),
+    ],
+)
+def test_an_override_is_told_as_hydra_reads_it(override: str, expected: str):
+    assert public_overrides([override]) == [expected]
 
 
 def test_training_time_is_read_from_the_images_a_second(tmp_path: Path):
