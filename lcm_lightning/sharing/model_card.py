@@ -21,10 +21,11 @@ from PIL import Image
 from safetensors import safe_open
 
 from lcm_lightning.data.layouts import DOWNLOADS
-from lcm_lightning.evaluation.tables import REAL, Table, quality_table
+from lcm_lightning.evaluation.photos import without_photos
+from lcm_lightning.evaluation.tables import Table, quality_table
 from lcm_lightning.models.kinds import LORA_FILE, AdapterKind
 from lcm_lightning.output.files import write_atomic
-from lcm_lightning.output.pictures import grid_images, png_bytes, without_column
+from lcm_lightning.output.pictures import grid_images, png_bytes
 from lcm_lightning.runs.contents import MANIFEST, Adapter, exported, read_manifest, read_versions
 from lcm_lightning.sharing.base_models import HUB_ID, BaseModel, base_model
 from lcm_lightning.sharing.redaction import public
@@ -260,20 +261,14 @@ def evaluation_of(run: Path) -> dict[str, Any] | None:
 
 
 def copy_evaluation_grid(run: Path, folder: Path) -> None:
-    """Put the grid of a run's newest evaluation beside the card, without the photos: they are the data set's.
-
-    A grid that does not say where these lie, as versions before 0.2 wrote them, is left out.
-    """
+    """Put the grid of a run's newest evaluation beside the card, without the photos: they are the data set's."""
     metrics = evaluation_of(run)
     grid = run / "evaluation" / metrics["protocol"] / "grid.png" if metrics else None
     (folder / EVALUATION_GRID).unlink(missing_ok=True)
     if grid is None or not grid.is_file():
         return
-    with Image.open(grid) as file:
-        picture, headings = file.convert("RGB"), {image.heading for image in grid_images(file)}
-    if headings:
-        drawn = without_column(picture, REAL) if REAL in headings else picture
-        write_atomic(folder / EVALUATION_GRID, png_bytes(drawn))
+    if picture := without_photos(grid):
+        write_atomic(folder / EVALUATION_GRID, picture)
 
 
 def _template(name: str) -> jinja2.Template:
