@@ -344,4 +344,7 @@ def test_dashboards_get_numbers_table_and_pictures_and_no_photo(metrics: dict[st
     assert len(logged["evaluation/table"]) == 8 and len({len(row) for row in logged["evaluation/table"]}) == 1
     assert logged["evaluation/pictures"] == ["frontier.png", "grid.png"]
     assert logged["headings"] == {"LCM-LoRA 4 steps"} and logged["status"] == "success"
-    assert logged["evaluation"] == ["metrics.json", "report.md", "frontier.png", "grid.png"] and logged["used"] == tmp_path / "run"
+    assert (
+        logged["evaluation"] == ["metrics.json", "report.md", "frontier.png", "grid.png"]
+        and logged["used"] == tmp_path / "run"
+    )

@@ -16,9 +16,19 @@ from PIL import Image
 from helpers.commands import ROOT, SMALL, SMALLER, in_process
 from lcm_lightning.errors import UserError
 from lcm_lightning.evaluation.tables import REAL
+from lcm_lightning.models.kinds import LORA_FILE
 from lcm_lightning.output.pictures import grid_images, labelled_grid, png_bytes
+from lcm_lightning.runs.contents import weights_digest
 from lcm_lightning.sharing.base_models import base_model
-from lcm_lightning.sharing.model_card import CARD, EVALUATION_GRID, MARK, CardSettings, write_card
+from lcm_lightning.sharing.model_card import (
+    CARD,
+    EVALUATION_GRID,
+    MARK,
+    CardSettings,
+    evaluation_of,
+    hub_datasets,
+    write_card,
+)
 from lcm_lightning.sharing.redaction import HIDDEN, public, public_overrides, public_text
 from lcm_lightning.sharing.training_facts import images_per_step, training_seconds
 
@@ -151,6 +161,16 @@ def test_an_evaluation_adds_its_table_and_grid(student: Path):
     assert "/home/alice" not in text and "features tiny_clip" in text
 
 
+def test_an_evaluation_of_other_weights_is_left_out(student: Path):
+    (student / "evaluation").mkdir()
+    of_these = metrics() | {"weights": weights_digest(student)}
+    (student / "evaluation" / "metrics.json").write_text(json.dumps(of_these))
+    assert evaluation_of(student) is not None
+    lora = student / "lora" / LORA_FILE  # trained on
+    lora.write_bytes(lora.read_bytes() + b" ")
+    assert evaluation_of(student) is None
+
+
 def metrics() -> dict[str, object]:
     entries = []
     for slug, label, evaluations, seconds, fid in (
@@ -214,6 +234,18 @@ def test_a_model_in_the_hub_s_cache_is_known_by_its_id(tmp_path: Path):
     assert base_model({"path": str(snapshot)}).hub_id == "owner/name"
 
 
+@pytest.mark.parametrize("path", ["outputs/mine", "data/model", "models/sd15"])
+def test_a_folder_s_usual_name_is_never_taken_for_an_id(path: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)  # a card may be renewed elsewhere
+    assert base_model({"path": path}).hub_id is None
+    assert hub_datasets({"name": "mine", "source": path}) == []
+
+
+def test_the_command_is_of_the_model_s_size_whatever_it_is_called(student: Path):
+    write_card(student, CardSettings("me/student", "someone/stable-diffusion-xl-like"))
+    assert "generate model=sd15 model.path=someone/" in (student / "lora" / CARD).read_text()
+
+
 def test_a_base_model_that_is_no_id_is_refused(student: Path):
     with pytest.raises(UserError, match=r"base_model=/home/me: expected an id on the hub"):
         write_card(student, CardSettings(base_model="/home/me"))
@@ -240,7 +272,7 @@ def test_a_card_that_cannot_be_written_does_not_end_training(
     def broken(run: Path) -> None:
         raise ValueError("of a library")
 
-    monkeypatch.setattr("lcm_lightning.callbacks.export.write_card", broken)
+    monkeypatch.setattr("lcm_lightning.sharing.model_card.write_card", broken)
     in_process(
         "lcm_lightning.train",
         *(*SMALL, "model=tiny", "method=lora", f"data.source={flickr_shards}", "trainer=cpu", "logger=csv"),

@@ -17,7 +17,7 @@ from lcm_lightning.errors import UserError
 
 HIDDEN = "(removed)"
 SECRET_KEY = re.compile(
-    r"(^|[_.-])(token|secret|passw(or)?d|passphrase|pwd|credential|signature|authorization|cookie|connection_?string"
+    r"(^|[_.-])(token|secret|passw(or)?d|passphrase|(?<=[_.-])pwd|credential|signature|authorization|cookie|connection_?string"
     r"|(api|access|secret|private|account)_?key)s?$",
     re.IGNORECASE,
 )
