@@ -35,7 +35,9 @@ def main(cfg: DictConfig) -> None:
     from lcm_lightning.evaluation.evaluation import evaluate_models
     from lcm_lightning.evaluation.reference import RealImages, fit_size
     from lcm_lightning.evaluation.report import console_tables, publish
-    from lcm_lightning.sharing.model_card import write_card
+    from lcm_lightning.runs.contents import weights_digest
+    from lcm_lightning.sharing.model_card import renew_card
+    from lcm_lightning.tracking.tracker import begun
 
     quiet_known_warnings()
     real = RealImages(data.name, data.source, protocol.split, protocol.num_images, data.resolution, data.cache_dir)
@@ -49,19 +51,22 @@ def main(cfg: DictConfig) -> None:
     folder = Path(fabric.broadcast(cfg.run_dir))
     if fabric.is_global_zero:
         check_writable("run_dir", folder)
-    metrics = evaluate_models(
-        sources,
-        protocol=protocol,
-        real=real,
-        fabric=fabric,
-        folder=folder,
-        config=OmegaConf.to_yaml(cfg),
-        threads=threads,
-    )
+    run = Path(cfg.run).expanduser() if cfg.run is not None else None
+    weights = weights_digest(run) if run and fabric.is_global_zero else None
+    with begun(loggers):
+        metrics = evaluate_models(
+            sources,
+            protocol=protocol,
+            real=real,
+            fabric=fabric,
+            folder=folder,
+            config=OmegaConf.to_yaml(cfg),
+            threads=threads,
+        )
     if fabric.is_global_zero:
-        if cfg.run is not None and folder.parent == Path(cfg.run).expanduser() / "evaluation":
-            publish(folder, folder.parent)
-            write_card(Path(cfg.run).expanduser())
+        if run and folder.parent == run / "evaluation":
+            publish(folder, folder.parent, weights)
+            renew_card(run)
         runs = [Path(place).expanduser() for place in named_places(cfg)]
         for logger in loggers:
             logger.log_hyperparams(OmegaConf.to_container(cfg))

@@ -11,6 +11,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias
 
+from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
 from lcm_lightning.config.checks import check_writable, resolve
@@ -168,10 +169,20 @@ def megabytes(size: int) -> str:
     return f"{size / 1e6:.1f} MB" if size >= 1e5 else f"{size / 1e3:.1f} kB"
 
 
+OF_HUB = ("private", "revision", "commit_message", "create_pr", "base_model")  # that a format has no use for
+OF_FORMATS = ("model", "lora", "weights", "lora_role", "student", "format", "dtype", "title", "author", "overwrite")
+OF_FORMATS += ("output",)
+
+
+def typed() -> set[str]:
+    """The keys that this command was given: of some any value is a default too."""
+    return {override.partition("=")[0].lstrip("+~").partition(".")[0] for override in HydraConfig.get().overrides.task}
+
+
 def push_to_hub(cfg: DictConfig) -> str:
     """Publish the run of a command; the address to look at. Raises `UserError`."""
-    for key in ("model", "lora", "weights", "format", "dtype", "title", "author"):
-        if cfg.get(key) is not None:
+    for key in OF_FORMATS:
+        if key in typed() and cfg.get(key) is not None:
             raise UserError(
                 f"{key}=... and push_to_hub={cfg.push_to_hub}: a run is published as it is; leave {key} out"
             )
@@ -197,6 +208,12 @@ def main(cfg: DictConfig) -> None:
         raise UserError(f"format={cfg.format}: expected one of {', '.join(FORMATS)}, or push_to_hub=OWNER/NAME")
     format = FORMATS[cfg.format]
     format.check(cfg)
+    for key in OF_HUB:
+        if key in typed() and cfg[key] is not None:
+            raise UserError(
+                f"{key}={cfg[key]}: is of push_to_hub=OWNER/NAME, and format={cfg.format} publishes nothing; leave it "
+                "out"
+            )
     folder = Path(cfg.output).expanduser()
     check_output(folder, overwrite=cfg.overwrite)
     # Imported once the configuration is right.

@@ -13,9 +13,9 @@ from typing import Any
 import jsonschema
 import pytest
 import torch
-import wandb
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
+from PIL import Image
 from rich.console import Console
 
 from lcm_lightning.evaluation.dashboard import log_evaluation
@@ -30,6 +30,7 @@ from lcm_lightning.evaluation.tables import (
     published_table,
     quality_table,
 )
+from lcm_lightning.output.pictures import grid_images
 from lcm_lightning.tracking.wandb_logger import WandbTracker
 
 SCHEMA = Path(__file__).parent.parent / "lcm_lightning" / "evaluation" / "metrics.schema.json"
@@ -303,7 +304,7 @@ def test_the_console_shows_every_contender_paired_differences_and_every_warning(
     assert len(console_tables(metrics)) == 1
 
 
-def test_dashboards_get_numbers_table_pictures_and_page(metrics: dict[str, Any], tmp_path: Path):
+def test_dashboards_get_numbers_table_and_pictures_and_no_photo(metrics: dict[str, Any], tmp_path: Path):
     class Recorder(WandbTracker):
         """A W&B logger that writes nothing."""
 
@@ -322,9 +323,12 @@ def test_dashboards_get_numbers_table_pictures_and_page(metrics: dict[str, Any],
 
         def log_image(self, key: str, images: list[str]) -> None:
             self.logged[key] = [Path(image).name for image in images]
+            for image in images[1:]:
+                with Image.open(image) as file:
+                    self.logged["headings"] = {cell.heading for cell in grid_images(file)}
 
         def log_files(self, kind: str, files: list[Path], aliases: list[str]) -> None:  # type: ignore[override]
-            self.logged[kind] = [file.name for file in files]
+            self.logged[kind] = [file.name for file in files if file.is_file()]
 
         def use_export(self, run: Path) -> None:
             self.logged["used"] = run
@@ -339,5 +343,8 @@ def test_dashboards_get_numbers_table_pictures_and_page(metrics: dict[str, Any],
     assert logged["evaluation/base_ddim_50/seconds_per_image"] == 2.0
     assert len(logged["evaluation/table"]) == 8 and len({len(row) for row in logged["evaluation/table"]}) == 1
     assert logged["evaluation/pictures"] == ["frontier.png", "grid.png"]
-    assert isinstance(logged["evaluation/report"], wandb.Html) and logged["status"] == "success"
-    assert logged["evaluation"] == ["metrics.json", "report.html"] and logged["used"] == tmp_path / "run"
+    assert logged["headings"] == {"LCM-LoRA 4 steps"} and logged["status"] == "success"
+    assert (
+        logged["evaluation"] == ["metrics.json", "report.md", "frontier.png", "grid.png"]
+        and logged["used"] == tmp_path / "run"
+    )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -19,7 +20,7 @@ from helpers.commands import SMALL, in_process
 from lcm_lightning.callbacks.experiment_tracking import ExperimentTracking
 from lcm_lightning.errors import UserError
 from lcm_lightning.runs.preemption import Preempted
-from lcm_lightning.tracking.mlflow_logger import RUN_ID, MlflowTracker, mlflow_logger
+from lcm_lightning.tracking.mlflow_logger import PATIENCE, RUN_ID, MlflowTracker, mlflow_logger
 
 
 @pytest.fixture
@@ -104,16 +105,29 @@ def test_a_run_that_goes_on_in_its_folder_goes_on_in_its_mlflow_run(here: Path):
     assert run.data.params["max_steps"] == "1" and run.info.status == "FINISHED"
 
 
-def test_a_server_that_does_not_answer_is_a_warning(
+def test_a_server_that_does_not_answer_is_a_warning_within_seconds(
     here: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ):
-    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    begun = time.monotonic()
+    for variable in PATIENCE:
+        monkeypatch.setenv(variable, "forgotten")  # so that what the logger sets is undone
+        monkeypatch.delenv(variable)
     tracker = local(here, tracking_uri="http://127.0.0.1:9")
     for step in (1, 2):
         tracker.log_metrics({"loss": 1.0}, step)
     tracker.finalize("success")
     warned = [r.getMessage() for r in caplog.records if r.levelno == logging.WARNING and "lcm_lightning" in r.name]
     assert len(warned) == 1 and "127.0.0.1" in warned[0] and "metrics.csv" in warned[0]
+    assert time.monotonic() - begun < 30
+
+
+def test_of_an_export_what_a_broken_write_left_is_not_kept(here: Path):
+    for name in ("lora/a.json", "lora/.tmp-1/b", "lora/in/c"):
+        (here / "run" / name).parent.mkdir(parents=True, exist_ok=True)
+        (here / "run" / name).write_text("x")
+    tracker = local(here)
+    tracker.log_export(here / "run" / "lora", "lora", ["latest"])
+    assert artifacts(kept(here, here / "run")) == {"lora/a.json", "lora/in/c"}
 
 
 def test_a_password_in_the_address_is_refused_and_not_repeated(here: Path):

@@ -16,9 +16,19 @@ from PIL import Image
 from helpers.commands import ROOT, SMALL, SMALLER, in_process
 from lcm_lightning.errors import UserError
 from lcm_lightning.evaluation.tables import REAL
+from lcm_lightning.models.kinds import LORA_FILE
 from lcm_lightning.output.pictures import grid_images, labelled_grid, png_bytes
+from lcm_lightning.runs.contents import weights_digest
 from lcm_lightning.sharing.base_models import base_model
-from lcm_lightning.sharing.model_card import CARD, EVALUATION_GRID, MARK, CardSettings, write_card
+from lcm_lightning.sharing.model_card import (
+    CARD,
+    EVALUATION_GRID,
+    MARK,
+    CardSettings,
+    evaluation_of,
+    hub_datasets,
+    write_card,
+)
 from lcm_lightning.sharing.redaction import HIDDEN, public, public_overrides, public_text
 from lcm_lightning.sharing.training_facts import images_per_step, training_seconds
 
@@ -151,6 +161,16 @@ def test_an_evaluation_adds_its_table_and_grid(student: Path):
     assert "/home/alice" not in text and "features tiny_clip" in text
 
 
+def test_an_evaluation_of_other_weights_is_left_out(student: Path):
+    (student / "evaluation").mkdir()
+    of_these = metrics() | {"weights": weights_digest(student)}
+    (student / "evaluation" / "metrics.json").write_text(json.dumps(of_these))
+    assert evaluation_of(student) is not None
+    lora = student / "lora" / LORA_FILE  # trained on
+    lora.write_bytes(lora.read_bytes() + b" ")
+    assert evaluation_of(student) is None
+
+
 def metrics() -> dict[str, object]:
     entries = []
     for slug, label, evaluations, seconds, fid in (
@@ -214,6 +234,18 @@ def test_a_model_in_the_hub_s_cache_is_known_by_its_id(tmp_path: Path):
     assert base_model({"path": str(snapshot)}).hub_id == "owner/name"
 
 
+@pytest.mark.parametrize("path", ["outputs/mine", "data/model", "models/sd15"])
+def test_a_folder_s_usual_name_is_never_taken_for_an_id(path: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)  # a card may be renewed elsewhere
+    assert base_model({"path": path}).hub_id is None
+    assert hub_datasets({"name": "mine", "source": path}) == []
+
+
+def test_the_command_is_of_the_model_s_size_whatever_it_is_called(student: Path):
+    write_card(student, CardSettings("me/student", "someone/stable-diffusion-xl-like"))
+    assert "generate model=sd15 model.path=someone/" in (student / "lora" / CARD).read_text()
+
+
 def test_a_base_model_that_is_no_id_is_refused(student: Path):
     with pytest.raises(UserError, match=r"base_model=/home/me: expected an id on the hub"):
         write_card(student, CardSettings(base_model="/home/me"))
@@ -240,7 +272,7 @@ def test_a_card_that_cannot_be_written_does_not_end_training(
     def broken(run: Path) -> None:
         raise ValueError("of a library")
 
-    monkeypatch.setattr("lcm_lightning.callbacks.export.write_card", broken)
+    monkeypatch.setattr("lcm_lightning.sharing.model_card.write_card", broken)
     in_process(
         "lcm_lightning.train",
         *(*SMALL, "model=tiny", "method=lora", f"data.source={flickr_shards}", "trainer=cpu", "logger=csv"),
@@ -301,6 +333,17 @@ def test_a_grid_s_file_can_be_taken_apart_again(tmp_path: Path):
         ("clip-benchmark/wds_flickr8k", "clip-benchmark/wds_flickr8k"),
         ("a photo of 1/2 an apple", "a photo of 1/2 an apple"),
         ("hf_abcdefghijklmnopqrst", HIDDEN),
+        ("https://host/train-{000000..000009}.tar?X-Amz-Signature=S", "https://host/train-{000000..000009}.tar"),
+        ("[https://a/x?sig=S,https://u:p@b/(y)?sig=S]", "[https://a/x,https://b/(y)]"),
+        ("https://a/x::https://u:p@b/y#S", "https://a/x::https://b/y"),
+        ("https://u:p?S@host/x", "https://host/x"),
+        ("pipe:curl -s https://host/a,b.tar?sig=S", "pipe:curl -s https://host/a,b.tar"),
+        ("sqlite:////home/alice/runs.db", "runs.db"),
+        ("/home/alice/My Docs/x", "x"),
+        ("run:/home/alice/My Own Docs/x and more", "run:x and more"),
+        ("see file:///home/alice/My Docs/x", "see x"),
+        ("[~alice/x,../../alice/y]", "[x,y]"),
+        (r"copied from \\srv\alice\x", "copied from x"),
     ],
 )
 def test_of_paths_and_addresses_only_what_is_no_secret_is_told(text: str, expected: str):
@@ -311,8 +354,26 @@ def test_values_of_keys_that_name_secrets_are_removed(monkeypatch: pytest.Monkey
     monkeypatch.setenv("MY_API_KEY", "swordfish-swordfish")
     told = public({"api_key": "x", "hub_token": "y", "num_tokens": 77, "note": "swordfish-swordfish!", "a": ["/b/c"]})
     assert told == {"api_key": HIDDEN, "hub_token": HIDDEN, "num_tokens": 77, "note": f"{HIDDEN}!", "a": ["c"]}
+    told = public({"password": 12345678, "tokens": ["a", "b"], "secret": {"x": 1}, "token": None, "tokens_used": 1})
+    assert told == {"password": HIDDEN, "tokens": HIDDEN, "secret": HIDDEN, "token": None, "tokens_used": 1}
     overrides = ["experiment=x", "logger.wandb.api_key=abc", "data.source=/a/b", "+logger=csv", "data.token=abc"]
     assert public_overrides(overrides) == ["experiment=x", "data.source=b", f"data.token={HIDDEN}"]
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("+x={secret: s3cr3t, y: 1}", r"+x={secret:\(removed\),y:1}"),
+        ("data.source='https://h/{0..9}.tar?sig=S'", "data.source='https://h/{0..9}.tar'"),
+        ("lora=[/home/alice/My Docs/a,outputs/b]", "lora=[a,outputs/b]"),
+        ("optimizer.lr=1e-4", "optimizer.lr=1e-4"),
+        ("prompt='two, [words]'", "prompt='two, [words]'"),
+        ("a={b: /home/alice/unclosed", f"a={HIDDEN}"),
+        ("~callbacks.samples", "~callbacks.samples"),
+    ],
+)
+def test_an_override_is_told_as_hydra_reads_it(override: str, expected: str):
+    assert public_overrides([override]) == [expected]
 
 
 def test_training_time_is_read_from_the_images_a_second(tmp_path: Path):

@@ -28,7 +28,7 @@ from lcm_lightning.methods import adapter_kinds
 from lcm_lightning.methods.lora import LoraFinetuning
 from lcm_lightning.models.kinds import KOHYA_FILE, LORA_FILE
 from lcm_lightning.runs.contents import Adapter, read_manifest, write_manifest
-from lcm_lightning.sharing.model_card import CARD, MARK, CardSettings
+from lcm_lightning.sharing.model_card import CARD, MARK, SAID, CardSettings, renew_card
 from lcm_lightning.sharing.publishing import Push, push_run
 
 TOKEN = "hf_" + "a1B2c3D4e5F6g7H8i9J0"
@@ -318,10 +318,53 @@ def test_a_published_run_is_drawn_from_by_its_id_alone_here_and_in_diffusers(hub
     assert max(high for _, high in ImageChops.difference(ours, image).getextrema()) <= 2
 
 
-def test_the_command_refuses_a_format_beside_it(run: Path, capsys: pytest.CaptureFixture[str]):
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("format=kohya", f"push_to_hub={REPO}"), "leave format out"),
+        (("overwrite=true", f"push_to_hub={REPO}"), "leave overwrite out"),
+        (("output=there", f"push_to_hub={REPO}"), "leave output out"),
+        (("student=true", f"push_to_hub={REPO}"), "leave student out"),
+        (("lora_role=lcm", f"push_to_hub={REPO}"), "leave lora_role out"),
+        (("format=kohya", "private=false"), "private=False: is of push_to_hub=OWNER/NAME"),
+        (("format=kohya", "base_model=a/b"), "base_model=a/b: is of push_to_hub=OWNER/NAME"),
+    ],
+)
+def test_the_command_refuses_what_it_would_not_read(
+    run: Path, capsys: pytest.CaptureFixture[str], options: tuple[str, ...], message: str
+):
     with pytest.raises(SystemExit):
-        in_process("lcm_lightning.export", f"run={run}", "format=kohya", f"push_to_hub={REPO}")
-    assert "leave format out" in capsys.readouterr().err
+        in_process("lcm_lightning.export", f"run={run}", *options)
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("damaged", ["picture", "said", "settings", "metrics"])
+def test_what_cannot_be_made_ready_is_one_sentence(hub: Hub, run: Path, damaged: str):
+    if damaged == "picture":
+        (run / "samples").mkdir(exist_ok=True)
+        (run / "samples" / "step_999999.png").write_bytes(b"\x89PNG cut off")
+    elif damaged == "said":
+        (run / "lora" / CARD).write_text(f"{MARK}\n{SAID}not json -->\n")
+    elif damaged == "settings":
+        config = OmegaConf.load(run / "config.yaml")
+        del config["optimizer"]
+        OmegaConf.save(config, run / "config.yaml")
+    else:
+        (run / "evaluation").mkdir(exist_ok=True)
+        (run / "evaluation" / "metrics.json").write_text("{")
+    assert "cannot be made ready to publish" in refusal(run)
+    assert not hub.repositories
+    renew_card(run)  # of a training or an evaluation: a warning
+
+
+def test_files_that_the_run_has_no_more_go(hub: Hub, run: Path):
+    (run / "lora" / "evaluation.png").write_bytes(b"picture")
+    (run / "lora" / "notes.txt").write_text("someone's")
+    push(run)
+    for name in (KOHYA_FILE, "notes.txt"):
+        (run / "lora" / name).unlink()
+    push(run)
+    assert KOHYA_FILE not in hub.files(REPO) and {LORA_FILE, "notes.txt"} <= set(hub.files(REPO))
 
 
 def test_the_mark_of_our_cards_is_in_them(hub: Hub, run: Path):
@@ -359,3 +402,17 @@ def test_a_downloaded_repository_is_a_lora_that_knows_what_it_is(hub: Hub, run: 
         UserError, match=r"pytorch_lora_weights.safetensors, which its adapters.json names, is not there"
     ):
         _lora_files(str(folder), None)
+
+
+@pytest.mark.parametrize("answer", ["no such file", "trouble"])
+def test_a_manifest_out_of_reach_is_told_where_a_role_hides_it(
+    hub: Hub, run: Path, answer: str, caplog: pytest.LogCaptureFixture
+):
+    """A student would be drawn without its teacher's LoRA."""
+    push(run)
+    if answer == "trouble":
+        hub.troubles = [Trouble("(GET|HEAD)", "adapters.json", 503, times=99)]
+    else:
+        hub.repositories[REPO].branches["main"][-1].files.pop("adapters.json")
+    assert list(_lora_files(REPO, "tcd").values())[0].name == LORA_FILE
+    assert ("adapters.json is out of reach" in caplog.text) == (answer == "trouble")

@@ -25,6 +25,7 @@ from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import OmegaConf
 from PIL import Image
+from wandb.sdk import wandb_setup
 from wandb.sdk.launch.sweeps import utils as wandb_sweeps
 
 from helpers.commands import ROOT, SMALL, in_process
@@ -33,8 +34,9 @@ from lcm_lightning.callbacks.experiment_tracking import ExperimentTracking
 from lcm_lightning.config.resolvers import register_resolvers, sweep_name
 from lcm_lightning.config.wandb_sources import fetch_artifacts
 from lcm_lightning.errors import UserError
+from lcm_lightning.runs.preemption import Preempted
 from lcm_lightning.tracking.artifacts import ArtifactRecord, download, read_record, write_record
-from lcm_lightning.tracking.tracker import Sample
+from lcm_lightning.tracking.tracker import Sample, begun
 from lcm_lightning.tracking.wandb_logger import WandbTracker, wandb_logger, wandb_run_id
 
 ENVIRONMENT = ("WANDB_MODE", "WANDB_API_KEY", "WANDB_BASE_URL", "WANDB_RUN_ID", "WANDB_SWEEP_ID", "WANDB_ARTIFACT_DIR")
@@ -172,7 +174,9 @@ def test_an_evaluation_uses_what_it_measures(chain: Chain, tmp_path: Path, monke
     used = file.artifact("lora")
     (made,) = [a for a in RunFile(chain.student).of("artifact") if a.type == "lora" and not a.use_after_commit]
     assert used.use_after_commit and (used.name, used.digest) == (made.name, made.digest)
-    assert {c.path for c in file.artifact("evaluation").manifest.contents} == {"metrics.json", "report.html"}
+    assert {c.path for c in file.artifact("evaluation").manifest.contents} == {
+        "metrics.json", "report.md", "frontier.png", "grid.png"
+    }  # fmt: skip
 
 
 def test_prepared_shards_are_the_version_that_a_training_on_them_uses(
@@ -265,6 +269,58 @@ def test_a_training_whose_numbers_fail_ends_as_a_failed_run(
     assert "not finite" in file.of("alert")[0].text and file.of("exit")[0].exit_code == 2
 
 
+def test_an_interrupted_run_does_not_wait_for_a_server_that_is_gone(here: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("lcm_lightning.tracking.wandb_logger.GRACE", 0.1)
+    tracker = offline(here)
+    tracker.log_metrics({"train/loss": 1.0}, 7)
+    connection = wandb_setup.singleton()._connection
+    assert connection is not None and connection._proc is not None
+    service = connection._proc._process
+    hung = subprocess.Popen(["sleep", "60"])
+    monkeypatch.setattr(connection._proc, "_process", hung)
+    ExperimentTracking().on_exception(fake_trainer(tracker), None, Preempted(15, requeue=False))  # type: ignore[arg-type]
+    tracker.finalize("failed")
+    assert hung.wait(10) == -signal.SIGKILL
+    monkeypatch.setattr(connection._proc, "_process", service)
+    tracker._experiment.finish(exit_code=143)
+
+
+@pytest.mark.parametrize("sweep", [None, "sweep123"])
+def test_a_run_that_an_agent_ends_is_not_queued_again(here: Path, monkeypatch: pytest.MonkeyPatch, sweep: str | None):
+    if sweep:
+        monkeypatch.setenv("WANDB_SWEEP_ID", sweep)
+    tracker = offline(here)
+    told: list[str] = []
+    tracker._experiment = SimpleNamespace(  # type: ignore[assignment]
+        mark_preempting=lambda: told.append("preempting"), alert=lambda *_, level: told.append(level)
+    )
+    tracker.alert("interrupted", "by SIGTERM", 143, goes_on=True)
+    assert told == (["WARN"] if sweep else ["preempting", "WARN"])
+
+
+def test_of_an_export_what_a_broken_write_left_is_not_sent(here: Path):
+    for place in ("lora/a.json", "lora/.tmp-1/b", "lora/in/c"):
+        (here / place).parent.mkdir(parents=True, exist_ok=True)
+        (here / place).write_text("x")
+    tracker = offline(here)
+    tracker.log_export(here / "lora", "lora", ["latest", "step-1"])
+    tracker.finalize("success")
+    assert {content.path for content in RunFile(here).artifact("lora").manifest.contents} == {"a.json", "in/c"}
+
+
+def test_an_artifact_that_was_not_logged_is_not_recorded(here: Path, monkeypatch: pytest.MonkeyPatch):
+    (here / "lora").mkdir()
+    (here / "lora" / "a.json").write_text("{}")
+    tracker = offline(here)
+
+    def full(*_: Any, **more: Any) -> None:
+        raise OSError("disk full")
+
+    tracker._experiment = SimpleNamespace(id="x", offline=True, log_artifact=full)  # type: ignore[assignment]
+    tracker.log_export(here / "lora", "lora", ["latest"])
+    assert tracker.warned and read_record(here) is None
+
+
 # ---- a server that fails ------------------------------------------------------------------------------------------
 
 
@@ -317,6 +373,20 @@ def test_a_server_that_refuses_is_a_mistake_to_mend(here: Path, monkeypatch: pyt
     monkeypatch.setattr(wandb, "init", refuse)
     with pytest.raises(UserError, match=r"^logger\.wandb\.entity=team .*W&B refuses .*`wandb login`"):
         _ = offline(here, entity="team").experiment
+
+
+def test_a_refusal_comes_before_the_work_and_a_failure_of_it_is_the_run_s(here: Path, monkeypatch: pytest.MonkeyPatch):
+    tracker = offline(here)
+    with pytest.raises(ZeroDivisionError), begun([tracker]):
+        _ = 1 / 0
+    assert RunFile(here).of("exit")[0].exit_code == 1
+
+    def refuse(**settings: Any) -> Any:
+        raise wandb.errors.AuthenticationError("invalid API key")
+
+    monkeypatch.setattr(wandb, "init", refuse)
+    with pytest.raises(UserError, match="W&B refuses"), begun([offline(here / "other")]):
+        pytest.fail("measured for hours")
 
 
 def test_what_fails_while_training_is_told_once_and_tried_again_later(
@@ -427,6 +497,15 @@ def test_an_artifact_becomes_a_folder_like_that_of_its_run(api: type[Api], here:
     assert download("wandb:team/lcm/lora-1a2b3c4d:latest", "lora") == folder and api.downloads == 1
     record = read_record(folder)
     assert record is not None and record.path == "team/lcm/lora-1a2b3c4d:v3"
+
+
+def test_a_version_that_is_here_is_taken_without_asking(api: type[Api], monkeypatch: pytest.MonkeyPatch):
+    """As by the same command after a signal, on a machine that has no way to W&B."""
+    folder = download("wandb:team/lcm/lora-1a2b3c4d:best", "lora")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    assert download("wandb:team/lcm/lora-1a2b3c4d:v3", "lora") == folder
+    with pytest.raises(UserError, match=r"or give wandb:team/lcm/lora-1a2b3c4d:v3, which is here$"):
+        download("wandb:team/lcm/lora-1a2b3c4d:best", "lora")
 
 
 def test_every_setting_of_a_lora_takes_one(api: type[Api]):

@@ -13,20 +13,17 @@ from torch import Tensor
 
 from lcm_lightning.callbacks.experiment_tracking import trackers
 from lcm_lightning.callbacks.trainers import Lowest
-from lcm_lightning.errors import first_line
 from lcm_lightning.exports.adapter_files import write_diffusers_lora, write_kohya_lora
 from lcm_lightning.methods.adapter_training import Training
 from lcm_lightning.models.adapters import lora_state_dict
-from lcm_lightning.models.kinds import AdapterKind
+from lcm_lightning.models.kinds import TEACHER_FILE, AdapterKind
 from lcm_lightning.models.lora_files import copy_lora
 from lcm_lightning.models.stable_diffusion import StableDiffusion
 from lcm_lightning.models.variants import save_pipeline
 from lcm_lightning.runs.contents import Adapter, exported_step, write_manifest
-from lcm_lightning.sharing.model_card import write_card
+from lcm_lightning.sharing.model_card import renew_card
 
 log = logging.getLogger(__name__)
-
-TEACHER_FILE = "teacher_lora_weights.safetensors"
 
 
 class Export(L.Callback, ABC):
@@ -111,13 +108,7 @@ class Export(L.Callback, ABC):
             except OSError as error:
                 warn_unwritten(self.folder, error)
             else:
-                self._renew_card()
-
-    def _renew_card(self) -> None:
-        try:
-            write_card(self.folder.parent)
-        except Exception as error:  # what a card reads is of many kinds, and none of it is worth a run
-            log.warning("the model card in %s was not written (%s)", self.folder, first_line(error))
+                renew_card(self.folder.parent)
 
     def _concerns(self, module: L.LightningModule) -> bool:
         return isinstance(module, Training) and self.writes(module.kind)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
@@ -25,6 +26,8 @@ if TYPE_CHECKING:
 
     from lcm_lightning.models.kinds import AdapterKind
     from lcm_lightning.models.stable_diffusion import StableDiffusion
+
+log = logging.getLogger(__name__)
 
 SPECS = "the name of a file in conf/model, run:FOLDER, or lora:, lcm: or another lora_role: with a file or hub id"
 
@@ -208,7 +211,7 @@ def _for_each(loras: Sequence[str], key: str, value: Any) -> list[Any]:
 
 def _lora_files(lora: str, role: str | None) -> dict[AdapterKind, Path]:
     """The files at `lora` and what they are for: a run knows, in its folder or published; of others `role` says it."""
-    from lcm_lightning.models.lora_files import download_published, locate_lora
+    from lcm_lightning.models.lora_files import download_published, is_out_of_reach, locate_lora
 
     run = Path(lora).expanduser()
     kinds = adapter_kinds()
@@ -220,7 +223,10 @@ def _lora_files(lora: str, role: str | None) -> dict[AdapterKind, Path]:
     if exported(run) is not None:
         raise UserError(f"lora={lora}: a run that trained a whole UNet and left no LoRA; give run={lora}")
     if role in kinds and not kinds[role].whole:
-        return {kinds[role]: locate_lora(lora)}
+        file = locate_lora(lora)
+        if is_out_of_reach(lora, MANIFEST):
+            log.warning("lora=%s: %s is out of reach; a LoRA that acts with this one would be missing", lora, MANIFEST)
+        return {kinds[role]: file}
     distilled = [kind for kind in kinds.values() if kind.role == "student" and not kind.whole]
     students = [f"lora_role={kind.name} ({kind.title})" for kind in distilled]
     raise UserError(

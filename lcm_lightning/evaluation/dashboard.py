@@ -1,13 +1,15 @@
-"""Figures, table, pictures and page of an evaluation to a logger's dashboard."""
+"""Figures, table, pictures and report of an evaluation to a logger's dashboard; no photo of the data set."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from lightning.pytorch.loggers import Logger
 
+from lcm_lightning.evaluation.photos import without_photos
 from lcm_lightning.evaluation.tables import MANIFOLD, METRICS, TO_TEACHER, is_known, quality_table
 from lcm_lightning.tracking.tracker import Tracker, tolerant
 from lcm_lightning.tracking.wandb_logger import WandbTracker
@@ -16,7 +18,8 @@ from lcm_lightning.tracking.wandb_logger import WandbTracker
 def log_evaluation(logger: Logger, metrics: Mapping[str, Any], folder: Path, runs: Sequence[Path] = ()) -> None:
     """Send what `write_report` wrote into `folder`: numbers to every logger, the files to trackers, the rest to W&B.
 
-    Figures are called `evaluation/<slug>/<key of metrics.json>`.
+    Figures are called `evaluation/<slug>/<key of metrics.json>`. The page, which embeds photos of the data set, stays
+    here: report.md says the same beside grids without them.
 
     Args:
         runs: what was evaluated; trackers are told of those whose exports one of them keeps.
@@ -31,24 +34,32 @@ def log_evaluation(logger: Logger, metrics: Mapping[str, Any], folder: Path, run
             for key, value in plain_figures(model).items()
         }
     )
-    if isinstance(logger, WandbTracker):
-        log_report(logger, metrics, folder)
     if isinstance(logger, Tracker):
-        logger.log_files("evaluation", [folder / "metrics.json", folder / "report.html"], ["latest"])
+        with TemporaryDirectory() as place:  # both trackers copy or send before they return
+            pictures = shown_pictures(folder, Path(place))
+            if isinstance(logger, WandbTracker):
+                log_report(logger, metrics, pictures)
+            logger.log_files("evaluation", [folder / "metrics.json", folder / "report.md", *pictures], ["latest"])
     logger.finalize("success")
 
 
-@tolerant
-def log_report(logger: WandbTracker, metrics: Mapping[str, Any], folder: Path) -> None:
-    """The table, the pictures and the page."""
-    import wandb
+def shown_pictures(folder: Path, place: Path) -> list[Path]:
+    """The plot of an evaluation in `folder`, and its grids less the photos, as files in `place`."""
+    files = []
+    for grid in sorted(folder.glob("grid*.png")):
+        if picture := without_photos(grid):
+            files.append(place / grid.name)
+            files[-1].write_bytes(picture)
+    return [folder / "frontier.png", *files]
 
+
+@tolerant
+def log_report(logger: WandbTracker, metrics: Mapping[str, Any], pictures: Sequence[Path]) -> None:
+    """The table and the pictures."""
     quality = quality_table(metrics["models"])
     columns = ["model", *(heading for heading, _ in quality.headings[1:])]
     logger.log_table("evaluation/table", columns, [[row.title, *map(str, row.cells)] for row in quality.rows])
-    pictures = [folder / "frontier.png", *sorted(folder.glob("grid*.png"))]
     logger.log_image("evaluation/pictures", [str(picture) for picture in pictures])
-    logger.experiment.log({"evaluation/report": wandb.Html((folder / "report.html").read_text(), inject=False)})
 
 
 def plain_figures(model: Mapping[str, Any]) -> dict[str, float]:

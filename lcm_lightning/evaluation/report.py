@@ -62,14 +62,18 @@ def write_report(
         write_atomic(folder / name, data)
 
 
-def publish(folder: Path, place: Path) -> None:
+def publish(folder: Path, place: Path, weights: str | None = None) -> None:
     """Put page and figures of the newest evaluation of a run, in `folder`, into `place` above it.
 
     Those of other protocols stay in folders of their own. Image folders in `place`'s metrics.json are relative to it.
+
+    Args:
+        weights: digest of what was evaluated, by which a card knows whether the run has gone on since.
     """
     metrics = json.loads((folder / "metrics.json").read_text())
     for model in metrics["models"]:
         model["images"] = (folder.relative_to(place) / model["images"]).as_posix()
+    metrics["weights"] = weights
     write_atomic(place / "report.html", (folder / "report.html").read_bytes())
     write_atomic(place / "metrics.json", (json.dumps(metrics, indent=2) + "\n").encode())
 

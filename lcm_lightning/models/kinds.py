@@ -12,6 +12,7 @@ from lcm_lightning.models.sampling import DDIM, Sampler
 
 LORA_FILE = "pytorch_lora_weights.safetensors"  # what diffusers calls it
 KOHYA_FILE = "kohya_lora_weights.safetensors"
+TEACHER_FILE = "teacher_lora_weights.safetensors"  # of what a student was distilled from, beside its own
 
 Role: TypeAlias = Literal["base", "finetuned", "student"]
 

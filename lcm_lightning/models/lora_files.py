@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 import torch
-from huggingface_hub import HfApi, hf_hub_download, snapshot_download
+from huggingface_hub import HfApi, hf_hub_download, snapshot_download, try_to_load_from_cache
 from huggingface_hub.errors import EntryNotFoundError
 from peft.utils.other import get_pattern_key
 from safetensors import SafetensorError, safe_open
@@ -194,12 +194,21 @@ def _download_lora(hub_id: str, key: str) -> Path:
 
 def download_published(hub_id: str, name: str) -> Path | None:
     """The file `name` of a repository on the hub; None where there is no such file, or it is out of reach."""
-    if str(hub_id).startswith((".", "/", "~")) or str(hub_id).count("/") != 1 or Path(hub_id).exists():
+    if not _may_be_hub_id(hub_id):
         return None
     try:
         return Path(hf_hub_download(hub_id, name, local_files_only=not hub_answers()))
     except Exception:  # of several libraries; who needs the file says what is missing
         return None
+
+
+def is_out_of_reach(hub_id: str, name: str) -> bool:
+    """Whether, after `download_published`, nobody knows if a repository has the file `name`."""
+    return _may_be_hub_id(hub_id) and try_to_load_from_cache(hub_id, name) is None  # the cache keeps a "no" too
+
+
+def _may_be_hub_id(text: str) -> bool:
+    return not text.startswith((".", "/", "~")) and text.count("/") == 1 and not Path(text).exists()
 
 
 def _cached_files(hub_id: str) -> list[str]:

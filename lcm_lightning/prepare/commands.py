@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import shlex
 import sys
-from typing import Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
@@ -20,6 +21,9 @@ from lcm_lightning.config.wandb_sources import fetch_artifacts
 from lcm_lightning.errors import UserError, command_line
 from lcm_lightning.prepare.images import prepare_images
 
+if TYPE_CHECKING:
+    from lightning.pytorch.loggers import Logger
+
 # Settings that training has to share with a cache of latents, and with one of the teacher's steps.
 OF_LATENTS = ("model", "data.resolution", "data.bucket", "data.flip_probability")
 OF_DRAWS = ("data.caption_dropout", "data.crop", "data.photo_sizes")
@@ -30,6 +34,16 @@ def main(config: DictConfig) -> None:
     """Entry point."""
     console = Console(file=sys.stdout, markup=False, highlight=False)  # a path may hold [brackets]
     check_command(config)
+    from lcm_lightning.config.instantiate import instantiate_each
+    from lcm_lightning.tracking.tracker import begun
+
+    loggers = instantiate_each(config, "logger") if config.get("logger") is not None else []
+    with begun(loggers):
+        prepare(config, console, loggers)
+
+
+def prepare(config: DictConfig, console: Console, loggers: Sequence[Logger]) -> None:
+    """Write what `cache` says, tell the loggers, and say how to train on it."""
     stage = "lora_"
     if config.get("cache") is None:
         output = prepare_images(config, console)
@@ -47,22 +61,22 @@ def main(config: DictConfig) -> None:
 
         output = prepare_latents(config, console)
         place = [f"data.source={output}", *overrides_of(*OF_LATENTS)]
-    if config.get("logger") is not None:
-        log_shards(config, place)
+    log_shards(config, place, loggers)
     for line in next_lines(config.data.name, place, stage):
         console.print(line, soft_wrap=True)
 
 
-def log_shards(config: DictConfig, place: list[str]) -> None:
+def log_shards(config: DictConfig, place: list[str], loggers: Sequence[Logger]) -> None:
     """Tell the loggers which shards there are now: what a training on them names as its data."""
-    from lcm_lightning.config.instantiate import instantiate_each
+    if not loggers:
+        return
     from lcm_lightning.data.datamodule import CaptionedImages
     from lcm_lightning.tracking.data_records import data_record
     from lcm_lightning.tracking.tracker import Tracker
 
     source = place[0].removeprefix("data.source=") if place else None
     record = data_record(CaptionedImages(config.data.name, source))
-    for logger in instantiate_each(config, "logger"):
+    for logger in loggers:
         logger.log_hyperparams(OmegaConf.to_container(config))
         if isinstance(logger, Tracker):
             logger.log_data(record)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -74,6 +75,12 @@ def exported(run: Path) -> Path | None:
     return next((run / name for name in EXPORTS if (run / name / MANIFEST).is_file()), None)
 
 
+def visible_files(folder: Path) -> list[Path]:
+    """The files in an export's folder, without hidden ones: what a write that broke off has left behind."""
+    found = (path for path in folder.rglob("*") if path.is_file())
+    return sorted(path for path in found if not any(part[0] == "." for part in path.relative_to(folder).parts))
+
+
 def read_manifest(run: Path) -> list[Adapter]:
     """The adapters of a run, in training order: a teacher's before its student's.
 
@@ -112,6 +119,20 @@ def exported_step(run: Path) -> int | None:
         return read_manifest(run)[-1].step
     except (UserError, IndexError):
         return None
+
+
+def weights_digest(run: Path) -> str | None:
+    """SHA-256 of the weights that a run has exported; None where it has none."""
+    folder = exported(run)
+    if folder is None:
+        return None
+    digest = hashlib.sha256()
+    for adapter in read_manifest(run):
+        place = folder / adapter.file
+        for path in sorted(place.glob("*.safetensors")) if place.is_dir() else [place]:
+            with path.open("rb") as file:
+                digest.update(hashlib.file_digest(file, "sha256").digest())
+    return digest.hexdigest()
 
 
 def _adapter(entry: dict[str, Any]) -> Adapter:

@@ -15,6 +15,7 @@ from lcm_lightning.errors import UserError
 from lcm_lightning.sharing.redaction import last_name
 
 HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
+LOCAL = ("data", "outputs", "multirun", "models", "checkpoints", "weights", "runs")  # folders, and nobody on the hub
 EMBEDDED = re.compile(r"lcm_lightning[/\\]assets[/\\]tiny$")  # Apache-2.0, as all that ships with this package
 CACHED = re.compile(r"models--([^/\\]+?)--([^/\\]+)[/\\]snapshots[/\\]")  # a folder in the hub's cache
 LICENSES = {  # of the models that conf/model names, as their cards on the hub say
@@ -63,7 +64,7 @@ def base_model(model: Mapping[str, Any], hub_id: str | None = None) -> BaseModel
         return BaseModel("random weights", None)
     if hub_id is None and (cached := CACHED.search(path)):
         hub_id = f"{cached[1]}/{cached[2]}"
-    if hub_id is None and HUB_ID.fullmatch(path) and not Path(path).exists():
+    if hub_id is None and is_hub_id(path):
         hub_id = path
     embedded = hub_id is None and EMBEDDED.search(path) is not None
     known = "apache-2.0" if embedded else LICENSES.get(hub_id or "")
@@ -74,6 +75,11 @@ def base_model(model: Mapping[str, Any], hub_id: str | None = None) -> BaseModel
         embedded=embedded,
         zero_terminal_snr=_is_zero_terminal_snr(path, hub_id),
     )
+
+
+def is_hub_id(text: str) -> bool:
+    """Whether a run's setting, read in another folder or later, names a repository and no folder of its machine."""
+    return bool(HUB_ID.fullmatch(text)) and text.partition("/")[0] not in LOCAL and not Path(text).exists()
 
 
 def _file(path: str, hub_id: str | None, name: str) -> Path | None:

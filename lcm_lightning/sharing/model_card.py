@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import logging
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -21,12 +22,14 @@ from PIL import Image
 from safetensors import safe_open
 
 from lcm_lightning.data.layouts import DOWNLOADS
-from lcm_lightning.evaluation.tables import REAL, Table, quality_table
+from lcm_lightning.errors import first_line
+from lcm_lightning.evaluation.photos import without_photos
+from lcm_lightning.evaluation.tables import Table, quality_table
 from lcm_lightning.models.kinds import LORA_FILE, AdapterKind
 from lcm_lightning.output.files import write_atomic
-from lcm_lightning.output.pictures import grid_images, png_bytes, without_column
-from lcm_lightning.runs.contents import MANIFEST, Adapter, exported, read_manifest, read_versions
-from lcm_lightning.sharing.base_models import HUB_ID, BaseModel, base_model
+from lcm_lightning.output.pictures import grid_images, png_bytes
+from lcm_lightning.runs.contents import MANIFEST, Adapter, exported, read_manifest, read_versions, weights_digest
+from lcm_lightning.sharing.base_models import BaseModel, base_model, is_hub_id
 from lcm_lightning.sharing.redaction import public
 from lcm_lightning.sharing.training_facts import (
     images_per_step,
@@ -35,6 +38,8 @@ from lcm_lightning.sharing.training_facts import (
     training_seconds,
     training_table,
 )
+
+log = logging.getLogger(__name__)
 
 CARD = "README.md"
 PICTURES = "pictures"  # folder of a card's samples, beside it
@@ -101,6 +106,19 @@ def write_card(run: Path, settings: CardSettings | None = None) -> Path | None:
     return path
 
 
+def renew_card(run: Path) -> None:
+    """`write_card` where it is beside the point: what fails is a warning, and not worth a training or its figures."""
+    try:
+        write_card(run)
+    except Exception as error:  # what a card reads is of many kinds
+        log.warning("the model card of %s was not written (%s)", run, error_line(error))
+
+
+def error_line(error: Exception) -> str:
+    """An error's first line, which of some is but a name of a key, after its type."""
+    return f"{type(error).__name__}: {first_line(error)}"
+
+
 def card_of(run: Path, folder: Path, samples: Mapping[str, str], settings: CardSettings) -> str:
     """The card's text.
 
@@ -120,6 +138,7 @@ def card_of(run: Path, folder: Path, samples: Mapping[str, str], settings: CardS
         "data": config["data"]["name"],
         "usage": usage(adapters, base, next(iter(samples.values()), "a photo of a dog"), config, settings.repo_id),
         "repo_id": settings.repo_id,
+        "model": "sdxl" if is_xl(folder, kind) else "sd15",
         "files": {file.name for file in folder.iterdir()},
         "pictures": samples,
         "evaluation": metrics,
@@ -185,7 +204,7 @@ def hub_datasets(data: Mapping[str, Any]) -> list[str]:
     source = str(data.get("source") or "")
     if source.startswith("hf://datasets/"):
         return ["/".join(source.removeprefix("hf://datasets/").split("/")[:2])]
-    if HUB_ID.fullmatch(source) and not Path(source).exists():
+    if is_hub_id(source):
         return [source]
     known = DOWNLOADS.get(data["name"], ("", ""))[1]
     return [known] if known else []
@@ -251,29 +270,26 @@ def write_pictures(run: Path, folder: Path) -> dict[str, str]:
 
 
 def evaluation_of(run: Path) -> dict[str, Any] | None:
-    """The metrics.json of a run's newest evaluation, fit to be published."""
+    """The metrics.json of a run's newest evaluation, fit to be published.
+
+    None where there is none of the weights that are there now: the run went on after it.
+    """
     file = run / "evaluation" / "metrics.json"
     if not file.is_file():
         return None
     metrics: dict[str, Any] = public(json.loads(file.read_text()))
-    return metrics
+    return metrics if metrics.get("weights") in (None, weights_digest(run)) else None
 
 
 def copy_evaluation_grid(run: Path, folder: Path) -> None:
-    """Put the grid of a run's newest evaluation beside the card, without the photos: they are the data set's.
-
-    A grid that does not say where these lie, as versions before 0.2 wrote them, is left out.
-    """
+    """Put the grid of a run's newest evaluation beside the card, without the photos: they are the data set's."""
     metrics = evaluation_of(run)
     grid = run / "evaluation" / metrics["protocol"] / "grid.png" if metrics else None
     (folder / EVALUATION_GRID).unlink(missing_ok=True)
     if grid is None or not grid.is_file():
         return
-    with Image.open(grid) as file:
-        picture, headings = file.convert("RGB"), {image.heading for image in grid_images(file)}
-    if headings:
-        drawn = without_column(picture, REAL) if REAL in headings else picture
-        write_atomic(folder / EVALUATION_GRID, png_bytes(drawn))
+    if picture := without_photos(grid):
+        write_atomic(folder / EVALUATION_GRID, picture)
 
 
 def _template(name: str) -> jinja2.Template:

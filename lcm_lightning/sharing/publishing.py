@@ -27,8 +27,18 @@ from omegaconf import OmegaConf
 
 from lcm_lightning.errors import UserError, first_line, short
 from lcm_lightning.hub import hub_answers
-from lcm_lightning.runs.contents import MANIFEST, exported
-from lcm_lightning.sharing.model_card import CARD, MARK, PICTURES, CardSettings, evaluation_of, write_card
+from lcm_lightning.models.kinds import KOHYA_FILE, LORA_FILE, TEACHER_FILE
+from lcm_lightning.runs.contents import MANIFEST, exported, visible_files
+from lcm_lightning.sharing.model_card import (
+    CARD,
+    EVALUATION_GRID,
+    MARK,
+    PICTURES,
+    CardSettings,
+    error_line,
+    evaluation_of,
+    write_card,
+)
 from lcm_lightning.sharing.redaction import HIDDEN, public_config, public_text, refuse_secrets
 from lcm_lightning.sharing.training_facts import settings_of_run
 
@@ -38,6 +48,9 @@ T = TypeVar("T")
 
 TEXTS = (".json", ".md", ".txt", ".yaml")
 NOT_OURS = (".gitattributes", CARD)  # what a repository may hold that was made by hand on the hub
+# What a push may have brought before, and takes away where it is no more: files, and folders.
+OUR_FILES = (LORA_FILE, KOHYA_FILE, TEACHER_FILE, EVALUATION_GRID, "metrics.json", "config.yaml", "model_index.json")
+OUR_FOLDERS = (PICTURES, "unet", "vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "scheduler")
 TOKENS = "https://huggingface.co/settings/tokens"
 ATTEMPTS = 3  # where the hub is in trouble; its library tries most of its requests six times by itself
 AGAIN = "give the same command again, and what has arrived is not sent twice"
@@ -75,7 +88,15 @@ def push_run(run: Path, push: Push, card: CardSettings) -> str:
             f"push_to_hub={push.repo_id}: there is no access token; make one with write access at {TOKENS} and give it "
             "to `hf auth login`, or set HF_TOKEN"
         )
-    files = publication(run, card)
+    try:
+        files = publication(run, card)
+    except UserError:
+        raise
+    except Exception as error:  # of damaged pictures, records and cards, or a folder that may not be written to
+        raise UserError(
+            f"push_to_hub={push.repo_id}: the run cannot be made ready to publish ({error_line(error)[:160]}); mend "
+            "that, or remove the damaged file"
+        ) from error
     if not hub_answers():
         offline = "HF_HUB_OFFLINE is set; unset it" if constants.HF_HUB_OFFLINE else f"try later: {AGAIN}"
         raise UserError(f"push_to_hub={push.repo_id}: the hub cannot be reached; {offline}")
@@ -113,11 +134,7 @@ def publication(run: Path, card: CardSettings) -> dict[str, bytes | Path]:
     if folder is None:
         raise UserError(f"run={run}: no lora/{MANIFEST} there; the run ended before its first export, train it again")
     write_card(run, card)
-    files: dict[str, bytes | Path] = {
-        path.relative_to(folder).as_posix(): path
-        for path in sorted(folder.rglob("*"))
-        if path.is_file() and not any(part.startswith(".") for part in path.relative_to(folder).parts)
-    }
+    files: dict[str, bytes | Path] = {path.relative_to(folder).as_posix(): path for path in visible_files(folder)}
     files["config.yaml"] = OmegaConf.to_yaml(public_config(settings_of_run(run))).encode()
     if metrics := evaluation_of(run):
         files["metrics.json"] = (json.dumps(metrics, indent=2) + "\n").encode()
@@ -141,7 +158,8 @@ def send(api: HfApi, push: Push, files: Mapping[str, bytes | Path]) -> str:
         log.warning(
             "%s of %s is someone's own (without the line that says who renews it) and was kept", name, push.repo_id
         )
-    stale = [name for name in present if name.startswith(f"{PICTURES}/") and name not in files]
+    ours = (name for name in present if name in OUR_FILES or name.partition("/")[0] in OUR_FOLDERS)
+    stale = [name for name in ours if name not in files]
 
     def commit() -> str:
         operations: list[CommitOperationAdd | CommitOperationDelete] = [

@@ -5,17 +5,33 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import PurePosixPath
 from typing import Any
-from urllib.parse import urlsplit, urlunsplit
+
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import QuotedString
+from hydra.errors import HydraException
 
 from lcm_lightning.errors import UserError
 
 HIDDEN = "(removed)"
-SECRET_KEY = re.compile(r"(^|[_.-])(token|secret|passw(or)?d|api_?key|access_?key|credentials?)s?$", re.IGNORECASE)
+SECRET_KEY = re.compile(
+    r"(^|[_.-])(token|secret|passw(or)?d|passphrase|(?<=[_.-])pwd|credential|signature|authorization|cookie|connection_?string"
+    r"|(api|access|secret|private|account)_?key)s?$",
+    re.IGNORECASE,
+)
+COUNT = re.compile(r"(^|[_.])(num|max|min|n)_tokens$")  # of a text encoder
 SECRET_TEXT = re.compile(r"\b(hf_[A-Za-z0-9]{16,}|wandb_v1_\w{16,}|sk-[A-Za-z0-9_-]{16,})")
 WHOLE_PATH = re.compile(r"(~|/|\.\./|[A-Za-z]:[\\/]|\\\\)")
-ADDRESS_OR_PATH = re.compile(r"\b[a-z][a-z0-9+.-]*://[^\s'\",\])}]+|(?<![\w.~/\\-])(?:~?/|[A-Za-z]:\\)[^\s'\",\])}]+")
+# An address runs to a blank, a quote or the next one: brackets, braces and commas may stand before its signature.
+ADDRESS = r"\b[a-z][a-z0-9+.-]*://(?:(?!\b[a-z][a-z0-9+.-]*://)[^\s'\"])*"
+IN_PATH = r"[^\s'\",\])}]*"
+PATH = (
+    r"(?<![\w.~/\\-])(?:file:/{0,2}/|(?:~[\w.-]*)?/|(?:\.\./)+|[A-Za-z]:[\\/]|\\\\)"
+    rf"{IN_PATH}(?:(?: [\w.-]+){{1,3}}[\\/]{IN_PATH})*"  # a folder's name may have blanks
+)
+ADDRESS_OR_PATH = re.compile(f"{PATH}|{ADDRESS}")
 PRIVATE = ("logger", "hydra", "resume", "run_dir")  # keys that say nothing of how the weights came about
 LEAST = 8  # letters of an environment variable's value that is looked for
 
@@ -23,28 +39,44 @@ LEAST = 8  # letters of an environment variable's value that is looked for
 def public(value: Any) -> Any:
     """The same nest of mappings, sequences and texts, fit to be published."""
     if isinstance(value, Mapping):
-        return {
-            key: HIDDEN if SECRET_KEY.search(str(key)) and isinstance(item, str) else public(item)
-            for key, item in value.items()
-        }
+        return {key: HIDDEN if is_secret(str(key), item) else public(item) for key, item in value.items()}
+    if isinstance(value, QuotedString):  # of Hydra's grammar
+        return replace(value, text=public_text(value.text))
     if isinstance(value, str):
         return public_text(value)
     return [public(item) for item in value] if isinstance(value, Sequence) else value
 
 
+def is_secret(key: str, value: Any) -> bool:
+    """Whether a key says that its value, of whatever type, is nobody's business."""
+    return SECRET_KEY.search(key) is not None and COUNT.search(key) is None and not isinstance(value, bool | None)
+
+
 def public_config(config: Mapping[str, Any]) -> dict[str, Any]:
     """A run's resolved configuration, without where it was logged and written to."""
-    return {key: public(item) for key, item in config.items() if key not in PRIVATE}
+    return public({key: item for key, item in config.items() if key not in PRIVATE})  # type: ignore[no-any-return]
 
 
 def public_overrides(overrides: Sequence[str]) -> list[str]:
     """What was typed after `train.py`, likewise."""
-    shown = []
-    for override in overrides:
-        key, equals, value = override.partition("=")
-        if key.lstrip("+~").partition(".")[0].partition("/")[0] not in PRIVATE:
-            shown.append(f"{key}{equals}{HIDDEN if SECRET_KEY.search(key) else public_text(value)}")
-    return shown
+    shown = (_public_override(text) for text in overrides)
+    return [text for text in shown if text is not None]
+
+
+def _public_override(text: str) -> str | None:
+    """One of them; None where its key is private. Its value is read as Hydra reads it, nested keys and all."""
+    key, equals, _ = text.partition("=")
+    if key.lstrip("+~").partition(".")[0].partition("/")[0].partition("@")[0] in PRIVATE:
+        return None
+    try:
+        override = OverridesParser.create().parse_override(text)
+    except HydraException:
+        return f"{key}{equals}{HIDDEN}"
+    value = override._value
+    if override.is_sweep_override() or is_secret(override.key_or_group, value):
+        return f"{key}{equals}{HIDDEN}"
+    told = public(value)
+    return text if told == value else f"{key}{equals}{replace(override, _value=told).get_value_element_as_str()}"
 
 
 def public_text(text: str) -> str:
@@ -63,12 +95,14 @@ def last_name(path: str) -> str:
 
 
 def _shortened(found: str) -> str:
-    if "://" not in found:
+    """A path's last name; an address without user, password and query, which may sign it."""
+    scheme, is_address, rest = found.partition("://")
+    if not is_address or scheme == "file" or rest.startswith("/"):
         return last_name(found)
-    address = urlsplit(found)
-    if address.scheme == "file":
-        return last_name(address.path)
-    return urlunsplit((address.scheme, address.netloc.rpartition("@")[2], address.path, "", ""))  # a query may sign it
+    authority, slash, path = rest.partition("/")
+    shown = re.split(r"[?#]", authority.rpartition("@")[2] + slash + path, maxsplit=1)
+    brackets = re.search(r"[,;:\])}]*$", shown[1])[0] if len(shown) > 1 else ""  # type: ignore[index]  # matches any
+    return f"{scheme}://{shown[0]}{brackets}"
 
 
 def environment_secrets() -> list[str]:

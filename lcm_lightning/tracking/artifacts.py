@@ -17,6 +17,7 @@ from lcm_lightning.output.files import write_atomic
 RECORD = Path("wandb", "artifact.json")  # in a run's folder
 SCHEME = "wandb:"
 REFERENCE = re.compile(r"wandb:([\w.-]+)/([\w.-]+)/([\w.-]+):([\w.-]+)")
+VERSION = re.compile(r"v\d+")
 OFFLINE = ("offline", "dryrun", "disabled")
 TYPES = ("lora", "model")
 
@@ -72,7 +73,8 @@ def download_root() -> Path:
 def download(reference: str, key: str) -> Path:
     """Fetch `wandb:entity/project/name:alias`; the folder looks like that of the run that logged it.
 
-    A version that is there already is not fetched again; which one an alias means is asked each time.
+    A version that is there already is not fetched again, and nobody is asked for it; which one another alias means is
+    asked each time.
 
     Args:
         key: the setting that gave `reference`.
@@ -86,20 +88,32 @@ def download(reference: str, key: str) -> Path:
             f"{key}={reference}: expected wandb:ENTITY/PROJECT/NAME:ALIAS, such as wandb:team/lcm-lightning/"
             "lora-1a2b3c4d:best, as the artifact's page on W&B says it"
         )
-    entity, project, name, _ = match.groups()
-    artifact = find(reference, key)
-    folder = download_root() / entity / project / name / artifact.version
+    entity, project, name, alias = match.groups()
+    place = download_root() / entity / project / name
+    if VERSION.fullmatch(alias) and (place / alias).is_dir():  # a version never changes
+        return place / alias
+    artifact = find(reference, key, instead(reference, place))
+    folder = place / artifact.version
     if not folder.is_dir():
         fetch(artifact, folder, key, reference)
     return folder
 
 
-def find(reference: str, key: str) -> Any:
-    """W&B's artifact of that name. Raises `UserError`."""
+def instead(reference: str, place: Path) -> str:
+    """What works without W&B: the newest version in `place`, or else a run's folder."""
+    versions = [path.name for path in place.glob("v*") if VERSION.fullmatch(path.name)]
+    if not versions:
+        return "a run's folder"
+    newest = max(versions, key=lambda version: int(version[1:]))
+    return f"{reference.rpartition(':')[0]}:{newest}, which is here"
+
+
+def find(reference: str, key: str, instead: str = "a run's folder") -> Any:
+    """W&B's artifact of that name. Raises a `UserError` that says what to give `instead`."""
     if (mode := os.environ.get("WANDB_MODE")) in OFFLINE:
-        raise UserError(f"{key}={reference}: WANDB_MODE={mode} fetches nothing; unset it, or give a run's folder")
+        raise UserError(f"{key}={reference}: WANDB_MODE={mode} fetches nothing; unset it, or give {instead}")
     if not has_wandb_key():
-        raise UserError(f"{key}={reference}: W&B wants an API key; `wandb login` once, or give a run's folder")
+        raise UserError(f"{key}={reference}: W&B wants an API key; `wandb login` once, or give {instead}")
     import wandb
 
     try:
@@ -107,7 +121,7 @@ def find(reference: str, key: str) -> Any:
     except Exception as error:  # of network, rights and names, by several libraries
         raise UserError(
             f"{key}={reference}: W&B gives no such artifact ({first_line(error)}); copy its name from its page, or "
-            "give a run's folder"
+            f"give {instead}"
         ) from error
     if artifact.type not in TYPES:
         raise UserError(

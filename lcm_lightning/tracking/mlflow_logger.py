@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -15,10 +16,14 @@ from PIL import Image
 
 from lcm_lightning.errors import UserError
 from lcm_lightning.output.files import write_atomic
+from lcm_lightning.runs.contents import visible_files
 from lcm_lightning.tracking.data_records import DataRecord
 from lcm_lightning.tracking.tracker import Sample, Tracker, tolerant
 
 RUN_ID = "mlflow_run_id"  # file in a run's folder
+# A call that fails is one of a training's first rank, for which the others wait: MLflow's own limits, 7 retries and 120
+# seconds each, are minutes. `PAUSE` later it is tried again.
+PATIENCE = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1", "MLFLOW_HTTP_REQUEST_TIMEOUT": "10"}
 
 
 class MlflowTracker(Tracker, MLFlowLogger):
@@ -81,7 +86,7 @@ class MlflowTracker(Tracker, MLFlowLogger):
 
     @tolerant
     def log_hyperparams(self, params: Any) -> None:
-        """The resolved configuration; of a run that goes on what is new in it, as MLflow's parameters never change."""
+        """The resolved configuration: as a file each time, as parameters once, since MLflow's never change."""
         if self.run_dir.joinpath("config.yaml").is_file():
             self.experiment.log_artifact(self._run_id, str(self.run_dir / "config.yaml"))
         known = self.experiment.get_run(self._run_id).data.params
@@ -135,7 +140,9 @@ class MlflowTracker(Tracker, MLFlowLogger):
     @tolerant
     def log_export(self, folder: Path, kind: str, aliases: Sequence[str]) -> None:
         """The folder among the run's artifacts, and a tag with its names."""
-        self.experiment.log_artifacts(self._run_id, str(folder), kind)
+        for file in visible_files(folder):
+            place = Path(kind) / file.parent.relative_to(folder)
+            self.experiment.log_artifact(self._run_id, str(file), place.as_posix())
         self.experiment.set_tag(self._run_id, f"{kind}_aliases", " ".join(aliases))
 
     @rank_zero_only
@@ -168,6 +175,8 @@ def mlflow_logger(
     Raises:
         UserError: a password, or a place that MLflow does not know.
     """
+    for variable, value in PATIENCE.items():
+        os.environ.setdefault(variable, value)
     place = urlsplit(tracking_uri)
     if place.password:
         raise UserError(

@@ -6,11 +6,13 @@ import functools
 import logging
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Concatenate, ParamSpec
 
+from lightning.pytorch.loggers import Logger
 from PIL import Image
 
 from lcm_lightning.errors import UserError, first_line
@@ -50,6 +52,11 @@ class Tracker(ABC):
     silent_until = 0.0  # time.monotonic()
     warned = False
     ended = False
+
+    @property
+    @abstractmethod
+    def experiment(self) -> Any:
+        """The run at its home, which the first call begins. Raises a `UserError` where it is refused."""
 
     @abstractmethod
     def log_samples(self, grid: Image.Image, samples: Sequence[Sample], step: int) -> None:
@@ -95,6 +102,23 @@ class Tracker(ABC):
                 first_line(error),
                 PAUSE // 60,
             )
+
+
+@contextmanager
+def begun(loggers: Sequence[Logger]) -> Iterator[None]:
+    """Begin the runs of trackers, so that what they refuse is said before the work and not after it.
+
+    Where the work fails, they end as failed.
+    """
+    for logger in loggers:
+        if isinstance(logger, Tracker):
+            logger.experiment  # noqa: B018  # whose getter begins it
+    try:
+        yield
+    except BaseException:
+        for logger in loggers:
+            logger.finalize("failed")
+        raise
 
 
 def tolerant(method: Callable[Concatenate[Any, P], None]) -> Callable[Concatenate[Any, P], None]:

@@ -8,6 +8,7 @@ import logging
 import os
 import re
 import secrets
+import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -20,6 +21,7 @@ from PIL import Image
 
 from lcm_lightning.errors import UserError, first_line
 from lcm_lightning.output.files import write_atomic
+from lcm_lightning.runs.contents import visible_files
 from lcm_lightning.tracking.artifacts import ArtifactRecord, has_wandb_key, read_record, safe_name, write_record
 from lcm_lightning.tracking.data_records import DataRecord
 from lcm_lightning.tracking.tracker import Sample, Tracker, tolerant
@@ -28,6 +30,7 @@ log = logging.getLogger(__name__)
 
 PACKAGE = Path(__file__).parent.parent
 SERVER = {"init_timeout": 60, "finish_timeout": 600}  # seconds; W&B's own are 90 and for ever
+GRACE = 20.0  # seconds that an interrupted run's uploads get; SLURM kills a job 30 after it has asked
 REFUSED = re.compile(r"\b40[134]\b|permission|not found|unauthorized|invalid api key", re.IGNORECASE)
 COLUMNS = ("step", "prompt", "seed", "model", "steps", "guidance_scale", "seconds", "picture")
 
@@ -103,11 +106,15 @@ class WandbTracker(Tracker, WandbLogger):
     def finalize(self, status: str) -> None:
         """End the run, with a status that tells a finished one from a failed one.
 
-        An interrupted one ends with the process, whose status W&B sees: waiting for uploads could cost a job its
-        place in the queue.
+        An interrupted one ends with the process, whose status W&B sees, and whose end waits for uploads; `GRACE`
+        limits that. What was not sent is in the run's folder, for `wandb sync`.
         """
         self.silent_until = 0.0  # one more try
-        if self._experiment is not None and not self.goes_on:
+        if self._experiment is None:
+            return
+        if self.goes_on:
+            end_service_after(GRACE)
+        else:
             self._end(status)
 
     @tolerant
@@ -120,9 +127,12 @@ class WandbTracker(Tracker, WandbLogger):
     @rank_zero_only
     @tolerant
     def alert(self, title: str, text: str, exit_code: int, *, goes_on: bool = False) -> None:
-        """W&B mails or posts it, as the user's settings there say; an interrupted run is "preempted" there."""
+        """W&B mails or posts it, as the user's settings there say; an interrupted run is "preempted" there.
+
+        Not one of an agent: it ends by SIGTERM runs that its sweep gives up, and W&B queues preempted ones again.
+        """
         self.exit_code, self.goes_on = exit_code, goes_on
-        if goes_on:
+        if goes_on and "WANDB_SWEEP_ID" not in os.environ:
             self.experiment.mark_preempting()
         self.experiment.alert(title[:63], text, level="WARN" if goes_on else "ERROR")
 
@@ -204,7 +214,7 @@ class WandbTracker(Tracker, WandbLogger):
     def log_export(self, folder: Path, kind: str, aliases: Sequence[str]) -> None:
         """An artifact `lora-<run id>` or `model-<run id>`, which the run's folder remembers; `aliases` ends with its
         own."""
-        self.log_files(kind, sorted(path for path in folder.rglob("*") if path.is_file()), aliases, folder)
+        self._log_files(kind, visible_files(folder), aliases, folder)
         run = self.experiment
         owner = {} if run.offline else {"entity": run.entity, "project": run.project}
         name = safe_name(f"{kind}-{run.id}")
@@ -212,16 +222,34 @@ class WandbTracker(Tracker, WandbLogger):
 
     @rank_zero_only
     @tolerant
-    def log_files(
-        self, kind: str, files: Sequence[Path], aliases: Sequence[str] = ("latest",), folder: Path | None = None
-    ) -> None:
-        """An artifact `<kind>-<run id>` of files, under their names in `folder`."""
+    def log_files(self, kind: str, files: Sequence[Path], aliases: Sequence[str] = ("latest",)) -> None:
+        """An artifact `<kind>-<run id>` of files."""
+        self._log_files(kind, files, aliases)
+
+    def _log_files(self, kind: str, files: Sequence[Path], aliases: Sequence[str], folder: Path | None = None) -> None:
+        """The same under their names in `folder`; raises what W&B raises."""
         import wandb
 
         artifact = wandb.Artifact(safe_name(f"{kind}-{self.experiment.id}"), kind)
         for file in files:
             artifact.add_file(str(file), name=str(file.relative_to(folder)) if folder else file.name)
         self.experiment.log_artifact(artifact, aliases=list(aliases))
+
+
+def end_service_after(seconds: float) -> None:
+    """Kill W&B's service process, where it still runs by then.
+
+    At the process's end `wandb` waits for it without a limit, and it for a server that may be gone (wandb 0.31:
+    `ServiceConnection.teardown` joins it; `finish_timeout` is of `Run.finish` alone).
+    """
+    from wandb.sdk import wandb_setup
+
+    connection = wandb_setup.singleton()._connection
+    process = connection and connection._proc and connection._proc._process
+    if process is not None:
+        timer = threading.Timer(seconds, process.kill)
+        timer.daemon = True
+        timer.start()
 
 
 def data_artifact(data: DataRecord) -> Any:
