@@ -134,7 +134,11 @@ class Choices:
             return False  # a damaged run is nothing to begin with
 
     def source(self, key: str) -> ModelSource:
-        """The model of a key of `listed`, another one where it was written anew. Raises a `UserError` where it is gone."""
+        """The model of a key of `listed`; another one where it was written anew.
+
+        Raises:
+            UserError: it is gone, or damaged.
+        """
         with self._lock:
             known = self._found.get(key)
             self._found[key] = Choice.find(self._named(key)) if known is None else known.newest()

@@ -176,7 +176,7 @@ class Page:
     def _draw_next(
         self, request: gr.Request, with_teacher: bool, lock: bool, *values: Any
     ) -> Iterator[tuple[Any, ...]]:
-        return self._draw(request, with_teacher, False, *values)
+        yield from self._draw(request, with_teacher, False, *values)
 
     def _draw_typed(self, request: gr.Request, as_typed: bool, *values: Any) -> tuple[Any, ...]:
         if not as_typed:
@@ -191,7 +191,7 @@ class Page:
             return html.problem(explained(error)), gr.skip()
 
     def _choose(self, request: gr.Request, keys: Sequence[str], set_for: str | None) -> Iterator[Any]:
-        return self._load(request, keys, set_for, self.engine.ticket())
+        yield from self._load(request, keys, set_for, self.engine.ticket())
 
     def _load(
         self, request: gr.Request, keys: Sequence[str], set_for: str | None, ticket: int | None = None

@@ -10,8 +10,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
-from yaml import YAMLError
 
 from lcm_lightning.errors import UserError, first_line
 from lcm_lightning.methods import adapter_kinds
@@ -61,7 +59,7 @@ def read_config(run: Path) -> DictConfig:
         raise UserError(f"run={run}: no {CONFIG} there; give a run folder such as outputs/lcm_flickr8k/<date_time>")
     try:
         config = OmegaConf.load(path)
-    except (OSError, ValueError, YAMLError, OmegaConfBaseException) as error:
+    except Exception as error:  # of the disk, of YAML or of OmegaConf
         raise UserError(
             f"run={run}: {CONFIG} is damaged ({first_line(error)}); copy the run again, or train it again"
         ) from error
