@@ -5,12 +5,15 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import diffusers
 import numpy as np
 import pytest
 import torch
@@ -31,16 +34,21 @@ from transformers import CLIPTokenizer
 from helpers.commands import in_process
 from helpers.pipelines import build_tiny_sdxl, save_full_lcm
 from helpers.single_files import TINY, build_pipeline, checkpoint, unet_tensors
-from lcm_lightning.exports.adapter_files import joint_state_dict, write_diffusers_lora, write_kohya_lora
+from lcm_lightning.errors import UserError
+from lcm_lightning.exports.adapter_files import _saved_layer, joint_state_dict, write_diffusers_lora, write_kohya_lora
 from lcm_lightning.exports.fused import fuse, write_pipeline
-from lcm_lightning.exports.graphs import graphs
+from lcm_lightning.exports.graphs import Graph, graphs, largest_difference
 from lcm_lightning.exports.metadata import Described
 from lcm_lightning.exports.network_folder import write_network_folder
+from lcm_lightning.exports.onnx_folder import export as export_onnx
 from lcm_lightning.exports.onnx_folder import write_onnx
-from lcm_lightning.exports.openvino_folder import known_scheduler, write_openvino
+from lcm_lightning.exports.openvino_folder import known_scheduler, save_model, write_openvino
 from lcm_lightning.exports.single_checkpoint import original_key, original_state_dict, vae_tensors, write_single_file
+from lcm_lightning.exports.usage import diffusers_lora, settings
+from lcm_lightning.methods.dmd2_lora import Dmd2LoraDistillation
 from lcm_lightning.methods.lcm_lora import LcmLoraDistillation
 from lcm_lightning.methods.lora import LoraFinetuning
+from lcm_lightning.methods.pcm_lora import PcmLoraDistillation
 from lcm_lightning.methods.tcd_lora import TcdLoraDistillation
 from lcm_lightning.models import single_file
 from lcm_lightning.models.adapters import load_lora, merged_adapters, set_active_adapters
@@ -227,6 +235,23 @@ def test_kohya_s_rank_is_a_number_where_all_layers_have_it(adapted, tmp_path: Pa
     assert (said["ss_network_dim"], said["ss_network_alpha"]) == ("Dynamic", "Dynamic")
 
 
+def test_text_encoders_of_two_ranks_are_told_apart(folders, tmp_path: Path):
+    """Layers of both have the same names."""
+    layer = "text_model.encoder.layers.0.mlp.fc1"
+    tensors = {
+        f"{network}.{layer}.lora_{side}.weight": torch.zeros(shape)
+        for network, rank in (("text_encoder", 4), ("text_encoder_2", 8))
+        for side, shape in (("A", (rank, 32)), ("B", (37, rank)))
+    }
+    said = header(write_kohya_lora(tensors, load_stable_diffusion(str(folders("xl_base"))), (STYLE,), tmp_path))
+    assert said["ss_network_dim"] == "Dynamic"
+
+
+def test_a_lora_of_a_text_projection_keeps_its_name():
+    assert _saved_layer("text_encoder_2", "text_projection") == "text_projection"
+    assert _saved_layer("text_encoder_2", "encoder.layers.0.mlp.fc1") == "text_model.encoder.layers.0.mlp.fc1"
+
+
 # ---- whole models --------------------------------------------------------------------------------------------------
 
 
@@ -300,6 +325,30 @@ def test_a_single_file_says_that_it_predicts_velocity(folders, tmp_path: Path, m
     assert load_stable_diffusion(str(file)).prediction_type == "v_prediction"
 
 
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"beta_end": 0.02}, "noise schedule"),
+        ({"beta_schedule": "linear"}, "noise schedule"),
+        ({"num_train_timesteps": 500}, "noise schedule"),
+        ({"scaling_factor": 1.0}, "scale of latents, 1, where programs take 0.18215"),
+        ({"prediction_type": "sample"}, "predicts the sample"),
+    ],
+)
+def test_a_model_that_one_file_cannot_say_is_refused(change: dict[str, Any], said: str, tmp_path: Path):
+    pipeline = build("v1")
+    if "scaling_factor" in change:
+        pipeline.vae.register_to_config(**change)
+    else:
+        pipeline.scheduler = DDIMScheduler.from_config({**SD15_SCHEDULER, **change})
+    pipeline.save_pretrained(tmp_path / "model")
+    with pytest.raises(UserError, match=f"format=single_file: .*{said}.*; set format=fused"):
+        write_single_file(
+            load_stable_diffusion(str(tmp_path / "model")), (), tmp_path / "out", torch.float32, Described()
+        )
+    assert not (tmp_path / "out").exists()
+
+
 # ---- the command ---------------------------------------------------------------------------------------------------
 
 
@@ -353,6 +402,48 @@ def test_the_command_says_what_it_wrote_and_how_to_use_it(
     names: dict[str, object] = {}
     exec(code, names)  # what is printed runs as it is
     assert names["image"].shape == (3, 32, 32) and type(names["pipe"].scheduler) is TCDScheduler
+
+
+@pytest.mark.parametrize("source", ["file", "zero_snr"])
+def test_the_printed_program_walks_as_generate_does(
+    source: str, tmp_path: Path, student: Path, folders, monkeypatch: pytest.MonkeyPatch
+):
+    """Of a model in one file, which no `DiffusionPipeline` opens; and of one whose schedule ends in noise alone."""
+    monkeypatch.setattr(single_file, "ARCHITECTURES", TINY)
+    if source == "file":
+        model = load_stable_diffusion(str(folders("v1")), prediction_type="v_prediction")
+        path = write_single_file(model, (), tmp_path, torch.float32, Described())
+    else:
+        path = tmp_path / "model"
+        zero_snr = {"rescale_betas_zero_snr": True, "prediction_type": "v_prediction", "timestep_spacing": "leading"}
+        build_pipeline(TINY["v1"], **zero_snr).save_pretrained(path)
+    model = load_stable_diffusion(str(path))
+    load_lora(model, student / "lora" / LORA_FILE, STYLE.name)
+    file = write_diffusers_lora(joint_state_dict(model, [STYLE.name]), model, (STYLE,), tmp_path / "lora")
+    code = diffusers_lora(file, model, (STYLE,))
+    loading = re.search(r"pipe = (\w+)\.(\w+)\(", code)
+    assert loading is not None and hasattr(getattr(diffusers, loading[1]), loading[2])
+    if source == "file":  # diffusers reads one of full size alone, or asks the hub
+        assert loading.groups() == ("StableDiffusionPipeline", "from_single_file")
+        base = build("v1").scheduler.config
+    else:
+        base = DiffusionPipeline.from_pretrained(path).scheduler.config
+    line = next(line for line in code.splitlines() if line.startswith("pipe.scheduler"))
+    pipe = SimpleNamespace(scheduler=SimpleNamespace(config=base))
+    exec(line, {"pipe": pipe, "DDIMScheduler": DDIMScheduler})
+    expected: Any = make_scheduler(STYLE.sampler, model.scheduler_config)
+    assert pipe.scheduler.config.prediction_type == expected.config.prediction_type == "v_prediction"
+    for scheduler in (pipe.scheduler, expected):
+        scheduler.set_timesteps(4)
+    assert torch.equal(pipe.scheduler.timesteps, expected.timesteps)
+    assert torch.equal(pipe.scheduler.alphas_cumprod, expected.alphas_cumprod)
+
+
+@pytest.mark.parametrize(
+    ("kind", "sampler"), [(Dmd2LoraDistillation.kind, "LCM"), (PcmLoraDistillation.kind, "TCD"), (STYLE, "DDIM")]
+)
+def test_what_to_set_is_named_as_interfaces_do(kind: AdapterKind, sampler: str):
+    assert f" steps of {sampler} at CFG" in settings([kind])
 
 
 def test_a_lora_s_file_gives_the_other_layout(folders, student: Path, tmp_path: Path):
@@ -486,6 +577,56 @@ def test_onnxruntime_alone_draws_the_student_s_picture(
     expected, base = with_student(folders("v1"), student, STUDENT)
     torch.testing.assert_close(found, expected, atol=1e-4 if dtype == "float32" else 0.05, rtol=0)
     assert (expected - base).abs().max() > 1e-2
+
+
+def graph_of(module: nn.Module) -> Graph:
+    inputs, axes = {"x": torch.randn(2, 3)}, {"x": {0: "batch_size"}}
+    return Graph("unet", module, None, inputs, axes, ("y",))
+
+
+@pytest.mark.parametrize("wrong", [float("nan"), float("inf"), 0.5])
+def test_a_network_that_another_runtime_computes_wrongly_is_refused(wrong: float):
+    right = torch.ones(2, 3)
+    found = right.clone()
+    found[1, 1] += wrong
+    graph = graph_of(nn.Identity())
+    with pytest.raises(UserError, match=r"unet is off torch by .*set dtype=float32"):
+        largest_difference(graph, [right, found], [right, right], limit=0.1)
+    with pytest.raises(UserError, match="unet is off torch"):
+        largest_difference(graph, [found, right], [right, right], limit=0.1)
+    assert largest_difference(graph, [100 * right + 1], [100 * right], limit=0.1) == 1  # a share of the values
+
+
+def test_a_vae_that_overflows_in_float16_is_refused(folders, tmp_path: Path):
+    with pytest.raises(UserError, match=r"dtype=float16: .*force_upcast.*dtype=float32"):
+        write_onnx(load_stable_diffusion(str(folders("xl_base"))), (), tmp_path / "out", torch.float16)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_disk_that_is_full_is_no_error_of_openvino(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    def full(*_: object, **__: object) -> None:
+        raise RuntimeError("basic_ios::clear: iostream error")
+
+    monkeypatch.setitem(sys.modules, "openvino", SimpleNamespace(save_model=full))
+    with pytest.raises(OSError, match="basic_ios"):
+        save_model(None, tmp_path / "x.xml", half=False)
+
+
+def test_onnx_graphs_do_not_say_where_their_code_was(tmp_path: Path):
+    pytest.importorskip("onnxscript")
+    pytest.importorskip("onnxruntime")
+    assert export_onnx(graph_of(OneOutput()), tmp_path) < 1e-5
+    assert {file.name for file in tmp_path.iterdir()} == {"model.onnx", "model.onnx.data"}
+    assert not [file for file in tmp_path.iterdir() if b".py" in file.read_bytes()]
+
+
+class OneOutput(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(3, 512)
+
+    def forward(self, x: Tensor) -> tuple[Tensor]:
+        return (self.layer(x),)
 
 
 def tcd(solver_steps: int, eta: float = 0.0) -> AdapterKind:

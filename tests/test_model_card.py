@@ -7,6 +7,7 @@ import re
 import shutil
 from pathlib import Path
 
+import diffusers
 import pytest
 import torch
 from huggingface_hub import ModelCard
@@ -258,6 +259,20 @@ def test_a_schedule_of_zero_terminal_snr_is_walked_with_trailing_spacing(student
     set_in_config(student, model__path=str(folder.parent))
     write_card(student)
     assert "timestep_spacing='trailing'" in program(student)
+
+
+@pytest.mark.parametrize(("xl", "name"), [(False, "StableDiffusionPipeline"), (True, "StableDiffusionXLPipeline")])
+def test_a_base_model_in_one_file_is_loaded_by_its_own_pipeline(
+    student: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, xl: bool, name: str
+):
+    """`DiffusionPipeline` has no `from_single_file`."""
+    monkeypatch.setattr("lcm_lightning.sharing.model_card.is_xl", lambda *_: xl)
+    set_in_config(student, model__path=str(tmp_path / "mine.safetensors"))
+    write_card(student)
+    code = program(student)
+    assert f"from diffusers import {name}, TCDScheduler" in code
+    assert f'pipe = {name}.from_single_file("path/to/mine.safetensors"' in code
+    assert callable(getattr(diffusers, name).from_single_file)
 
 
 def test_no_export_or_no_settings_make_no_card(tmp_path: Path, student: Path):

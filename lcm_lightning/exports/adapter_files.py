@@ -58,7 +58,11 @@ def write_kohya_lora(
     **more: str,
 ) -> Path:
     """Write the same by the names of kohya's scripts; see `write_diffusers_lora`."""
-    ranks = {layer: rank for network in LORA_NETWORKS for layer, rank in layer_ranks(tensors, network).items()}
+    ranks = {
+        f"{network}.{layer}": rank  # both text encoders of SDXL have layers of one name
+        for network in LORA_NETWORKS
+        for layer, rank in layer_ranks(tensors, network).items()
+    }
     said = model_spec(model, kinds, ORIGINAL if _is_xl(model) else DIFFUSERS, described, lora=True)
     said |= base_metadata(model) | network_metadata(ranks)
     save_lora(kohya_state_dict(dict(tensors), model.unet), folder / KOHYA_FILE, **said, **more)
@@ -96,4 +100,4 @@ def joint_state_dict(
 
 def _saved_layer(network: str, layer: str) -> str:
     """A layer's name in files, with the part of a text encoder's that transformers 5 leaves out of its module."""
-    return layer if network == "unet" or layer.startswith("text_model.") else f"text_model.{layer}"
+    return layer if network == "unet" or layer.startswith(("text_model.", "text_projection")) else f"text_model.{layer}"

@@ -5,14 +5,17 @@ Names and their order are those of optimum and OpenVINO GenAI: other programs as
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from lcm_lightning.errors import UserError
+
 Axes = Mapping[int, str]
+FLOAT32_LIMIT, FLOAT16_LIMIT = 1e-2, 1e-1  # shares of an output; see `largest_difference`
 BATCH, SIDES = {0: "batch_size"}, {0: "batch_size", 2: "height", 3: "width"}
 
 
@@ -50,6 +53,26 @@ class Graph:
             else:
                 found[name] = example.flatten()[torch.randint(example.numel(), shape, generator=generator)]
         return found
+
+
+def largest_difference(graph: Graph, found: Sequence[Tensor], expected: Sequence[Tensor], limit: float) -> float:
+    """The largest by which a runtime's outputs of a graph are off torch's.
+
+    Args:
+        limit: as a share of the largest value of an output; roundings of many layers stay far below it.
+
+    Raises:
+        UserError: one is no number, or off by more.
+    """
+    pairs = [(a.float(), b.float()) for a, b in zip(found, expected, strict=True)]
+    off = torch.stack([(a - b).abs().max() for a, b in pairs])  # not Python's max, which passes over a NaN
+    share = (off / torch.stack([b.abs().max().clamp(min=1) for _, b in pairs])).max()
+    if not share <= limit:
+        raise UserError(
+            f"format: {graph.folder} is off torch by {off.max():.1e} in the runtime that it was exported for, so that "
+            "it would draw other pictures; set dtype=float32 if it was not, or format=fused"
+        )
+    return float(off.max())
 
 
 class Unet(nn.Module):

@@ -11,8 +11,9 @@ from typing import Any
 
 import torch
 
+from lcm_lightning.errors import UserError
 from lcm_lightning.exports.fused import fuse
-from lcm_lightning.exports.graphs import Graph, graphs
+from lcm_lightning.exports.graphs import FLOAT16_LIMIT, FLOAT32_LIMIT, Graph, graphs, largest_difference
 from lcm_lightning.exports.network_folder import write_network_folder
 from lcm_lightning.models.kinds import AdapterKind
 from lcm_lightning.models.stable_diffusion import StableDiffusion
@@ -29,10 +30,24 @@ def write_onnx(
     The model itself is changed; see `fuse`. Weights lie beside each graph, in `model.onnx.data`.
 
     Raises:
+        UserError: its VAE does not compute in `dtype`, or a network is not torch's.
         OSError: it cannot be written.
     """
+    check_dtype(model, dtype)
     pipeline = fuse(model, kinds, dtype)
     return write_network_folder(pipeline, graphs(pipeline, timestep_rank=0), folder, export, FILE)
+
+
+def check_dtype(model: StableDiffusion, dtype: torch.dtype) -> None:
+    """Raise a `UserError` for an SDXL whose VAE overflows in float16: its decoder's values exceed what that holds.
+
+    diffusers' pipelines of SDXL decode in float32 where `force_upcast` is set; those of Stable Diffusion do not ask.
+    """
+    if dtype == torch.float16 and "text_encoder_2" in model.text_encoders and model.vae_config.force_upcast:
+        raise UserError(
+            "dtype=float16: this model's VAE computes in float32 alone (force_upcast in its config); set "
+            "dtype=float32, or model.vae=madebyollin/sdxl-vae-fp16-fix"
+        )
 
 
 @torch.no_grad()
@@ -40,18 +55,20 @@ def export(graph: Graph, folder: Path) -> float:
     """Write a network as `model.onnx` in `folder`; its largest difference from torch's at another size."""
     shapes = {name: dict.fromkeys(axes, torch.export.Dim.DYNAMIC) for name, axes in graph.axes.items()}
     with quiet_exporter():
-        torch.onnx.export(
+        program = torch.onnx.export(
             graph.module.eval(),
             tuple(graph.inputs.values()),
-            folder / FILE,
             input_names=list(graph.inputs),
             output_names=list(graph.outputs),
             dynamic_shapes=by_argument(shapes),
             opset_version=OPSET,
             dynamo=True,
-            external_data=True,
             verbose=False,
         )
+        assert program is not None  # of dynamo=True
+        for node in program.model.graph.all_nodes():
+            node.metadata_props.clear()  # lines of Python code that it stems from, with paths on this machine
+        program.save(folder / FILE, external_data=True)
     return difference(graph, folder / FILE)
 
 
@@ -69,7 +86,8 @@ def difference(graph: Graph, file: Path) -> float:
     session = onnxruntime.InferenceSession(file, providers=["CPUExecutionProvider"])
     found = session.run(list(graph.outputs), {name: tensor.numpy() for name, tensor in inputs.items()})
     expected = graph.module(*inputs.values())
-    return max(float((torch.from_numpy(a) - b).abs().max()) for a, b in zip(found, expected, strict=True))
+    limit = FLOAT16_LIMIT if any(tensor.dtype == torch.float16 for tensor in expected) else FLOAT32_LIMIT
+    return largest_difference(graph, [torch.from_numpy(value) for value in found], expected, limit)
 
 
 @contextmanager

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from lcm_lightning.exports.fused import fuse
-from lcm_lightning.exports.graphs import Graph, graphs
+from lcm_lightning.exports.graphs import FLOAT16_LIMIT, FLOAT32_LIMIT, Graph, graphs, largest_difference
 from lcm_lightning.exports.network_folder import write_network_folder
 from lcm_lightning.models.kinds import AdapterKind, usual_kind
 from lcm_lightning.models.sampling import Sampler, make_scheduler
@@ -41,6 +41,7 @@ def write_openvino(
     see `fuse`. Tokenizers are graphs too, as OpenVINO GenAI takes them.
 
     Raises:
+        UserError: a network is not torch's.
         OSError: it cannot be written.
     """
     pipeline = fuse(model, kinds, torch.float32)
@@ -69,11 +70,21 @@ def export_network(graph: Graph, folder: Path, *, half: bool) -> float:
     network.reshape(shapes)
     for port, name in zip(network.outputs, graph.outputs, strict=True):
         port.get_tensor().set_names({name})
-    openvino.save_model(network, folder / FILE, compress_to_fp16=half)
-    return difference(graph, folder / FILE)
+    save_model(network, folder / FILE, half=half)
+    return difference(graph, folder / FILE, FLOAT16_LIMIT if half else FLOAT32_LIMIT)
 
 
-def difference(graph: Graph, file: Path) -> float:
+def save_model(network: Any, file: Path, *, half: bool) -> None:
+    """Write a network, weights in float16 if `half`. Raises `OSError`, where OpenVINO says RuntimeError of a disk."""
+    import openvino
+
+    try:
+        openvino.save_model(network, file, compress_to_fp16=half)
+    except RuntimeError as error:
+        raise OSError(str(error)) from error
+
+
+def difference(graph: Graph, file: Path, limit: float) -> float:
     """The largest by which any output of OpenVINO is off torch's, for inputs of other sizes than were traced."""
     import openvino
 
@@ -82,20 +93,16 @@ def difference(graph: Graph, file: Path) -> float:
     compiled = openvino.compile_model(file, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
     found = compiled({name: tensor.numpy() for name, tensor in inputs.items()})
     expected = graph.module(*inputs.values())
-    return max(
-        float((torch.from_numpy(found[name]) - tensor).abs().max())
-        for name, tensor in zip(graph.outputs, expected, strict=True)
-    )
+    return largest_difference(graph, [torch.from_numpy(found[name]) for name in graph.outputs], expected, limit)
 
 
 def export_tokenizer(tokenizer: Any, folder: Path) -> None:
     """Write a tokenizer as `openvino_tokenizer.xml` beside its own files; it cuts prompts, its caller pads them."""
-    import openvino
     from openvino_tokenizers import convert_tokenizer
 
     logging.getLogger("openvino_tokenizers").setLevel(logging.WARNING)  # it says what kind of tokenizer it has found
     converted = convert_tokenizer(tokenizer, truncation=True)
-    openvino.save_model(converted, folder / "openvino_tokenizer.xml")
+    save_model(converted, folder / "openvino_tokenizer.xml", half=True)  # as its own default
 
 
 def known_scheduler(scheduler: Any, kinds: Sequence[AdapterKind], schedule: Mapping[str, Any]) -> Any:

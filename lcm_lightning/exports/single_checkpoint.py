@@ -15,15 +15,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lcm_lightning.diffusion.schedule import alphas_cumprod_from_config
 from lcm_lightning.errors import UserError
 from lcm_lightning.exports.fused import fuse
 from lcm_lightning.exports.metadata import ORIGINAL, Described, base_version, model_name, model_spec
+from lcm_lightning.models.architectures import SD15_SCHEDULER
 from lcm_lightning.models.kinds import AdapterKind
 from lcm_lightning.models.lora_files import original_name
 from lcm_lightning.models.single_file import UNET
 from lcm_lightning.models.stable_diffusion import StableDiffusion
 from lcm_lightning.output.tensors import save_tensors
 
+LATENT_SCALES = {False: 0.18215, True: 0.13025}  # by whether it is SDXL
 VAE = "first_stage_model."
 CLIP, OPENCLIP = "cond_stage_model.transformer.", "cond_stage_model.model."
 XL_CLIP, XL_OPENCLIP = "conditioner.embedders.0.transformer.", "conditioner.embedders.1.model."
@@ -50,20 +53,38 @@ def write_single_file(
     """Write the model with its adapters in its weights, in `dtype`; the file's path. The model itself is changed.
 
     Raises:
-        UserError: it is a full LCM, for which the layout has no names.
+        UserError: the layout cannot say what it is; see `check_layout`.
         OSError: it cannot be written.
     """
-    if model.guidance_dimension:
-        raise UserError(
-            "format=single_file: a full LCM is told its guidance scale, which this layout has no name for; set "
-            "format=fused"
-        )
+    check_layout(model)
     said = model_spec(model, kinds, ORIGINAL, described, lora=False)
     fuse(model, kinds, dtype)
     name = "-".join([model_name(model), *(kind.result for kind in kinds)])
     path = folder / f"{name}.safetensors"
     save_tensors(original_state_dict(model), path, said)
     return path
+
+
+def check_layout(model: StableDiffusion) -> None:
+    """Raise a `UserError` for a model that readers of the layout, which take its kind's usual settings, would not draw.
+
+    These are noise schedule and scale of latents, which no tensor says; and a full LCM's guidance has no name.
+    """
+    usual = {**SD15_SCHEDULER, "rescale_betas_zero_snr": model.scheduler_config.get("rescale_betas_zero_snr")}
+    expected = alphas_cumprod_from_config(usual)
+    alphas = model.alphas_cumprod()
+    own, scale = model.vae_config.scaling_factor, LATENT_SCALES["text_encoder_2" in model.text_encoders]
+    reason = None
+    if model.guidance_dimension:
+        reason = "a full LCM is told its guidance scale, which this layout has no name for"
+    elif alphas.shape != expected.shape or not torch.allclose(alphas, expected.to(alphas.device), atol=1e-6):
+        reason = "this layout cannot say the model's noise schedule, which is not Stable Diffusion's"
+    elif abs(own - scale) > 1e-6:
+        reason = f"this layout cannot say the VAE's scale of latents, {own:g}, where programs take {scale:g}"
+    elif model.prediction_type not in ("epsilon", "v_prediction"):
+        reason = f"this layout cannot say that the model predicts the {model.prediction_type}"
+    if reason:
+        raise UserError(f"format=single_file: {reason}; set format=fused")
 
 
 def original_state_dict(model: StableDiffusion) -> dict[str, Tensor]:

@@ -8,19 +8,27 @@ from pathlib import Path
 import torch
 
 from lcm_lightning.models.kinds import AdapterKind, usual_kind
-from lcm_lightning.models.latent_diffusion import LatentDiffusionModel
+from lcm_lightning.models.programs import loader, scheduler_settings
+from lcm_lightning.models.stable_diffusion import StableDiffusion
+
+IN_INTERFACES = {"LCMScheduler": "LCM", "TCDScheduler": "TCD"}  # whatever method a student is of
 
 
-def diffusers_lora(file: Path, model: LatentDiffusionModel, kinds: Sequence[AdapterKind]) -> str:
+def diffusers_lora(file: Path, model: StableDiffusion, kinds: Sequence[AdapterKind]) -> str:
     """Python code for a LoRA with diffusers' pipeline of its base model."""
     usual = usual_kind(kinds)
     scheduler = usual.sampler.scheduler
-    told = "".join(f", {key}={value!r}" for key, value in usual.sampler.settings.items() if key != "eta")
+    is_file = model.name_or_path.endswith(".safetensors")
+    pipeline, load = loader(is_file=is_file, xl=model.unet.config.addition_embed_type == "text_time")
+    schedule = {**model.scheduler_config, "prediction_type": model.prediction_type}
+    untold = tuple(key for key in ("prediction_type", "rescale_betas_zero_snr") if is_file and key in schedule)
+    settings = scheduler_settings(usual.sampler, schedule, from_file=untold)
+    told = "".join(f", {key}={value!r}" for key, value in settings.items())
     return "\n".join(
         [
-            f"from diffusers import DiffusionPipeline, {scheduler}",
+            f"from diffusers import {pipeline}, {scheduler}",
             "",
-            f'pipe = DiffusionPipeline.from_pretrained("{model.name_or_path}")',
+            f'pipe = {pipeline}.{load}("{model.name_or_path}")',
             f"pipe.scheduler = {scheduler}.from_config(pipe.scheduler.config{told})",
             f'pipe.load_lora_weights("{file.parent}", weight_name="{file.name}")',
             drawing(usual),
@@ -91,7 +99,8 @@ def kohya_lora(file: Path, kinds: Sequence[AdapterKind]) -> str:
 def settings(kinds: Sequence[AdapterKind]) -> str:
     """How to draw, in the words of user interfaces."""
     usual = usual_kind(kinds)
-    return f"draw with {usual.steps} steps of {usual.sampler.title} at CFG {usual.guidance_scale:g}."
+    sampler = IN_INTERFACES.get(usual.sampler.scheduler, usual.sampler.title)
+    return f"draw with {usual.steps} steps of {sampler} at CFG {usual.guidance_scale:g}."
 
 
 def drawing(usual: AdapterKind) -> str:

@@ -146,7 +146,7 @@ def save_whole(pipeline: diffusers.DiffusionPipeline, folder: Path) -> None:
 
 
 def forget_origin(folder: Path) -> None:
-    """Remove from the configs of a pipeline in `folder` where each was read from: a path on this machine, for all to see.
+    """Remove from the configs of a pipeline in `folder` where each was read from, a path on this machine.
 
     Nothing is lost: who loads a network sets it anew.
     """

@@ -6,7 +6,6 @@ is in it that only this machine knows: no path, no name of a user.
 
 from __future__ import annotations
 
-import inspect
 import json
 import logging
 import re
@@ -15,7 +14,6 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import diffusers
 import jinja2
 from huggingface_hub import ModelCard, ModelCardData
 from PIL import Image
@@ -26,6 +24,7 @@ from lcm_lightning.errors import first_line
 from lcm_lightning.evaluation.photos import without_photos
 from lcm_lightning.evaluation.tables import Table, quality_table
 from lcm_lightning.models.kinds import LORA_FILE, AdapterKind
+from lcm_lightning.models.programs import loader, scheduler_settings
 from lcm_lightning.output.files import write_atomic
 from lcm_lightning.output.pictures import grid_images, png_bytes
 from lcm_lightning.runs.contents import MANIFEST, Adapter, exported, read_manifest, read_versions, weights_digest
@@ -130,13 +129,15 @@ def card_of(run: Path, folder: Path, samples: Mapping[str, str], settings: CardS
     kind, base = adapters[-1].kind, base_model(config["model"], settings.base_model)
     license = settings.license or base.license
     seconds = training_seconds(run / "metrics.csv", images_per_step(config))
+    xl = is_xl(folder, kind)
+    prompt = next(iter(samples.values()), "a photo of a dog")
     content = {
         "kind": kind,
         "below": adapters[:-1],
         "base": base,
         "notes": notes(base, license, given=settings.license is not None),
         "data": config["data"]["name"],
-        "usage": usage(adapters, base, next(iter(samples.values()), "a photo of a dog"), config, settings.repo_id),
+        "usage": usage(adapters, base, prompt, config, settings.repo_id, xl=xl),
         "repo_id": settings.repo_id,
         "model": "sdxl" if is_xl(folder, kind) else "sd15",
         "files": {file.name for file in folder.iterdir()},
@@ -150,7 +151,7 @@ def card_of(run: Path, folder: Path, samples: Mapping[str, str], settings: CardS
         "mark": MARK,
         "said": f"{SAID}{json.dumps(settings.said())} -->" if settings.said() else None,
     }
-    data = card_data(kind, base, license, config, samples, is_xl(folder, kind))
+    data = card_data(kind, base, license, config, samples, xl)
     return ModelCard(f"---\n{data.to_yaml()}\n---\n\n{_template('model_card.md.j2').render(content)}").content
 
 
@@ -220,14 +221,22 @@ def is_xl(folder: Path, kind: AdapterKind) -> bool:
 
 
 def usage(
-    adapters: Sequence[Adapter], base: BaseModel, prompt: str, config: Mapping[str, Any], repo_id: str | None
+    adapters: Sequence[Adapter],
+    base: BaseModel,
+    prompt: str,
+    config: Mapping[str, Any],
+    repo_id: str | None,
+    *,
+    xl: bool,
 ) -> str:
-    """A program for diffusers that draws `prompt` with what was exported, as its method means it to be drawn with."""
+    """A program for diffusers that draws `prompt` with what was exported, as its method means it to be drawn with.
+
+    Args:
+        xl: whether the base model is SDXL.
+    """
     kind = adapters[-1].kind
-    settings = {key: value for key, value in kind.sampler.settings.items() if key != "eta"}
-    scheduler = getattr(diffusers, kind.sampler.scheduler)
-    if base.zero_terminal_snr and "timestep_spacing" in inspect.signature(scheduler.__init__).parameters:
-        settings["timestep_spacing"] = "trailing"  # see `make_scheduler`
+    pipeline, load = ("DiffusionPipeline", "from_pretrained") if kind.whole else loader(is_file=base.is_file, xl=xl)
+    settings = scheduler_settings(kind.sampler, {"rescale_betas_zero_snr": base.zero_terminal_snr})
     call: dict[str, Any] = {"num_inference_steps": kind.steps, "guidance_scale": kind.guidance_scale}
     if "eta" in kind.sampler.settings:
         call["eta"] = kind.sampler.settings["eta"]
@@ -237,7 +246,8 @@ def usage(
         kind=kind,
         adapters=adapters,
         base=base.hub_id or f"path/to/{base.name}",
-        loader="from_single_file" if base.is_file else "from_pretrained",
+        pipeline=pipeline,
+        load=load,
         place=repo_id or "path/to/this/folder",
         settings=[f"{key}={value!r}" for key, value in settings.items()],
         call=[f"{key}={value!r}" for key, value in call.items()],
