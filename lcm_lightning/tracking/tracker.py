@@ -53,11 +53,6 @@ class Tracker(ABC):
     warned = False
     ended = False
 
-    @property
-    @abstractmethod
-    def experiment(self) -> Any:
-        """The run at its home, which the first call begins. Raises a `UserError` where it is refused."""
-
     @abstractmethod
     def log_samples(self, grid: Image.Image, samples: Sequence[Sample], step: int) -> None:
         """Show a grid of pictures, and what is new in it one by one, after optimizer step `step`."""

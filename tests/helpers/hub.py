@@ -108,8 +108,8 @@ def serve_hub(**state: Any) -> Iterator[Hub]:
 class Refused(Exception):
     """An answer that is none."""
 
-    def __init__(self, status: int, message: str = "", code: str = "") -> None:
-        self.status, self.message, self.code = status, message, code
+    def __init__(self, status: int, message: str = "", code: str = "", commit: str = "") -> None:
+        self.status, self.message, self.code, self.commit = status, message, code, commit
 
 
 class Answers(BaseHTTPRequestHandler):
@@ -135,6 +135,7 @@ class Answers(BaseHTTPRequestHandler):
             raise Refused(404, f"the stand-in does not know {self.command} {path}")
         except Refused as refused:
             headers = {"X-Error-Message": refused.message, "X-Error-Code": refused.code}
+            headers |= {"X-Repo-Commit": refused.commit} if refused.commit else {}
             self.send(refused.status, json.dumps({"error": refused.message}).encode(), headers)
         except ConnectionAbortedError:
             self.close_connection = True
@@ -324,7 +325,7 @@ def commit(request: Answers, repo_id: str, revision: str) -> tuple[bytes]:
 def resolve(request: Answers, repo_id: str, revision: str, path: str) -> tuple[bytes, dict[str, str]]:
     found = request.commit(repo_id, revision)
     if path not in found.files:
-        raise Refused(404, "no such file", "EntryNotFound")
+        raise Refused(404, "no such file", "EntryNotFound", found.oid)
     content = found.files[path]
     etag = hashlib.sha256(content).hexdigest() if is_large(path) else git_oid(content)
     return content, {"X-Repo-Commit": found.oid, "ETag": f'"{etag}"'}
