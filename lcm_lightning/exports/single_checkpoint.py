@@ -15,13 +15,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lcm_lightning.diffusion.schedule import alphas_cumprod_from_config
 from lcm_lightning.errors import UserError
 from lcm_lightning.exports.fused import fuse
 from lcm_lightning.exports.metadata import ORIGINAL, Described, base_version, model_name, model_spec
 from lcm_lightning.models.architectures import SD15_SCHEDULER
 from lcm_lightning.models.kinds import AdapterKind
 from lcm_lightning.models.lora_files import original_name
+from lcm_lightning.models.sampling import DDIM, make_scheduler
 from lcm_lightning.models.single_file import UNET
 from lcm_lightning.models.stable_diffusion import StableDiffusion
 from lcm_lightning.output.tensors import save_tensors
@@ -71,13 +71,13 @@ def check_layout(model: StableDiffusion) -> None:
     These are noise schedule and scale of latents, which no tensor says; and a full LCM's guidance has no name.
     """
     usual = {**SD15_SCHEDULER, "rescale_betas_zero_snr": model.scheduler_config.get("rescale_betas_zero_snr")}
-    expected = alphas_cumprod_from_config(usual)
-    alphas = model.alphas_cumprod()
+    scheduler: Any = make_scheduler(DDIM, usual)
+    alphas, expected = model.alphas_cumprod().cpu(), scheduler.alphas_cumprod
     own, scale = model.vae_config.scaling_factor, LATENT_SCALES["text_encoder_2" in model.text_encoders]
     reason = None
     if model.guidance_dimension:
         reason = "a full LCM is told its guidance scale, which this layout has no name for"
-    elif alphas.shape != expected.shape or not torch.allclose(alphas, expected.to(alphas.device), atol=1e-6):
+    elif alphas.shape != expected.shape or not torch.allclose(alphas, expected, atol=1e-5):
         reason = "this layout cannot say the model's noise schedule, which is not Stable Diffusion's"
     elif abs(own - scale) > 1e-6:
         reason = f"this layout cannot say the VAE's scale of latents, {own:g}, where programs take {scale:g}"
