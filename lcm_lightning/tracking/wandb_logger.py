@@ -245,9 +245,8 @@ def end_service_after(seconds: float) -> None:
     from wandb.sdk import wandb_setup
 
     connection = wandb_setup.singleton()._connection
-    process = connection and connection._proc and connection._proc._process
-    if process is not None:
-        timer = threading.Timer(seconds, process.kill)
+    if connection is not None and connection._proc is not None:  # else it is another process's service
+        timer = threading.Timer(seconds, connection._proc._process.kill)
         timer.daemon = True
         timer.start()
 
