@@ -21,7 +21,7 @@ from PIL import Image
 
 from lcm_lightning.errors import UserError, first_line
 from lcm_lightning.output.files import write_atomic
-from lcm_lightning.output.folders import visible_files
+from lcm_lightning.output.visible_files import visible_files
 from lcm_lightning.tracking.artifacts import ArtifactRecord, has_wandb_key, read_record, safe_name, write_record
 from lcm_lightning.tracking.data_records import DataRecord
 from lcm_lightning.tracking.tracker import Sample, Tracker, tolerant
