@@ -170,7 +170,18 @@ def megabytes(size: int) -> str:
 
 
 OF_HUB = ("private", "revision", "commit_message", "create_pr", "base_model")  # that a format has no use for
-OF_FORMATS = ("model", "lora", "weights", "lora_role", "student", "format", "dtype", "title", "author", "overwrite")
+OF_FORMATS: tuple[str, ...] = (
+    "model",
+    "lora",
+    "weights",
+    "lora_role",
+    "student",
+    "format",
+    "dtype",
+    "title",
+    "author",
+    "overwrite",
+)
 OF_FORMATS += ("output",)
 
 

@@ -29,7 +29,7 @@ USES = {
     "prepare": {"config", "data", "methods", "models", "output", "tracking"},
     "app": {"config", "evaluation", "methods", "models", "output", "runs"},
     "train": {"callbacks", "config", "output", "runs"},
-    "evaluate": {"config", "evaluation", "sharing"},
+    "evaluate": {"config", "evaluation", "runs", "sharing", "tracking"},
     "export": {"config", "exports", "models", "sharing"},
     "generate": {"config", "data", "methods", "models", "output"},
     "inspect": {"models", "output", "runs"},

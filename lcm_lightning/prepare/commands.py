@@ -9,7 +9,7 @@ from __future__ import annotations
 import shlex
 import sys
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
@@ -77,7 +77,7 @@ def log_shards(config: DictConfig, place: list[str], loggers: Sequence[Logger]) 
     source = place[0].removeprefix("data.source=") if place else None
     record = data_record(CaptionedImages(config.data.name, source))
     for logger in loggers:
-        logger.log_hyperparams(OmegaConf.to_container(config))
+        logger.log_hyperparams(cast(dict[str, Any], OmegaConf.to_container(config)))
         if isinstance(logger, Tracker):
             logger.log_data(record)
         logger.finalize("success")

@@ -73,12 +73,6 @@ def exported(run: Path) -> Path | None:
     return next((run / name for name in EXPORTS if (run / name / MANIFEST).is_file()), None)
 
 
-def visible_files(folder: Path) -> list[Path]:
-    """The files in an export's folder, without hidden ones: what a write that broke off has left behind."""
-    found = (path for path in folder.rglob("*") if path.is_file())
-    return sorted(path for path in found if not any(part[0] == "." for part in path.relative_to(folder).parts))
-
-
 def read_manifest(run: Path) -> list[Adapter]:
     """The adapters of a run, in training order: a teacher's before its student's.
 

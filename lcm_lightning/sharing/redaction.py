@@ -54,7 +54,7 @@ def is_secret(key: str, value: Any) -> bool:
 
 def public_config(config: Mapping[str, Any]) -> dict[str, Any]:
     """A run's resolved configuration, without where it was logged and written to."""
-    return public({key: item for key, item in config.items() if key not in PRIVATE})  # type: ignore[no-any-return]
+    return public({key: item for key, item in config.items() if key not in PRIVATE})
 
 
 def public_overrides(overrides: Sequence[str]) -> list[str]:

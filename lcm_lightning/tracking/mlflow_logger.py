@@ -16,7 +16,7 @@ from PIL import Image
 
 from lcm_lightning.errors import UserError
 from lcm_lightning.output.files import write_atomic
-from lcm_lightning.runs.contents import visible_files
+from lcm_lightning.output.visible_files import visible_files
 from lcm_lightning.tracking.data_records import DataRecord
 from lcm_lightning.tracking.tracker import Sample, Tracker, tolerant
 

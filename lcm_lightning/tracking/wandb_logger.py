@@ -21,7 +21,7 @@ from PIL import Image
 
 from lcm_lightning.errors import UserError, first_line
 from lcm_lightning.output.files import write_atomic
-from lcm_lightning.runs.contents import visible_files
+from lcm_lightning.output.visible_files import visible_files
 from lcm_lightning.tracking.artifacts import ArtifactRecord, has_wandb_key, read_record, safe_name, write_record
 from lcm_lightning.tracking.data_records import DataRecord
 from lcm_lightning.tracking.tracker import Sample, Tracker, tolerant
@@ -245,9 +245,8 @@ def end_service_after(seconds: float) -> None:
     from wandb.sdk import wandb_setup
 
     connection = wandb_setup.singleton()._connection
-    process = connection and connection._proc and connection._proc._process
-    if process is not None:
-        timer = threading.Timer(seconds, process.kill)
+    if connection is not None and connection._proc is not None:  # else it is another process's service
+        timer = threading.Timer(seconds, connection._proc._process.kill)
         timer.daemon = True
         timer.start()
 
