@@ -26,7 +26,7 @@ from lcm_lightning.config.hints import next_commands
 from lcm_lightning.errors import UserError
 from lcm_lightning.methods.lcm_lora import LcmLoraDistillation
 from lcm_lightning.methods.lora import LoraFinetuning
-from lcm_lightning.models.kinds import AdapterKind
+from lcm_lightning.models.kinds import TEACHER_FILE, AdapterKind
 from lcm_lightning.output.logs import logged_errors, logged_warnings
 from lcm_lightning.runs.contents import Adapter, read_manifest, write_manifest
 from lcm_lightning.runs.loading import load_run
@@ -375,6 +375,8 @@ def test_the_end_of_a_run_names_its_files(tmp_path: Path):
     said = next_commands(cfg, tmp_path)
     assert f"  LoRA      {tmp_path}/lora/pytorch_lora_weights.safetensors\n" in said
     assert f"            {tmp_path}/lora/kohya_lora_weights.safetensors (ComfyUI, A1111)\n" in said
+    (tmp_path / "lora" / TEACHER_FILE).touch()
+    assert "kohya_lora_weights.safetensors (ComfyUI, A1111; without its teacher's LoRA" in next_commands(cfg, tmp_path)
     assert said.endswith(f"  export    python -m lcm_lightning.export run={tmp_path} format=fused")
 
 

@@ -11,6 +11,7 @@ from omegaconf import DictConfig, OmegaConf
 from lcm_lightning.config.entry import configurations
 from lcm_lightning.config.resolvers import package_file
 from lcm_lightning.errors import command_line
+from lcm_lightning.models.kinds import TEACHER_FILE
 from lcm_lightning.runs.contents import Adapter, exported, read_manifest
 
 PASSED_ON = ("model", "data", "trainer=", "logger=")  # what a distillation has in common with its teacher's training
@@ -48,7 +49,8 @@ def results(shown: Path, folder: Path, adapter: Adapter) -> list[str]:
     """Where a run's own export lies, and who reads it."""
     if adapter.kind.whole:
         return [f"pipeline  {shown}/"]
-    kohya = [f"          {shown / file.name} (ComfyUI, A1111)" for file in folder.glob("kohya_*.safetensors")]
+    alone = "; without its teacher's LoRA: export format=kohya has both" if (folder / TEACHER_FILE).is_file() else ""
+    kohya = [f"          {shown / file.name} (ComfyUI, A1111{alone})" for file in folder.glob("kohya_*.safetensors")]
     return [f"LoRA      {shown / adapter.file}", *kohya]
 
 
