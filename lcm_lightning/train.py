@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING
 
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
-from rich.console import Console
 
 from lcm_lightning.config.checks import resolve
 from lcm_lightning.config.entry import command
@@ -104,10 +103,10 @@ def main(cfg: DictConfig) -> float | None:
 
 def announce(cfg: DictConfig) -> None:
     """Say in the run's log what it is made of, and on the screen, where `print_config` does not forbid it."""
-    tree = overview(cfg, HydraConfig.get().runtime.choices, HydraConfig.get().overrides.task)
-    log.info("started as\n%s", as_text(tree), extra=SHOWN)
+    tree = as_text(overview(cfg, HydraConfig.get().runtime.choices, HydraConfig.get().overrides.task))
+    log.info("started as\n%s", tree, extra=SHOWN)
     if cfg.print_config:
-        Console().print(tree)
+        print(tree)
 
 
 def optimized_value(metrics: Mapping[str, torch.Tensor], name: str) -> float | None:

@@ -38,7 +38,7 @@ def overview(cfg: DictConfig, choices: Mapping[str, str | None], overrides: Sequ
 
 
 def as_text(tree: Tree) -> str:
-    """The tree in lines of any length, for a file."""
+    """The tree in lines of any length: paths stay in one piece, to be copied."""
     file = io.StringIO()
     Console(file=file, width=10_000, color_system=None).print(tree)
     return "\n".join(line.rstrip() for line in file.getvalue().rstrip().splitlines())
