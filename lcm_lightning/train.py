@@ -109,12 +109,14 @@ def announce(cfg: DictConfig) -> None:
         print(tree)
 
 
-def optimized_value(metrics: Mapping[str, torch.Tensor], name: str) -> float | None:
-    """The value of a metric; None where nothing was validated. Raises a `UserError` for one that is not logged.
+def optimized_value(metrics: Mapping[str, torch.Tensor], name: str | None) -> float | None:
+    """The value of a metric; None for none, or where nothing was validated. Raises a `UserError` for one that is not logged.
 
     NaN, which a student has whose pictures are not finite, becomes infinity: the worst there is, where Optuna takes NaN
     for an error.
     """
+    if name is None:
+        return None
     validated = sorted(key for key in metrics if key.startswith("val/"))
     if validated and name not in metrics:
         raise UserError(f"optimized_metric={name}: not logged by this run; expected one of {', '.join(validated)}")

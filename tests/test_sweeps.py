@@ -93,6 +93,7 @@ def test_a_sweeper_is_given_the_metric_that_was_chosen():
     metrics = {"val/loss": torch.tensor(2.0), "val/student_cmmd": torch.tensor(0.5)}
     assert optimized_value(metrics, "val/student_cmmd") == 0.5
     assert optimized_value({}, "val/loss") is None
+    assert optimized_value({"val/psnr": torch.tensor(20.0)}, None) is None
     assert optimized_value({"val/loss": torch.tensor(math.nan)}, "val/loss") == math.inf
     with pytest.raises(UserError, match=r"^optimized_metric=val/nothing: .*one of val/loss, val/student_cmmd$"):
         optimized_value(metrics, "val/nothing")

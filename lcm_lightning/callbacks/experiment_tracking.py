@@ -24,10 +24,10 @@ class ExperimentTracking(L.Callback):
     many numerical faults is an alert.
 
     Args:
-        metric: a validation metric, of which the lowest is the best.
+        metric: a validation metric, of which the lowest is the best; or None.
     """
 
-    def __init__(self, metric: str = "val/loss") -> None:
+    def __init__(self, metric: str | None = "val/loss") -> None:
         self.metric = metric
         self.lowest = Lowest()
         self.best_step = 0
@@ -63,7 +63,7 @@ class ExperimentTracking(L.Callback):
         """The run so far: one that is killed has a summary too."""
         if trainer.sanity_checking:
             return
-        value = trainer.callback_metrics.get(self.metric)
+        value = trainer.callback_metrics.get(self.metric) if self.metric else None
         if value is not None and self.lowest.take(value.item()):
             self.best_step = trainer.global_step
         figures = {"images_seen": float(self.images)}
