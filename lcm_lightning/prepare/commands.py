@@ -34,10 +34,12 @@ def main(config: DictConfig) -> None:
     """Entry point."""
     console = Console(file=sys.stdout, markup=False, highlight=False)  # a path may hold [brackets]
     check_command(config)
-    from lcm_lightning.config.instantiate import instantiate_each
+    if config.get("logger") is None:
+        return prepare(config, console, [])
+    from lcm_lightning.config.instantiate import instantiate_each  # late, for it takes seconds
     from lcm_lightning.tracking.tracker import begun
 
-    loggers = instantiate_each(config, "logger") if config.get("logger") is not None else []
+    loggers = instantiate_each(config, "logger")
     with begun(loggers):
         prepare(config, console, loggers)
 
