@@ -110,7 +110,9 @@ def announce(cfg: DictConfig) -> None:
 
 
 def optimized_value(metrics: Mapping[str, torch.Tensor], name: str | None) -> float | None:
-    """The value of a metric; None for none, or where nothing was validated. Raises a `UserError` for one that is not logged.
+    """The value of a metric; None for none, or where nothing was validated.
+
+    Raises a `UserError` for one that is not logged.
 
     NaN, which a student has whose pictures are not finite, becomes infinity: the worst there is, where Optuna takes NaN
     for an error.
