@@ -87,6 +87,10 @@ def name_folder(cfg: DictConfig, protocol: str) -> None:
     folder = evaluation_folder(cfg.run, cfg.evaluation.name, cfg.name, "")
     if cfg.run is not None and cfg.run_dir == folder:
         cfg.run_dir = evaluation_folder(cfg.run, protocol, cfg.name, "")
+        for logger in (cfg.logger or {}).values():
+            for key, value in logger.items():
+                if value == folder:  # as `save_dir`
+                    logger[key] = cfg.run_dir
     cfg.evaluation.name = protocol
 
 

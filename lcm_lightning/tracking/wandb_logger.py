@@ -26,6 +26,7 @@ from lcm_lightning.tracking.artifacts import ArtifactRecord, has_wandb_key, read
 from lcm_lightning.tracking.data_records import DataRecord
 from lcm_lightning.tracking.tracker import Sample, Tracker, tolerant
 
+CARD = ("README.md", "evaluation.png", "pictures")  # of `sharing.model_card`
 log = logging.getLogger(__name__)
 
 PACKAGE = Path(__file__).parent.parent
@@ -198,7 +199,9 @@ class WandbTracker(Tracker, WandbLogger):
             except (ValueError, wandb.errors.CommError) as error:  # logged offline, and not sent yet
                 log.info("W&B does not know %s (%s): it is sent", record.path, first_line(error))
         artifact = wandb.Artifact(record.name, record.type)
-        artifact.add_dir(str(run / record.folder))
+        folder = run / record.folder
+        for file in lasting_files(folder):
+            artifact.add_file(str(file), name=str(file.relative_to(folder)))
         self._use(artifact, [record.alias])
 
     def _use(self, artifact: Any, aliases: list[str]) -> None:
@@ -214,7 +217,7 @@ class WandbTracker(Tracker, WandbLogger):
     def log_export(self, folder: Path, kind: str, aliases: Sequence[str]) -> None:
         """An artifact `lora-<run id>` or `model-<run id>`, which the run's folder remembers; `aliases` ends with its
         own."""
-        self._log_files(kind, visible_files(folder), aliases, folder)
+        self._log_files(kind, lasting_files(folder), aliases, folder)
         run = self.experiment
         owner = {} if run.offline else {"entity": run.entity, "project": run.project}
         name = safe_name(f"{kind}-{run.id}")
@@ -234,6 +237,11 @@ class WandbTracker(Tracker, WandbLogger):
         for file in files:
             artifact.add_file(str(file), name=str(file.relative_to(folder)) if folder else file.name)
         self.experiment.log_artifact(artifact, aliases=list(aliases))
+
+
+def lasting_files(folder: Path) -> list[Path]:
+    """An export's files but its card, which an evaluation renews: a version is known again by its content."""
+    return [file for file in visible_files(folder) if file.relative_to(folder).parts[0] not in CARD]
 
 
 def end_service_after(seconds: float) -> None:
