@@ -8,7 +8,7 @@ import subprocess
 import sys
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
@@ -106,6 +106,14 @@ class Weights:
         self.apart += np.square(wrong).sum()
         self.change += np.square(changed).sum()
         self.layers += bool(changed.any())
+
+    def add_unet(self, inputs: Inputs, unet: Any, before: Mapping[str, Any]) -> None:
+        """Every tensor of a merged diffusers UNet beside our fused folder's; `before` is its state before merging."""
+        from safetensors import safe_open
+
+        ours = safe_open(inputs / "fused/unet/diffusion_pytorch_model.safetensors", "pt")
+        for name, tensor in unet.state_dict().items():
+            self.add(tensor.numpy(), ours.get_tensor(name).numpy(), before[name].numpy())
 
     def row(self) -> dict[str, float]:
         """The largest difference, the norm of all of it over that of the LoRA's change, and the layers changed."""

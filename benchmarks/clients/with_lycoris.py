@@ -10,7 +10,6 @@ import torch
 from common import Inputs, Report, Weights
 from diffusers import UNet2DConditionModel
 from lycoris import LycorisNetwork, create_lycoris_from_weights
-from safetensors import safe_open
 
 
 @torch.no_grad()
@@ -27,9 +26,7 @@ def main() -> None:
         row["modules"] = len(network.loras)
         network.merge_to(1.0)
         weights = Weights()
-        ours = safe_open(inputs / "fused/unet/diffusion_pytorch_model.safetensors", "pt")
-        for name, tensor in unet.state_dict().items():
-            weights.add(tensor.numpy(), ours.get_tensor(name).numpy(), before[name].numpy())
+        weights.add_unet(inputs, unet, before)
         row |= weights.row()
     report.finish()
 

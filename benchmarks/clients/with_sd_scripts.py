@@ -13,7 +13,6 @@ import torch
 from common import Inputs, Report, Weights, commit_of
 from diffusers import UNet2DConditionModel
 from networks.lora import create_network_from_weights
-from safetensors import safe_open
 
 
 @torch.no_grad()
@@ -31,9 +30,7 @@ def main() -> None:
         row["unused"] = sorted(named - {lora.lora_name for lora in network.unet_loras})
         network.merge_to([], unet, tensors, torch.float32, "cpu")
         weights = Weights()
-        ours = safe_open(inputs / "fused/unet/diffusion_pytorch_model.safetensors", "pt")
-        for name, tensor in unet.state_dict().items():
-            weights.add(tensor.numpy(), ours.get_tensor(name).numpy(), before[name].numpy())
+        weights.add_unet(inputs, unet, before)
         row |= weights.row()
     report.finish()
 
