@@ -23,6 +23,7 @@ from lcm_lightning.models.adapters import kohya_state_dict
 from lcm_lightning.models.kinds import KOHYA_FILE, LORA_FILE, AdapterKind
 from lcm_lightning.models.latent_diffusion import LatentDiffusionModel
 from lcm_lightning.models.lora_files import LORA_NETWORKS, save_lora
+from lcm_lightning.models.pipeline_files import unet_is_xl
 from lcm_lightning.models.stable_diffusion import StableDiffusion
 
 
@@ -63,14 +64,10 @@ def write_kohya_lora(
         for network in LORA_NETWORKS
         for layer, rank in layer_ranks(tensors, network).items()
     }
-    said = model_spec(model, kinds, ORIGINAL if _is_xl(model) else DIFFUSERS, described, lora=True)
+    said = model_spec(model, kinds, ORIGINAL if unet_is_xl(model.unet.config) else DIFFUSERS, described, lora=True)
     said |= base_metadata(model) | network_metadata(ranks)
     save_lora(kohya_state_dict(dict(tensors), model.unet), folder / KOHYA_FILE, **said, **more)
     return folder / KOHYA_FILE
-
-
-def _is_xl(model: LatentDiffusionModel) -> bool:
-    return model.unet.config.addition_embed_type == "text_time"
 
 
 @torch.no_grad()

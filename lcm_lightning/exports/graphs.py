@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from lcm_lightning.errors import UserError
+from lcm_lightning.models.pipeline_files import unet_is_xl
 
 Axes = Mapping[int, str]
 FLOAT32_LIMIT, FLOAT16_LIMIT = 1e-2, 1e-1  # shares of an output; see `largest_difference`
@@ -171,7 +172,7 @@ def _unet_graph(pipeline: Any, timestep_rank: int) -> Graph:
     more: dict[str, Tensor] = {}
     if config.time_cond_proj_dim:
         more["timestep_cond"] = torch.randn(2, config.time_cond_proj_dim, dtype=dtype)
-    if config.addition_embed_type == "text_time":
+    if unet_is_xl(config):
         more["text_embeds"] = torch.randn(2, pipeline.text_encoder_2.config.projection_dim, dtype=dtype)
         more["time_ids"] = torch.full((2, 6), 512, dtype=dtype)
     axes |= dict.fromkeys(more, BATCH)

@@ -15,6 +15,7 @@ from torch import Tensor
 from lcm_lightning.models.kinds import AdapterKind, usual_kind
 from lcm_lightning.models.latent_diffusion import LatentDiffusionModel
 from lcm_lightning.models.lora_files import LORA_NETWORKS, METADATA
+from lcm_lightning.models.pipeline_files import unet_is_xl
 
 SPEC_VERSION = "1.0.0"  # of the Stability AI Model Metadata Standard; hashes are written by `save_tensors`
 DIFFUSERS, ORIGINAL = "diffusers", "https://github.com/Stability-AI/generative-models"  # whose names tensors have
@@ -42,7 +43,7 @@ class BaseVersion:
 def base_version(model: LatentDiffusionModel) -> BaseVersion:
     """Which Stable Diffusion a model is of, by what its UNet is told, as kohya's scripts and A1111 tell them apart."""
     config, velocity = model.unet.config, model.prediction_type == "v_prediction"
-    if config.addition_embed_type == "text_time":
+    if unet_is_xl(config):
         return BaseVersion("stable-diffusion-xl-v1-base", "sdxl_base_v1-0")
     if config.cross_attention_dim == 1024:
         name = "stable-diffusion-v2-768-v" if velocity else "stable-diffusion-v2-512"

@@ -16,6 +16,7 @@ from lcm_lightning.exports.fused import fuse
 from lcm_lightning.exports.graphs import FLOAT16_LIMIT, FLOAT32_LIMIT, Graph, graphs, largest_difference
 from lcm_lightning.exports.network_folder import write_network_folder
 from lcm_lightning.models.kinds import AdapterKind
+from lcm_lightning.models.pipeline_files import unet_is_xl
 from lcm_lightning.models.stable_diffusion import StableDiffusion
 
 FILE = "model.onnx"
@@ -43,7 +44,7 @@ def check_dtype(model: StableDiffusion, dtype: torch.dtype) -> None:
 
     diffusers' pipelines of SDXL decode in float32 where `force_upcast` is set; those of Stable Diffusion do not ask.
     """
-    if dtype == torch.float16 and "text_encoder_2" in model.text_encoders and model.vae_config.force_upcast:
+    if dtype == torch.float16 and unet_is_xl(model.unet.config) and model.vae_config.force_upcast:
         raise UserError(
             "dtype=float16: this model's VAE computes in float32 alone (force_upcast in its config); set "
             "dtype=float32, or model.vae=madebyollin/sdxl-vae-fp16-fix"

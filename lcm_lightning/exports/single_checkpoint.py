@@ -21,6 +21,7 @@ from lcm_lightning.exports.metadata import ORIGINAL, Described, base_version, mo
 from lcm_lightning.models.architectures import SD15_SCHEDULER
 from lcm_lightning.models.kinds import AdapterKind
 from lcm_lightning.models.lora_files import original_name
+from lcm_lightning.models.pipeline_files import unet_is_xl
 from lcm_lightning.models.sampling import DDIM, make_scheduler
 from lcm_lightning.models.single_file import UNET
 from lcm_lightning.models.stable_diffusion import StableDiffusion
@@ -73,7 +74,7 @@ def check_layout(model: StableDiffusion) -> None:
     usual = {**SD15_SCHEDULER, "rescale_betas_zero_snr": model.scheduler_config.get("rescale_betas_zero_snr")}
     scheduler: Any = make_scheduler(DDIM, usual)
     alphas, expected = model.alphas_cumprod().cpu(), scheduler.alphas_cumprod
-    own, scale = model.vae_config.scaling_factor, LATENT_SCALES["text_encoder_2" in model.text_encoders]
+    own, scale = model.vae_config.scaling_factor, LATENT_SCALES[unet_is_xl(model.unet.config)]
     reason = None
     if model.guidance_dimension:
         reason = "a full LCM is told its guidance scale, which this layout has no name for"
@@ -92,7 +93,7 @@ def original_state_dict(model: StableDiffusion) -> dict[str, Tensor]:
     tensors = {UNET + original_key(key, model.unet.config): value for key, value in model.unet.state_dict().items()}
     tensors |= {VAE + key: value for key, value in vae_tensors(model.vae)}
     texts = model.text_encoders
-    if "text_encoder_2" in texts:
+    if unet_is_xl(model.unet.config):
         tensors |= clip_tensors(texts["text_encoder"], XL_CLIP)
         tensors |= openclip_tensors(texts["text_encoder_2"], XL_OPENCLIP)
     elif base_version(model).v2:

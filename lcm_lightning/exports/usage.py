@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 
 from lcm_lightning.models.kinds import AdapterKind, usual_kind
+from lcm_lightning.models.pipeline_files import unet_is_xl
 from lcm_lightning.models.programs import loader, scheduler_settings
 from lcm_lightning.models.stable_diffusion import StableDiffusion
 
@@ -19,7 +20,7 @@ def diffusers_lora(file: Path, model: StableDiffusion, kinds: Sequence[AdapterKi
     usual = usual_kind(kinds)
     scheduler = usual.sampler.scheduler
     is_file = model.name_or_path.endswith(".safetensors")
-    pipeline, load = loader(is_file=is_file, xl=model.unet.config.addition_embed_type == "text_time")
+    pipeline, load = loader(is_file=is_file, xl=unet_is_xl(model.unet.config))
     schedule = {**model.scheduler_config, "prediction_type": model.prediction_type}
     untold = tuple(key for key in ("prediction_type", "rescale_betas_zero_snr") if is_file and key in schedule)
     settings = scheduler_settings(usual.sampler, schedule, from_file=untold)

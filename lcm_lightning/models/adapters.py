@@ -23,6 +23,7 @@ from lcm_lightning.models.dropout import SampleDropout
 from lcm_lightning.models.latent_diffusion import LatentDiffusionModel
 from lcm_lightning.models.lora_files import LayerUpdate, adaptable_layers, fit, kohya_name, locate_lora, read_lora
 from lcm_lightning.models.lora_layers import FUSED_LAYERS
+from lcm_lightning.models.pipeline_files import unet_is_xl
 from lcm_lightning.models.sampling import DDIM, make_scheduler
 from lcm_lightning.models.stable_diffusion import StableDiffusion
 
@@ -336,7 +337,7 @@ def kohya_state_dict(state_dict: Mapping[str, Tensor], unet: UNet2DConditionMode
 
     ComfyUI and A1111 read them. Alpha is spelled out.
     """
-    xl, tensors = unet.config.addition_embed_type == "text_time", {}
+    xl, tensors = unet_is_xl(unet.config), {}
     for key, tensor in state_dict.items():
         network, _, name = key.partition(".")
         layer, side, _ = name.rsplit(".", 2)

@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from lcm_lightning.errors import UserError, first_line, short
 from lcm_lightning.hub import hub_answers, hub_refusal
 from lcm_lightning.models.kinds import LORA_FILE
+from lcm_lightning.models.pipeline_files import unet_is_xl
 from lcm_lightning.output.files import write_atomic
 from lcm_lightning.output.tensors import save_tensors
 
@@ -554,7 +555,7 @@ def kohya_name(layer: str, config: Any) -> str:
 
     For Stable Diffusion 1 and 2 they train diffusers' UNet, for SDXL one named as in the original code.
     """
-    return original_name(layer, config) if config.addition_embed_type == "text_time" else layer
+    return original_name(layer, config) if unet_is_xl(config) else layer
 
 
 # ---- writing -------------------------------------------------------------------------------------------------------

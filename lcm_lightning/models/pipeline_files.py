@@ -120,6 +120,11 @@ class PipelineFiles:
         return "text_encoder_2" in self.networks
 
 
+def unet_is_xl(unet_config: Any) -> bool:
+    """Whether a UNet is SDXL's, by what it is told beside the caption's tokens; see `XL_CONDITIONS`."""
+    return bool(unet_config.addition_embed_type == "text_time")
+
+
 def open_folder(folder: Path) -> PipelineFiles:
     """The pipeline in a diffusers folder. Raises `UserError`: it is none that can be trained or drawn with here."""
     check_networks(folder)
