@@ -14,7 +14,7 @@ from omegaconf import DictConfig, OmegaConf
 from lcm_lightning.errors import UserError, first_line
 from lcm_lightning.methods import adapter_kinds
 from lcm_lightning.models.kinds import LORA_FILE, AdapterKind
-from lcm_lightning.output.files import write_atomic
+from lcm_lightning.output.files import sha256_of, write_atomic
 from lcm_lightning.output.versions import package_versions
 from lcm_lightning.runs.folders import OVERRIDES
 
@@ -122,8 +122,7 @@ def weights_digest(run: Path) -> str | None:
     for adapter in read_manifest(run):
         place = folder / adapter.file
         for path in sorted(place.glob("*.safetensors")) if place.is_dir() else [place]:
-            with path.open("rb") as file:
-                digest.update(hashlib.file_digest(file, "sha256").digest())
+            digest.update(bytes.fromhex(sha256_of(path)))
     return digest.hexdigest()
 
 

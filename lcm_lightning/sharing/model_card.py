@@ -23,10 +23,12 @@ from lcm_lightning.data.layouts import DOWNLOADS
 from lcm_lightning.errors import first_line
 from lcm_lightning.evaluation.photos import without_photos
 from lcm_lightning.evaluation.tables import Table, quality_table
+from lcm_lightning.models import pipeline_files
 from lcm_lightning.models.kinds import LORA_FILE, AdapterKind
 from lcm_lightning.models.programs import loader, scheduler_settings
 from lcm_lightning.output.files import write_atomic
 from lcm_lightning.output.pictures import grid_images, png_bytes
+from lcm_lightning.output.visible_files import CARD, EVALUATION_GRID, PICTURES
 from lcm_lightning.runs.contents import MANIFEST, Adapter, exported, read_manifest, read_versions, weights_digest
 from lcm_lightning.sharing.base_models import BaseModel, base_model, is_hub_id
 from lcm_lightning.sharing.redaction import public
@@ -40,9 +42,6 @@ from lcm_lightning.sharing.training_facts import (
 
 log = logging.getLogger(__name__)
 
-CARD = "README.md"
-PICTURES = "pictures"  # folder of a card's samples, beside it
-EVALUATION_GRID = "evaluation.png"
 MARK = "<!-- Written by lcm-lightning, which renews it. Remove this line, and the page is yours and left as it is. -->"
 SAID = "<!-- Said by a person: "
 TEMPLATES = Path(__file__).parent / "templates"
@@ -98,10 +97,10 @@ def write_card(run: Path, settings: CardSettings | None = None) -> Path | None:
     before = path.read_text(encoding="utf-8") if path.is_file() else MARK
     if MARK not in before:
         return path
-    samples = write_pictures(run, folder)
-    copy_evaluation_grid(run, folder)
+    samples, metrics = write_pictures(run, folder), evaluation_of(run)
+    copy_evaluation_grid(run, folder, metrics)
     said = replace(settings_of(before), **(settings or CardSettings()).said())
-    write_atomic(path, card_of(run, folder, samples, said).encode())
+    write_atomic(path, card_of(run, folder, samples, metrics, said).encode())
     return path
 
 
@@ -118,14 +117,17 @@ def error_line(error: Exception) -> str:
     return f"{type(error).__name__}: {first_line(error)}"
 
 
-def card_of(run: Path, folder: Path, samples: Mapping[str, str], settings: CardSettings) -> str:
+def card_of(
+    run: Path, folder: Path, samples: Mapping[str, str], metrics: Mapping[str, Any] | None, settings: CardSettings
+) -> str:
     """The card's text.
 
     Args:
         folder: of the run's export.
         samples: prompts by picture, whose paths are relative to `folder`.
+        metrics: see `evaluation_of`.
     """
-    config, adapters, metrics = settings_of_run(run), read_manifest(run), evaluation_of(run)
+    config, adapters = settings_of_run(run), read_manifest(run)
     kind, base = adapters[-1].kind, base_model(config["model"], settings.base_model)
     license = settings.license or base.license
     seconds = training_seconds(run / "metrics.csv", images_per_step(config))
@@ -139,7 +141,7 @@ def card_of(run: Path, folder: Path, samples: Mapping[str, str], settings: CardS
         "data": config["data"]["name"],
         "usage": usage(adapters, base, prompt, config, settings.repo_id, xl=xl),
         "repo_id": settings.repo_id,
-        "model": "sdxl" if is_xl(folder, kind) else "sd15",
+        "model": "sdxl" if xl else "sd15",
         "files": {file.name for file in folder.iterdir()},
         "pictures": samples,
         "evaluation": metrics,
@@ -214,8 +216,7 @@ def hub_datasets(data: Mapping[str, Any]) -> list[str]:
 def is_xl(folder: Path, kind: AdapterKind) -> bool:
     """Whether an export is for SDXL, by its own files."""
     if kind.whole:
-        index = json.loads((folder / "model_index.json").read_text())
-        return "XL" in index["_class_name"]
+        return pipeline_files.is_xl(folder)
     with safe_open(folder / LORA_FILE, "pt") as file:
         return any(".transformer_blocks.1." in key for key in file.keys())  # noqa: SIM118  # no mapping
 
@@ -291,9 +292,8 @@ def evaluation_of(run: Path) -> dict[str, Any] | None:
     return metrics if metrics.get("weights") in (None, weights_digest(run)) else None
 
 
-def copy_evaluation_grid(run: Path, folder: Path) -> None:
-    """Put the grid of a run's newest evaluation beside the card, without the photos: they are the data set's."""
-    metrics = evaluation_of(run)
+def copy_evaluation_grid(run: Path, folder: Path, metrics: Mapping[str, Any] | None) -> None:
+    """Put the grid of a run's evaluation beside the card, without the photos: they are the data set's."""
     grid = run / "evaluation" / metrics["protocol"] / "grid.png" if metrics else None
     (folder / EVALUATION_GRID).unlink(missing_ok=True)
     if grid is None or not grid.is_file():

@@ -28,13 +28,10 @@ from omegaconf import OmegaConf
 from lcm_lightning.errors import UserError, first_line, short
 from lcm_lightning.hub import hub_answers
 from lcm_lightning.models.kinds import KOHYA_FILE, LORA_FILE, TEACHER_FILE
-from lcm_lightning.output.visible_files import visible_files
+from lcm_lightning.output.visible_files import CARD, EVALUATION_GRID, PICTURES, visible_files
 from lcm_lightning.runs.contents import MANIFEST, exported
 from lcm_lightning.sharing.model_card import (
-    CARD,
-    EVALUATION_GRID,
     MARK,
-    PICTURES,
     CardSettings,
     error_line,
     evaluation_of,

@@ -21,12 +21,11 @@ from PIL import Image
 
 from lcm_lightning.errors import UserError, first_line
 from lcm_lightning.output.files import write_atomic
-from lcm_lightning.output.visible_files import visible_files
+from lcm_lightning.output.visible_files import lasting_files
 from lcm_lightning.tracking.artifacts import ArtifactRecord, has_wandb_key, read_record, safe_name, write_record
 from lcm_lightning.tracking.data_records import DataRecord
 from lcm_lightning.tracking.tracker import Sample, Tracker, tolerant
 
-CARD = ("README.md", "evaluation.png", "pictures")  # of `sharing.model_card`
 log = logging.getLogger(__name__)
 
 PACKAGE = Path(__file__).parent.parent
@@ -237,11 +236,6 @@ class WandbTracker(Tracker, WandbLogger):
         for file in files:
             artifact.add_file(str(file), name=str(file.relative_to(folder)) if folder else file.name)
         self.experiment.log_artifact(artifact, aliases=list(aliases))
-
-
-def lasting_files(folder: Path) -> list[Path]:
-    """An export's files but its card, which an evaluation renews: a version is known again by its content."""
-    return [file for file in visible_files(folder) if file.relative_to(folder).parts[0] not in CARD]
 
 
 def end_service_after(seconds: float) -> None:
