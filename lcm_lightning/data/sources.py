@@ -20,7 +20,7 @@ from lcm_lightning.data.shards import (
     read_samples,
     sample_captions,
 )
-from lcm_lightning.errors import UserError, first_line, innermost, short
+from lcm_lightning.errors import UserError, first_line, innermost, install, short
 
 
 def read_source(source: str | None, name: str) -> Source:
@@ -103,8 +103,7 @@ def import_datasets(source: str) -> ModuleType:
         import datasets
     except ImportError as error:
         raise UserError(
-            f"data.source={source}: reading a Hugging Face data set needs the package datasets; "
-            "pip install 'lcm-lightning[hub-datasets]'"
+            f"data.source={source}: reading a Hugging Face data set needs the package datasets; {install('datasets')}"
         ) from error
     return datasets
 

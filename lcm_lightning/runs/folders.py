@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from datetime import datetime
 from pathlib import Path
 
@@ -12,6 +12,7 @@ from omegaconf import OmegaConf
 from lcm_lightning.errors import UserError
 
 AUTO = "auto"
+CONFIG = "config.yaml"
 CHECKPOINTS = "checkpoints"
 OVERRIDES = "overrides.yaml"  # of the command that trained; Hydra's own in .hydra/ is of the last one, also if refused
 
@@ -72,6 +73,26 @@ def same_command(run_dir: Path, overrides: list[str]) -> bool:
 
 def _without_resume(overrides: Iterable[str]) -> list[str]:
     return sorted(override for override in overrides if not override.lstrip("+").startswith("resume="))
+
+
+def meant_run(place: Path, usable: Callable[[Path], object]) -> Path | None:
+    """The run that a folder of its own stands for, such as its `lora/`, or else the newest in a folder of runs.
+
+    Args:
+        usable: whether a folder is a run that what is asked for can be had from.
+    """
+    around = next((folder for folder in place.parents[:2] if usable(folder)), None)
+    if around is not None or not place.is_dir():
+        return around
+    # outputs/<experiment>/<date_time>, and of a sweep a level more.
+    configs = [path for depth in (1, 2, 3) for path in place.glob("*/" * depth + CONFIG) if usable(path.parent)]
+    return max(configs, key=lambda path: path.stat().st_mtime).parent if configs else None
+
+
+def did_you_mean(key: str, place: str | Path, usable: Callable[[Path], object]) -> str | None:
+    """A question whether `meant_run` is meant by `key=place`; None where there is none."""
+    run = meant_run(Path(place).expanduser(), usable)
+    return None if run is None else f"did you mean {key}={run}?"
 
 
 def checkpoint_files(run_dir: Path) -> list[Path]:
