@@ -376,7 +376,6 @@ model=tiny data=twemoji evaluation.num_images=1
 model=tiny data=twemoji evaluation.num_images=all
 model=tiny data=twemoji evaluation=nonesuch
 model=tiny data=twemoji evaluation=quik -> did you mean evaluation=quick\?
-models=[tinny] data=twemoji -> models: no model is called tinny; did you mean tiny\? expected the name
 model=tiny data=twemoji evaluation.split=dev -> data twemoji:
 model=tiny data=twemoji evaluation.clip=./nowhere
 model=tiny data=twemoji devices=0

@@ -264,6 +264,12 @@ class CaptionedImages(LightningDataModule):
             "prepare the data set again, or train without validation with data.val_limit=0"
         )
 
+    @property
+    def validates(self) -> bool:
+        """Whether there are shards to validate on, and they are wanted; those of the hub are downloaded then only."""
+        held_out = self.wanted_val_split or self.index.locations.keys() & {"val", "test"}
+        return self.val_limit != 0 and bool(held_out)
+
     @cached_property
     def test_shards(self) -> tuple[Shard, ...]:
         """Shards of the test split."""
@@ -330,9 +336,7 @@ class CaptionedImages(LightningDataModule):
     def train_dataloader(self) -> ShardLoader:
         """Shuffled and augmented batches. Raises `UserError` where the ranks have other shards, also for validation."""
         # Here for both, as the first rank calls `val_dataloader` alone too.
-        held_out = self.wanted_val_split or self.index.locations.keys() & {"val", "test"}
-        validates = self.val_limit != 0 and held_out
-        read = (self.train_shards, self.val_shards if validates else ())
+        read = (self.train_shards, self.val_shards if self.validates else ())
         check_ranks_agree([f"{fingerprint(shards)} {self.bucket_digest(shards)}" for shards in read])
         limit = self.train_limit
         return self.loader(self.train_shards, self.augmentation(True), shuffle_buffer=self.shuffle_buffer, limit=limit)
