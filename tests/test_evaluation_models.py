@@ -140,7 +140,10 @@ def test_runs_of_one_experiment_get_names_of_their_own(composed, tmp_path: Path)
 @pytest.mark.parametrize(
     ("overrides", "said"),
     [
-        (["models=[tinny]"], "models: no model is called tinny; did you mean tiny? expected the name of a file in conf/model, run:FOLDER"),
+        (
+            ["models=[tinny]"],
+            "models: no model is called tinny; did you mean tiny? expected the name of a file in conf/model",
+        ),
         (["models=[tiny,run:nowhere]"], "run=nowhere: no config.yaml there"),
         (["models=[tiny,tiny]"], "models: names tiny more than once"),
         (["models=tiny"], "models=tiny: expected a list"),
