@@ -122,7 +122,9 @@ def meant_run(place: Path, usable: Callable[[Path], object]) -> Path | None:
     Args:
         usable: whether a folder is a run that what is asked for can be had from.
     """
-    around = next((folder for folder in place.parents[:2] if usable(folder)), None)
+    # Around what is not there lies the working folder at last, where a hub's id has nothing to do.
+    near = [folder for folder in place.parents[:2] if folder.parts or place.exists()]
+    around = next(filter(usable, near), None)
     if around is not None or not place.is_dir():
         return around
     # outputs/<experiment>/<date_time>, and of a sweep a level more.
