@@ -95,8 +95,8 @@ def install(package: str) -> str:
 
 def missing_package(error: ImportError) -> str | None:
     """The package of `EXTRAS` that an import, or another library's check, has missed; None if it is another one."""
-    said = f"{error.name} {error}".lower().replace("-", "_")
-    return next((package for package in sorted(EXTRAS, key=len, reverse=True) if package in said), None)
+    said = str(error) if error.name is None else error.name.partition(".")[0]
+    return next((package for package in EXTRAS if re.search(rf"\b{package}\b", said)), None)
 
 
 def no_such_file(group: str, option: str, names: Collection[str]) -> str:

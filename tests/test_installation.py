@@ -126,7 +126,8 @@ def test_a_package_that_another_library_misses_is_known_by_what_it_says():
     assert missing_package(ModuleNotFoundError("No module named 'bitsandbytes'", name="bitsandbytes")) == "bitsandbytes"
     assert missing_package(ModuleNotFoundError("Requirement 'mlflow>=1.0.0' not met.")) == "mlflow"
     assert missing_package(ModuleNotFoundError("No module named 'openvino_tokenizers'")) == "openvino_tokenizers"
-    assert missing_package(ModuleNotFoundError("No module named 'mine'", name="mine")) is None
+    missed = ModuleNotFoundError("No module named 'torchvision.datasets'", name="torchvision.datasets")
+    assert missing_package(missed) is None
 
 
 def test_a_plugin_of_hydra_s_that_is_not_installed_is_named_with_its_extra():

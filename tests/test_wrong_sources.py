@@ -119,6 +119,12 @@ def test_a_published_data_set_is_not_called_by_another_s_name(tmp_path: Path, la
         assert read_source(folder, own).samples
 
 
+def test_shards_of_a_published_data_set_are_not_cut_anew_under_another_s_name(flickr_shards: Path):
+    with pytest.raises(UserError, match="holds flickr8k, and is to be called flickr30k"):
+        read_source(str(flickr_shards), "flickr30k")
+    assert read_source(str(flickr_shards), "mine").samples == 32
+
+
 def test_photos_of_one_s_own_may_go_by_any_name(tmp_path: Path):
     names = tuple(f"{number:07d}.jpg" for number in range(3))
     assert read_source(str(kaggle(tmp_path, names)), "flickr8k").samples == 3

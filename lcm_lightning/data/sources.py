@@ -21,7 +21,7 @@ from lcm_lightning.data.shards import (
     read_samples,
     sample_captions,
 )
-from lcm_lightning.data.wrong_sources import check_name, meant_folder
+from lcm_lightning.data.wrong_sources import check_name, meant_folder, published_name, published_set
 from lcm_lightning.errors import UserError, first_line, innermost, install, short
 
 
@@ -38,6 +38,7 @@ def read_source(source: str | None, name: str) -> Source:
         return read_directory(folder, name)
     index = find_shards(source)
     if index is not None:
+        check_name(source, published_name(source, index), name)
         return read_shards(index)
     if source.count("/") == 1 and not folder.is_absolute() and not folder.is_file():
         return read_hub(source)
@@ -68,10 +69,11 @@ def read_directory(folder: Path, name: str) -> Source:
     contents = Contents.of(folder)
     layout = layout_of(contents)
     if layout is not None:
-        check_name(contents, name)
+        check_name(folder, published_set(contents), name)
         return layout.read(contents)
     index = find_shards(str(folder))
     if index is not None:
+        check_name(folder, published_name(str(folder), index), name)
         return read_shards(index)
     if any(folder.rglob("*.parquet")):
         return read_hub(str(folder))

@@ -86,13 +86,12 @@ def published_set(contents: Contents) -> str | None:
     return marked[0] if len(marked) == 1 else None
 
 
-def check_name(contents: Contents, name: str) -> None:
-    """Raise a `UserError` where a folder of photos, to be called by the name of a published data set, holds another."""
-    found = published_set(contents)
+def check_name(source: str | Path, found: str | None, name: str) -> None:
+    """Raise a `UserError` where what is to be prepared by the name of a published data set is another one, `found`."""
     if name in DOWNLOADS and found not in (None, name):
         raise UserError(
-            f"data.source={short(contents.folder, 80)}: holds {found}, and is to be called {name}, whose splits are "
-            f"others and whose figures don't compare; set data={found}, or data.name=... to a name of your own"
+            f"data.source={short(source, 80)}: holds {found}, and is to be called {name}, whose splits are others and "
+            f"whose figures don't compare; set data={found}, or data.name=... to a name of your own"
         )
 
 
