@@ -152,7 +152,7 @@ def test_runs_of_one_experiment_get_names_of_their_own(composed, tmp_path: Path)
         (["models=[tiny]", "run=a"], "run=a and models=...: put it into the list, run:a"),
         (["models=[hub:x/y]"], "models: hub:x/y is of no known kind; expected"),
         (["models=[lcm:a.safetensors]"], "lcm:a.safetensors: a LoRA needs the model it belongs on; add model=sd15"),
-        (["models=[lora:a]", "model=tiny"], "lora_role=None: say what lora=a is"),
+        (["models=[lora:a]", "model=tiny"], "lora=a: no such file or folder"),
         (["models=[lcm:./a.safetensors]", "model=tiny"], "lora=./a.safetensors: no such file or folder"),
         (["run=a", "lora=b"], "give model=... with lora=..."),
         ([], "or several of them with models=[...]"),
