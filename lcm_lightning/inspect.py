@@ -90,8 +90,8 @@ def describe(
         yield str(place), checkpoint_rows(place)
     else:
         if place.is_dir() and not any((place / name).is_file() for name in (LORA_FILE, PEFT_FILE)):
-            run = meant_run(place, exported)
-            remedy = "give one that does" if run is None else f"did you mean {run}?"
+            meant = meant_run(place, exported)
+            remedy = "give one that does" if meant is None else f"did you mean {meant}?"
             raise UserError(f"{place}: holds no LoRA, no {MANIFEST} of a run and no model_index.json; {remedy}")
         file = locate_lora(place.absolute(), "LoRA")
         yield str(file), lora_rows(file, networks)

@@ -39,7 +39,7 @@ TRAIN_KEYS = (
 
 
 @command("train")
-@logged_errors()
+@logged_errors
 def main(cfg: DictConfig) -> float | None:
     """Compose the run, train, and say where its results are; returns `optimized_metric`, for sweepers to minimise."""
     resolve(cfg, TRAIN_KEYS)

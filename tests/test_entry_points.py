@@ -280,8 +280,12 @@ def test_the_log_says_why_a_run_died(run: Run, in_folder: Path):
     [(ZeroDivisionError("unforeseen"), "unforeseen"), (KeyboardInterrupt(), "interrupted"), (UserError("k=1"), "k=1")],
 )
 def test_what_ends_a_run_is_logged_and_raised(error: BaseException, said: str, caplog: pytest.LogCaptureFixture):
-    with pytest.raises(type(error)), logged_errors():
+    @logged_errors
+    def task() -> None:
         raise error
+
+    with pytest.raises(type(error)):
+        task()
     assert said in caplog.text and (("Traceback" in caplog.text) == (said == "unforeseen"))
 
 

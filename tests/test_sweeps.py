@@ -17,8 +17,8 @@ import torch
 
 from helpers.commands import ROOT
 from lcm_lightning.config.resolvers import package_file
-from lcm_lightning.errors import UserError
-from lcm_lightning.train import optimized_value
+from lcm_lightning.errors import UserError, report_user_errors
+from lcm_lightning.train import main, optimized_value
 
 CHEAP = (
     "-m",
@@ -87,6 +87,12 @@ def test_a_trial_whose_student_draws_nothing_finite_is_the_worst_and_no_end(
     done = search(tmp_path / "log", "hydra.sweeper.n_trials=2", "optimizer.lr=choice(1e36,1e37)")
     assert done.wait(timeout=300) == 0, (tmp_path / "log").read_text()
     assert [trial.value for trial in trials("sqlite:///outputs/searched_search.db")] == [math.inf] * 2
+
+
+def test_training_can_be_sent_to_other_processes_as_submitit_does():
+    cloudpickle = pytest.importorskip("cloudpickle", reason="of submitit; pip install 'lcm-lightning[sweeps]'")
+    task = report_user_errors(main.__wrapped__)  # what Hydra's launchers get
+    assert cloudpickle.loads(cloudpickle.dumps(task)).__name__ == "main"
 
 
 def test_a_sweeper_is_given_the_metric_that_was_chosen():

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TextIO
+from typing import ParamSpec, TextIO, TypeVar
 
 from lcm_lightning.errors import UserError
+
+P = ParamSpec("P")
+R = TypeVar("R")
 
 log = logging.getLogger(__name__)
 
@@ -46,17 +50,24 @@ def logged_warnings() -> Iterator[None]:
         warnings.showwarning = show
 
 
-@contextmanager
-def logged_errors() -> Iterator[None]:
-    """What ends a run goes to its log too: a mistake as its message, anything unforeseen with its traceback."""
-    try:
-        yield
-    except UserError as error:
-        log.error("ended by an error: %s", error, extra=SHOWN)
-        raise
-    except KeyboardInterrupt:
-        log.warning("interrupted", extra=SHOWN)
-        raise
-    except Exception:
-        log.exception("ended by an error", extra=SHOWN)
-        raise
+def logged_errors(task: Callable[P, R]) -> Callable[P, R]:
+    """Decorate what a run does so that its log has what ends it: a mistake as its message, else all with its traceback.
+
+    No context manager, which holds a generator: launchers send the task to other processes.
+    """
+
+    @functools.wraps(task)
+    def run(*args: P.args, **kwargs: P.kwargs) -> R:
+        try:
+            return task(*args, **kwargs)
+        except UserError as error:
+            log.error("ended by an error: %s", error, extra=SHOWN)
+            raise
+        except KeyboardInterrupt:
+            log.warning("interrupted", extra=SHOWN)
+            raise
+        except Exception:
+            log.exception("ended by an error", extra=SHOWN)
+            raise
+
+    return run
