@@ -8,7 +8,7 @@ from hydra import compose
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
-from lcm_lightning.config.checks import check_writable, interpolate, resolve
+from lcm_lightning.config.checks import check_writable, resolve
 from lcm_lightning.config.entry import command
 
 EVALUATE_KEYS: tuple[str, ...] = ("models", "run", "model", "lora", "lora_role", "student", "data", "evaluation")
@@ -90,7 +90,7 @@ def take_name(cfg: DictConfig, composed: DictConfig, protocol: str) -> None:
         composed: the same before its interpolations were computed; changed in place.
     """
     composed.evaluation.name = protocol
-    interpolate(composed, EVALUATE_KEYS)
+    OmegaConf.resolve(composed)
     cfg.evaluation.name, cfg.run_dir, cfg.logger = protocol, composed.run_dir, composed.logger
 
 

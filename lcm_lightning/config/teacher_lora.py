@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from lcm_lightning.errors import UserError
 from lcm_lightning.runs.contents import MANIFEST, read_adapters, read_manifest
 from lcm_lightning.runs.folders import did_you_mean
+
+if TYPE_CHECKING:
+    from lcm_lightning.models.kinds import AdapterKind
 
 
 def check_teacher_lora(source: str, key: str) -> None:
@@ -21,12 +26,12 @@ def check_teacher_lora(source: str, key: str) -> None:
     manifest = next((file for file in (place / "lora" / MANIFEST, place / MANIFEST) if file.is_file()), None)
     if manifest is not None:
         kinds = [adapter.kind for adapter in read_adapters(manifest, f"{key}={source}: {MANIFEST}")]
-        if len(kinds) != 1 or kinds[0].role == "student":
+        if not are_teachers(kinds):
             found = " on ".join(kind.title for kind in reversed(kinds)) or "no adapter"
             raise UserError(f"{key}={source}: a run of {found}; give a run of method=lora, or the file of a LoRA")
         return
     holds_lora = any((*place.glob("*.safetensors"), *place.glob("lora/*.safetensors")))
-    if place.is_dir() and not holds_lora and (meant := did_you_mean(key, place, is_teachers)) is not None:
+    if place.is_dir() and not holds_lora and (meant := did_you_mean(key, place, fine_tuned)) is not None:
         raise UserError(f"{key}={source}: holds no LoRA; {meant}")
 
 
@@ -43,11 +48,16 @@ def trained_whole(run: Path) -> bool:
     return (run / "pipeline" / MANIFEST).is_file()
 
 
-def is_teachers(run: Path) -> bool:
+def are_teachers(kinds: Sequence[AdapterKind]) -> bool:
+    """Whether what a run exported is one LoRA, and no student's."""
+    return len(kinds) == 1 and kinds[0].role != "student"
+
+
+def fine_tuned(run: Path) -> bool:
     """Whether `run` has fine-tuned a model by a LoRA."""
     if not (run / "lora" / MANIFEST).is_file():
         return False
     try:
-        return [adapter.kind.role for adapter in read_manifest(run)] == ["finetuned"]
+        return are_teachers([adapter.kind for adapter in read_manifest(run)])
     except UserError:
         return False  # damaged: nothing to propose
