@@ -98,6 +98,7 @@ def test_it_trains_draws_and_is_evaluated_under_its_own_name(new_method: Path, c
 def test_a_role_that_no_method_has_is_answered_with_those_there_are(
     new_method: Path, capsys: pytest.CaptureFixture[str]
 ):
+    (new_method / "a.safetensors").touch()
     with pytest.raises(SystemExit):
         run("generate", "model=tiny", "lora=a.safetensors", "prompt=cat")
     said = capsys.readouterr().err

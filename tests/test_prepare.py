@@ -361,7 +361,7 @@ def test_captions_whose_photos_are_elsewhere_end_without_shards(run, tmp_path):
     [
         ((), r"data\.source is not set.*kaggle\.com/datasets/adityajn105/flickr8k"),
         (("data.source=/no/such/folder",), r"data\.source=/no/such/folder: no such folder.*kaggle\.com.*data\.source="),
-        (("data.source=in/captions.txt",), r"data\.source=in/captions\.txt: a file; give the folder"),
+        (("data.source=in/captions.txt",), r"data\.source=in/captions\.txt: a file; did you mean data\.source=in\?"),
         (("data.source=in", "prepare.samples_per_shard=0"), r"prepare\.samples_per_shard=0: .*at least 1; try 500"),
         (("data.source=in", "prepare.quality=101"), r"prepare\.quality=101: .*1 to 100"),
         (("data.source=in", "prepare.min_side=small"), r"prepare\.min_side=small: expected a whole number"),
