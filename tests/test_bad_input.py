@@ -71,6 +71,8 @@ bach_size=4 -> did you mean data\.batch_size or
 optimzer.lr=1
 trainer.max_step=1
 +foo=1
++foo=null -> foo=null: nothing reads this key
++optimizer.foo=true -> optimizer\.foo=true: nothing reads this key
 +seeed=1 -> seeed=1: nothing reads this key; did you mean seed\?
 data.bacth_size=1
 +data.foo=1

@@ -142,7 +142,7 @@ def interpolate(cfg: DictConfig, known: Collection[str]) -> None:
     """
     for key in map(str, cfg):
         if key not in known:
-            raise UserError(f"{key}={cfg[key]}: nothing reads this key; {suggestion(key, known, cfg)}")
+            raise UserError(f"{key}={shown(cfg[key])}: nothing reads this key; {suggestion(key, known, cfg)}")
     try:
         missing = sorted(OmegaConf.missing_keys(cfg))
         if missing:
@@ -210,7 +210,7 @@ def check_section(key: str, section: Mapping[str, Any]) -> None:
         if name in INSTRUCTIONS:
             continue
         if name not in taken.types and not taken.open:
-            raise UserError(f"{key}.{name}={value}: nothing reads this key; {suggestion(name, taken.types, {})}")
+            raise UserError(f"{key}.{name}={shown(value)}: nothing reads this key; {suggestion(name, taken.types, {})}")
         if not (isinstance(value, DictConfig) and "_target_" in value):
             check_type(f"{key}.{name}", value, taken.hint(name))
 

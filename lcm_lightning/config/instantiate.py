@@ -12,7 +12,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from lcm_lightning.config.teacher_lora import check_teacher_lcm, check_teacher_lora
 from lcm_lightning.data.buckets import bucket_sizes
-from lcm_lightning.errors import SHOW_KEYS, UserError, first_line, innermost, install, missing_package
+from lcm_lightning.errors import SHOW_KEYS, UserError, first_line, innermost, install, missing_package, shown
 
 if TYPE_CHECKING:
     from functools import partial
@@ -218,7 +218,7 @@ def instantiate_group(cfg: DictConfig, group: str, **arguments: object) -> Any:
     """
     part = OmegaConf.select(cfg, group)
     if not isinstance(part, DictConfig) or "_target_" not in part:
-        raise UserError(f"{group}={part}: nothing reads this; expected a section with a _target_, or null")
+        raise UserError(f"{group}={shown(part)}: nothing reads this; expected a section with a _target_, or null")
     try:
         return instantiate(part, **arguments)
     except InstantiationException as error:
