@@ -43,6 +43,23 @@ def command_line(name: str) -> str:
 
 
 SUGGESTED = 3  # places that a name may be meant to stand at
+# Extras by what they install that not everybody needs: packages as they are imported, and plugins as Hydra calls them.
+EXTRAS = {
+    "bitsandbytes": "eightbit",
+    "datasets": "hub-datasets",
+    "gradio": "app",
+    "mlflow": "mlflow",
+    "onnx": "onnx",
+    "onnxruntime": "onnx",
+    "onnxscript": "onnx",
+    "openvino": "openvino",
+    "openvino_tokenizers": "openvino",
+    "optuna": "sweeps",
+    "submitit_local": "sweeps",
+    "submitit_slurm": "sweeps",
+    "tensorboard": "tensorboard",
+    "torch_fidelity": "inception",
+}
 SHOW_KEYS = f"{program()} --cfg job"
 
 
@@ -63,6 +80,30 @@ def short(text: object, limit: int = 60) -> str:
     """A long path or key without its middle, so that a message stays one that is read."""
     whole, start = str(text), limit // 4
     return whole if len(whole) <= limit else f"{whole[:start]}...{whole[start + 3 - limit :]}"
+
+
+def shown(value: object) -> str:
+    """A value as it is typed: null, true and false where Python says None, True and False."""
+    words: dict[object, str] = {None: "null", True: "true", False: "false"}
+    return words[value] if value is None or isinstance(value, bool) else str(value)
+
+
+def install(package: str) -> str:
+    """The command that installs one of the packages of `EXTRAS`."""
+    return f"pip install 'lcm-lightning[{EXTRAS[package]}]'"
+
+
+def missing_package(error: ImportError) -> str | None:
+    """The package of `EXTRAS` that an import, or another library's check, has missed; None if it is another one."""
+    said = str(error) if error.name is None else error.name.partition(".")[0]
+    return next((package for package in EXTRAS if re.search(rf"\b{package}\b", said)), None)
+
+
+def no_such_file(group: str, option: str, names: Collection[str]) -> str:
+    """That a config group has no file called `option`, and which of `names` may be meant."""
+    close = get_close_matches(option.lower(), names, n=1)
+    meant = f"did you mean {group}={close[0]}? " if close else ""
+    return f"{group}={option}: there is no such file in conf/{group}; {meant}there are {', '.join(names)}"
 
 
 def innermost(error: BaseException) -> BaseException:
@@ -127,7 +168,9 @@ def explain(error: Exception) -> str:
     """What was wrong with the command line that Hydra could not compose, with its remedy."""
     if isinstance(error, MissingConfigException) and error.missing_cfg_file and error.options:
         group, _, option = error.missing_cfg_file.rpartition("/")
-        return f"{group}={option}: there is no such file in conf/{group}; there are {', '.join(error.options)}"
+        if group.startswith("hydra/") and option in EXTRAS:
+            return f"{group}={option}: is not installed; {install(option)}"
+        return no_such_file(group, option, error.options)
     if isinstance(error, OverrideParseException):
         return f"{error.override}: {unreadable(error.override, sys.argv[1:])}"
     if isinstance(error, OSError) and not isinstance(error, HydraException):

@@ -8,9 +8,8 @@ from hydra import compose
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
-from lcm_lightning.config.checks import check_writable, resolve
+from lcm_lightning.config.checks import check_writable, interpolate, resolve
 from lcm_lightning.config.entry import command
-from lcm_lightning.config.resolvers import evaluation_folder
 
 EVALUATE_KEYS: tuple[str, ...] = ("models", "run", "model", "lora", "lora_role", "student", "data", "evaluation")
 EVALUATE_KEYS += ("logger", "seed", "accelerator", "devices", "dtype", "name", "run_dir")
@@ -19,6 +18,7 @@ EVALUATE_KEYS += ("logger", "seed", "accelerator", "devices", "dtype", "name", "
 @command("evaluate")
 def main(cfg: DictConfig) -> None:
     """Compose the evaluation, run it on every device, say where its results are."""
+    composed = cfg.copy()
     resolve(cfg, EVALUATE_KEYS)
     # Imported once the configuration is right, and what takes ten seconds once the models are there.
     from lcm_lightning.config.instantiate import instantiate_each, instantiate_group, make_fabric
@@ -43,7 +43,7 @@ def main(cfg: DictConfig) -> None:
     real = RealImages(data.name, data.source, protocol.split, protocol.num_images, data.resolution, data.cache_dir)
     # Before there are other processes that would wait for one that gave up.
     real, protocol = fit_size(real, protocol, usual_number())
-    name_folder(cfg, protocol.name)
+    take_name(cfg, composed, protocol.name)
     fabric = make_fabric(cfg.accelerator, cfg.devices)
     threads = torch.get_num_threads()  # launching several processes shares the cores out between them
     fabric.launch()
@@ -82,16 +82,16 @@ def usual_number() -> int | None:
     return compose(f"evaluation/{option}").evaluation.num_images
 
 
-def name_folder(cfg: DictConfig, protocol: str) -> None:
-    """Give the protocol its name; a folder that was called after it gets the new one, one that was typed stays."""
-    folder = evaluation_folder(cfg.run, cfg.evaluation.name, cfg.name, "")
-    if cfg.run is not None and cfg.run_dir == folder:
-        cfg.run_dir = evaluation_folder(cfg.run, protocol, cfg.name, "")
-        for logger in (cfg.logger or {}).values():
-            for key, value in logger.items():
-                if value == folder:  # as `save_dir`
-                    logger[key] = cfg.run_dir
-    cfg.evaluation.name = protocol
+def take_name(cfg: DictConfig, composed: DictConfig, protocol: str) -> None:
+    """Give the protocol its name, known with the number of images, and so what is called after it: folder, loggers.
+
+    Args:
+        cfg: resolved; changed in place.
+        composed: the same before its interpolations were computed; changed in place.
+    """
+    composed.evaluation.name = protocol
+    interpolate(composed, EVALUATE_KEYS)
+    cfg.evaluation.name, cfg.run_dir, cfg.logger = protocol, composed.run_dir, composed.logger
 
 
 def named_places(cfg: DictConfig) -> list[str]:

@@ -16,7 +16,7 @@ from omegaconf import DictConfig
 
 from lcm_lightning.config.checks import check_writable, resolve
 from lcm_lightning.config.entry import command
-from lcm_lightning.errors import UserError
+from lcm_lightning.errors import UserError, install
 
 if TYPE_CHECKING:
     import torch
@@ -117,7 +117,7 @@ class Format:
         dtype: of what is written where none is asked for.
         dtypes: those that its readers compute in.
         described: whether it has a header for what its author says.
-        packages: needed beyond those that everything needs; an extra of the format's name installs them.
+        packages: needed beyond those that everything needs.
     """
 
     write: Writer
@@ -135,7 +135,7 @@ class Format:
                 raise UserError(f"{key}={cfg[key]}: format={cfg.format} has no header to say it in; leave it out")
         for package in self.packages:
             if find_spec(package) is None:
-                raise UserError(f"format={cfg.format}: needs {package}; pip install 'lcm-lightning[{cfg.format}]'")
+                raise UserError(f"format={cfg.format}: needs {package}; {install(package)}")
 
 
 RUNTIMES = ("float32", "float16")
@@ -216,7 +216,8 @@ def main(cfg: DictConfig) -> None:
         print(push_to_hub(cfg))
         return
     if cfg.format not in FORMATS:
-        raise UserError(f"format={cfg.format}: expected one of {', '.join(FORMATS)}, or push_to_hub=OWNER/NAME")
+        said = "format is not set" if cfg.format is None else f"format={cfg.format}"
+        raise UserError(f"{said}: expected one of {', '.join(FORMATS)}, or push_to_hub=OWNER/NAME")
     format = FORMATS[cfg.format]
     format.check(cfg)
     for key in OF_HUB:

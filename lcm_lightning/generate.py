@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import chain, count
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -53,16 +54,36 @@ def file_stems(prompts: Iterable[str]) -> dict[str, str]:
     stems: dict[str, str] = {}
     for prompt in dict.fromkeys(prompts):
         stem = re.sub(r"[^0-9a-z]+", "-", prompt.lower()).strip("-")[:60] or "image"
-        stems[prompt] = f"{stem}-{len(stems) + 1}" if stem in stems.values() else stem
+        numbered = (f"{stem}-{number}" for number in count(len(stems) + 1))
+        stems[prompt] = next(name for name in chain([stem], numbered) if name not in stems.values())
     return stems
 
 
-def write_pictures(pictures: Mapping[str, Image.Image], settings: Mapping[str, str], folder: Path) -> None:
-    """Write PNG files by name, each whole, with the `settings_text` of those that have one."""
+def write_pictures(pictures: Mapping[str, Image.Image], settings: Mapping[str, str], folder: Path) -> list[Path]:
+    """Write PNG files by name, each whole, with the `settings_text` of those that have one; returns their paths.
+
+    None is written over another picture: where one of an earlier call has a name of these, all get the first number
+    that leaves none in the way, `cat-0_2.png`. The same pictures again are the same files.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    for name, picture in pictures.items():
-        (folder / f".{name}").write_bytes(png_bytes(picture, settings.get(name, "")))
-        (folder / f".{name}").replace(folder / name)
+    contents = {name: png_bytes(picture, settings.get(name, "")) for name, picture in pictures.items()}
+    for path, content in (files := free_files(contents, folder)).items():
+        path.with_name(f".{path.name}").write_bytes(content)
+        path.with_name(f".{path.name}").replace(path)
+    return list(files)
+
+
+def free_files(contents: Mapping[str, bytes], folder: Path) -> dict[Path, bytes]:
+    """Contents by the paths that they can be written to, with one number in all names where one is taken by another."""
+    plain = {folder / name: content for name, content in contents.items()}
+    numbered = (
+        {path.with_stem(f"{path.stem}_{number}"): content for path, content in plain.items()} for number in count(2)
+    )
+    return next(
+        files
+        for files in chain([plain], numbered)
+        if all(not path.exists() or path.read_bytes() == content for path, content in files.items())
+    )
 
 
 def picture_names(prompts: Sequence[str], seeds: Sequence[int]) -> list[str]:
@@ -243,9 +264,8 @@ def main(cfg: DictConfig) -> None:
         init_image=cfg.init_image,
         strength=None if init_image is None else init_image.strength,
     )
-    write_pictures(pictures, settings_by_name(prompts, seeds, cfg.negative_prompt, said), Path(cfg.output))
-    for name in pictures:
-        print(Path(cfg.output) / name)
+    for path in write_pictures(pictures, settings_by_name(prompts, seeds, cfg.negative_prompt, said), Path(cfg.output)):
+        print(path)
 
 
 if __name__ == "__main__":

@@ -38,7 +38,8 @@ from lcm_lightning.models.single_file import (
 )
 from lcm_lightning.output.console import plain_table, print_table
 from lcm_lightning.output.streams import lasting_output
-from lcm_lightning.runs.contents import CONFIG, MANIFEST, exported, read_config, read_manifest
+from lcm_lightning.runs.contents import MANIFEST, exported, read_config, read_manifest
+from lcm_lightning.runs.folders import CONFIG, meant_run
 
 SHOWN = 10  # exceptions and unused keys
 
@@ -89,9 +90,9 @@ def describe(
         yield str(place), checkpoint_rows(place)
     else:
         if place.is_dir() and not any((place / name).is_file() for name in (LORA_FILE, PEFT_FILE)):
-            raise UserError(
-                f"{place}: holds no LoRA, no {MANIFEST} of a run and no model_index.json; give one that does"
-            )
+            run = meant_run(place, exported)
+            remedy = "give one that does" if run is None else f"did you mean {run}?"
+            raise UserError(f"{place}: holds no LoRA, no {MANIFEST} of a run and no model_index.json; {remedy}")
         file = locate_lora(place.absolute(), "LoRA")
         yield str(file), lora_rows(file, networks)
 

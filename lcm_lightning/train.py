@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
 from omegaconf import DictConfig
 
 from lcm_lightning.config.checks import resolve
@@ -58,11 +59,14 @@ def main(cfg: DictConfig) -> float | None:
     )
     from lcm_lightning.config.quiet import quiet_known_warnings
     from lcm_lightning.runs.checkpoint_files import find_checkpoint, global_step
+    from lcm_lightning.runs.folders import check_own_run
     from lcm_lightning.runs.preemption import Preempted, requeue_slurm_job
 
     quiet_known_warnings()
     check_settings(cfg)  # before devices and networks are asked for
     run_dir = Path(cfg.run_dir)
+    if HydraConfig.get().mode == RunMode.MULTIRUN:
+        check_own_run(cfg.resume, run_dir, list(HydraConfig.get().overrides.task))
     L.seed_everything(cfg.seed, workers=True, verbose=False)
     checkpoint = find_checkpoint(cfg.resume, run_dir)
     data = instantiate_group(cfg, "data")

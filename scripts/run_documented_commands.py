@@ -48,7 +48,7 @@ TRAIN = f"train.py data=twemoji_small {TINY['train']}"
 # What the placeholders of documented_commands.py stand for is made by these, once.
 MATERIAL = (
     f"{PREPARE} data=flickr8k",
-    f"{PREPARE} data=flickr30k",
+    f"{PREPARE} data=folder prepare.output=data/flickr30k",  # the photos may be Flickr8k's
     f"{PREPARE} data=folder",
     f"{CACHE} data=flickr8k data.source=data/flickr8k cache=latents",
     f"{CACHE} data=flickr8k data.source=data/flickr8k-latents cache=teacher method=lcm_lora",

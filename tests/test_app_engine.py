@@ -565,7 +565,7 @@ class Browser:
 def page(choices, engine: Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     """The page, seen by no browser."""
     monkeypatch.setenv("GRADIO_ANALYTICS_ENABLED", "False")
-    pytest.importorskip("gradio", reason="the page is made of gradio; pip install -e '.[app]'")
+    pytest.importorskip("gradio", reason="the page is made of gradio; pip install 'lcm-lightning[app]'")
     from lcm_lightning.app.page import Page
 
     return Page(engine, choices(), tmp_path, "red heart")

@@ -29,7 +29,7 @@ from lcm_lightning.config.resolvers import PACKAGE, register_resolvers
 from lcm_lightning.models.sampling import sample
 
 os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
-pytest.importorskip("gradio", reason="the page is made of gradio; pip install -e '.[app]'")
+pytest.importorskip("gradio", reason="the page is made of gradio; pip install 'lcm-lightning[app]'")
 playwright = pytest.importorskip("playwright.sync_api", reason="drives the browser; pip install playwright")
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 pytestmark = [

@@ -93,6 +93,13 @@ trainer=gpu method.teacher_lora=W/nowhere -> method\.teacher_lora=.*/nowhere: no
 trainer=gpu method.w_min=-1 -> method\.w_min=-1
 model=true -> model=true: there is no such file in conf/model; there are sd15, sdxl, tiny
 method=nonesuch -> method=nonesuch: .*there are .*lcm_lora, lora
+method=lcm_lorra -> there is no such file in conf/method; did you mean method=lcm_lora\? there are dmd2_lora, kd_lora
+experiment=quickstrat -> did you mean experiment=quickstart\?
+debug=profil -> did you mean debug=profile\?
+model=SD51 -> did you mean model=sd15\?
+--help foo -> foo: --help has no such topic; .*groups are model, method
+--help metod=lcm -> metod=lcm: there is no such key; did you mean method\?
+--help data=flicker8k -> did you mean data=flickr8k\?
 data=nonesuch
 trainer=nonesuch
 optimizer=nonesuch
@@ -118,7 +125,7 @@ trainer.val_check_interval=${nonesuch} -> trainer\.val_check_interval:
 data=shards data.source=??? -> data\.source:
 data.batch_size=abc -> data\.batch_size=abc: expected a whole number
 data.batch_size=1.5
-data.batch_size=null -> data\.batch_size=None:
+data.batch_size=null -> data\.batch_size=null:
 data.num_workers=many
 data.resolution=big
 data.source=[a] -> data\.source=\['a'\]:
@@ -197,7 +204,7 @@ method=lcm method.w_min=20 -> method\.w_min=20
 method=lcm method.distillation.huber_c=0
 method=lcm +method.lora.dropout=0 -> method\.lora
 method=kd_lora -> method\.teacher_lcm
-method=kd_lora method.teacher_lcm=null -> method\.teacher_lcm=None: expected text
+method=kd_lora method.teacher_lcm=null -> method\.teacher_lcm=null: expected text
 method=kd_lora method.teacher_lcm=W/pipeline -> method\.teacher_lcm=.*: no full LCM
 method=kd_lora method.teacher_lcm=W/pipeline method.w_min=8
 method=lora method.min_snr_gamma=0
@@ -279,7 +286,16 @@ run=nowhere
 run=W/empty
 run=W/unexported
 run=W/moved -> run=.*/moved: model\.path=.*no such folder.*model\.path=
+run=W/. -> run=.*: no config\.yaml there; did you mean run=.*/(run|moved)\?
+run=W/run/lora -> did you mean run=.*/run\?
+run=W/run/lora/pytorch_lora_weights.safetensors -> did you mean run=.*/run\?
 run=W/run lora=a
+model=sd15 model.path=W/pipeline lora=nope -> lora=nope: no such file or folder
+model=sd15 model.path=W/pipeline lora=[W/run,nope] -> lora=nope: no such file or folder
+model=sd15 model.path=W/pipeline lora=owner/nope -> lora=owner/nope: no such folder here, and the hub cannot be reached
+model=sd15 model.path=W/pipeline lora=W/. -> lora=.*: holds no LoRA; did you mean lora=.*/(run|moved)\?
+model=sd15 model.path=W/pipeline lora=W/run/checkpoints lora_role=lcm -> holds no LoRA; did you mean lora=.*/run\?
+--help foo -> foo: --help has no such topic
 run=W/run num_images=0
 run=W/run num_images=few
 run=W/run steps=0
@@ -318,7 +334,7 @@ run=W/run --prompt b -> --prompt: settings are written without dashes; try promp
 model=sd15 model.path=W/pipeline lora=W/good.safetensors
 model=sd15 model.path=W/pipeline lora=W/foreign.safetensors lora_role=lcm -> lora=
 model=sd15 model.path=W/pipeline lora=W/cut.safetensors lora_role=lcm -> lora=
-model=sd15 model.path=W/pipeline lora=[W/run,W/good.safetensors] -> lora_role=None: say what lora=.*/good\.safetensors
+model=sd15 model.path=W/pipeline lora=[W/run,W/good.safetensors] -> lora_role=null: say what lora=.*/good\.safetensors
 model=sd15 model.path=W/pipeline lora=[W/run,W/cut.safetensors] lora_role=finetuned -> lora=.*/cut\.safetensors
 model=sd15 model.path=W/pipeline lora=[W/good.safetensors,W/run] lora_role=[lcm] -> expected as many as there are LoRAs
 model=sd15 model.path=W/pipeline lora=[W/run,W/good.safetensors] lora_role=tcd -> LCM-LoRA and TCD-LoRA are drawn
@@ -359,6 +375,7 @@ model=tiny data=twemoji dtype=int8
 model=tiny data=twemoji evaluation.num_images=1
 model=tiny data=twemoji evaluation.num_images=all
 model=tiny data=twemoji evaluation=nonesuch
+model=tiny data=twemoji evaluation=quik -> did you mean evaluation=quick\?
 model=tiny data=twemoji evaluation.split=dev -> data twemoji:
 model=tiny data=twemoji evaluation.clip=./nowhere
 model=tiny data=twemoji devices=0

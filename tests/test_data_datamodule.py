@@ -21,6 +21,7 @@ from lcm_lightning.data.datamodule import CaptionedImages
 from lcm_lightning.data.records import Record
 from lcm_lightning.data.writing import ShardSettings, write_shards
 from lcm_lightning.errors import UserError
+from lcm_lightning.tracking.data_records import data_record
 
 
 def noise_png(seed, size=(48, 40)):
@@ -195,6 +196,16 @@ def test_validation_is_the_same_every_time_and_unaugmented(shards):
     image = Image.open(io.BytesIO(noise_png(100))).resize((38, 32), Image.Resampling.BICUBIC).crop((3, 0, 35, 32))
     expected = torch.from_numpy(np.asarray(image).copy()).permute(2, 0, 1) / 127.5 - 1
     torch.testing.assert_close(first["k100"][0], expected, atol=1e-6, rtol=0)
+
+
+def test_shards_that_nothing_is_validated_on_are_not_opened_for_a_tracker(shards, tmp_path):
+    without = shutil.copytree(shards, tmp_path / "without_val")
+    for file in without.glob("val-*.tar"):
+        file.unlink()
+    assert {*data_record(data(without, val_limit=0)).shards} == {"train"}
+    assert {*data_record(data(shards, val_limit=1)).shards} == {"train", "val"}
+    with pytest.raises(UserError, match="val-"):
+        data_record(data(without, val_limit=1))
 
 
 def test_val_limit_keeps_the_first_samples(shards):

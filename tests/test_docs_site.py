@@ -19,8 +19,8 @@ LARGEST = 200_000  # bytes of a notebook with its outputs
 
 @pytest.mark.slow
 def test_the_site_is_built_without_a_warning_and_asks_no_server(tmp_path: Path):
-    pytest.importorskip("material", reason="make docs needs pip install -e .[docs]")
-    pytest.importorskip("mkdocstrings", reason="make docs needs pip install -e .[docs]")
+    pytest.importorskip("material", reason="make docs needs pip install 'lcm-lightning[docs]'")
+    pytest.importorskip("mkdocstrings", reason="make docs needs pip install 'lcm-lightning[docs]'")
     command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(tmp_path / "site")]
     built = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert built.returncode == 0, built.stderr
@@ -42,9 +42,9 @@ def test_the_notebook_has_small_outputs_and_no_errors():
 
 @pytest.mark.slow
 def test_the_notebook_runs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
-    nbclient = pytest.importorskip("nbclient", reason="running the notebook needs pip install -e .[docs]")
-    nbformat = pytest.importorskip("nbformat", reason="running the notebook needs pip install -e .[docs]")
-    pytest.importorskip("ipykernel", reason="running the notebook needs pip install -e .[docs]")
+    nbclient = pytest.importorskip("nbclient", reason="running the notebook needs pip install 'lcm-lightning[docs]'")
+    nbformat = pytest.importorskip("nbformat", reason="running the notebook needs pip install 'lcm-lightning[docs]'")
+    pytest.importorskip("ipykernel", reason="running the notebook needs pip install 'lcm-lightning[docs]'")
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]))
     notebook = nbformat.read(NOTEBOOK, as_version=4)
     for cell in notebook.cells:

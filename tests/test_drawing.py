@@ -59,6 +59,7 @@ def drawn(tmp_path: Path, pipeline_folder: Path) -> Callable[..., np.ndarray]:
     def draw(*options: str) -> np.ndarray:
         where = ("model=sd15", f"model.path={pipeline_folder}", "accelerator=cpu", "dtype=float32")
         what = ("prompt=dog", "num_images=1", "seed=3", f"output={tmp_path}")
+        (tmp_path / "dog-3.png").unlink(missing_ok=True)  # else the next one would have another name
         in_process("lcm_lightning.generate", *where, *what, *options)
         return np.asarray(Image.open(tmp_path / "dog-3.png"), dtype=int)
 

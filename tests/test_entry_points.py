@@ -497,7 +497,12 @@ def test_a_mistake_is_one_clear_message(
 
 @pytest.mark.skipif(importlib.util.find_spec("bitsandbytes") is not None, reason="bitsandbytes is installed")
 def test_an_optimizer_that_is_not_installed_is_named(run: Run, capfd: pytest.CaptureFixture[str]):
-    refused(capfd, run, "optimizer: No module named 'bitsandbytes'", "optimizer=adamw8bit")
+    refused(
+        capfd,
+        run,
+        "optimizer: No module named 'bitsandbytes'; pip install 'lcm-lightning[eightbit]'",
+        "optimizer=adamw8bit",
+    )
 
 
 def test_an_unknown_setting_of_wandb_is_refused_before_the_run(run: Run, capfd: pytest.CaptureFixture[str]):

@@ -332,7 +332,7 @@ def test_generate_draws_several_prompts_into_one_sheet(tmp_path: Path):
         ("evaluate", ("model=tiny", "dtype=int8"), "dtype=int8: expected bfloat16"),
         ("evaluate", ("model=tiny", "data=twemoji", "evaluation=quick", "evaluation.features=vgg"), "features=vgg"),
         ("evaluate", ("model=tiny", "data=twemoji", "evaluation=quick", "evaluation.clip=./none"), "clip=./none"),
-        ("evaluate", ("models=[tinny]", "data=twemoji"), "models: no model is called tinny; expected the name of"),
+        ("evaluate", ("models=[tinny]", "data=twemoji"), "models: no model is called tinny; did you mean tiny?"),
         ("evaluate", ("model=tiny", "data=twemoji", "evaluation=report"), "num_images=100: twemoji/test holds 90"),
         ("generate", ("model=tiny",), "prompt: has no value"),
         ("generate", ("prompt=x",), "give run=outputs/"),
@@ -345,7 +345,7 @@ def test_generate_draws_several_prompts_into_one_sheet(tmp_path: Path):
         ("generate", ("model=tiny", "prompt=x", "steps=0"), "steps=0: expected 1 to 1000"),
         ("generate", ("model=tiny", "prompt=x", "negative_prompt=y", "guidance_scale=1"), "negative_prompt=y: acts"),
         ("generate", ("model=tiny", "prompt=x", "accelerator=gpu"), "accelerator=gpu"),
-        ("generate", ("model=tiny", "prompt=x", f"lora={ASSETS}"), "lora_role=None: say what"),
+        ("generate", ("model=tiny", "prompt=x", f"lora={ASSETS}"), f"lora={ASSETS}: holds neither lora/"),
         ("evaluate", ("model=tiny", "data=twemoji", "evaluation.lineup.student_steps=[64]"), "student_steps=[64]"),
         (
             "evaluate",

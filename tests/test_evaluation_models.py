@@ -140,7 +140,10 @@ def test_runs_of_one_experiment_get_names_of_their_own(composed, tmp_path: Path)
 @pytest.mark.parametrize(
     ("overrides", "said"),
     [
-        (["models=[tinny]"], "models: no model is called tinny; expected the name of a file in conf/model, run:FOLDER"),
+        (
+            ["models=[tinny]"],
+            "models: no model is called tinny; did you mean tiny? expected the name of a file in conf/model",
+        ),
         (["models=[tiny,run:nowhere]"], "run=nowhere: no config.yaml there"),
         (["models=[tiny,tiny]"], "models: names tiny more than once"),
         (["models=tiny"], "models=tiny: expected a list"),
@@ -149,7 +152,7 @@ def test_runs_of_one_experiment_get_names_of_their_own(composed, tmp_path: Path)
         (["models=[tiny]", "run=a"], "run=a and models=...: put it into the list, run:a"),
         (["models=[hub:x/y]"], "models: hub:x/y is of no known kind; expected"),
         (["models=[lcm:a.safetensors]"], "lcm:a.safetensors: a LoRA needs the model it belongs on; add model=sd15"),
-        (["models=[lora:a]", "model=tiny"], "lora_role=None: say what lora=a is"),
+        (["models=[lora:a]", "model=tiny"], "lora=a: no such file or folder"),
         (["models=[lcm:./a.safetensors]", "model=tiny"], "lora=./a.safetensors: no such file or folder"),
         (["run=a", "lora=b"], "give model=... with lora=..."),
         ([], "or several of them with models=[...]"),
@@ -229,11 +232,18 @@ def test_a_protocol_is_named_by_a_number_of_images_that_is_not_its_own(
     )
 
 
-def test_the_folder_has_the_protocol_s_name_unless_it_was_typed(composed: Callable[..., DictConfig]):
+def test_the_folder_has_the_protocol_s_name_unless_it_was_typed_and_loggers_write_there(
+    composed: Callable[..., DictConfig],
+):
     for run_dir in (None, "mine"):
-        cfg = composed("run=a", "evaluation=quick", *([f"run_dir={run_dir}"] if run_dir else []))
-        evaluate.name_folder(cfg, "quick-109")
-        assert (cfg.evaluation.name, cfg.run_dir) == ("quick-109", run_dir or "a/evaluation/quick-109")
+        before = composed(
+            "run=a", "evaluation=quick", "logger=tensorboard", *([f"run_dir={run_dir}"] if run_dir else [])
+        )
+        cfg = before.copy()
+        OmegaConf.resolve(cfg)
+        evaluate.take_name(cfg, before, "quick-109")
+        folder = run_dir or "a/evaluation/quick-109"
+        assert (cfg.evaluation.name, cfg.run_dir, cfg.logger.tensorboard.save_dir) == ("quick-109", folder, folder)
 
 
 def test_the_usual_number_is_the_file_s_whatever_is_typed(composed: Callable[..., DictConfig]):

@@ -725,6 +725,10 @@ def test_what_cannot_be_written_is_refused_with_a_remedy(
     student: Path, tmp_path: Path, folders, capsys: pytest.CaptureFixture[str]
 ):
     assert "format=kohia: expected one of diffusers, kohya" in refused(capsys, f"run={student}", "format=kohia")
+    for nothing in ((), ("format=null",)):
+        assert "error: format is not set: expected one of diffusers, kohya" in refused(
+            capsys, f"run={student}", *nothing
+        )
     base = ("model=sd15", f"model.path={folders('v1')}", f"output={tmp_path / 'out'}")
     assert "there is none; give run=outputs/... or lora=..." in refused(capsys, *base, "format=kohya")
     assert not (tmp_path / "out").exists()

@@ -20,10 +20,11 @@ from pathlib import Path
 import pytest
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
+from hydra.errors import MissingConfigException
 from omegaconf import DictConfig, OmegaConf
 
 from lcm_lightning.config.entry import command
-from lcm_lightning.errors import command_line
+from lcm_lightning.errors import EXTRAS, command_line, explain, missing_package
 
 ROOT = Path(__file__).parent.parent
 Command = Callable[..., subprocess.CompletedProcess[str]]
@@ -106,6 +107,32 @@ def test_every_import_is_of_a_declared_dependency(wheel: zipfile.ZipFile, tracke
 
     assert undeclared(always, required) == set()
     assert undeclared(sometimes, required | optional) == set()
+
+
+def test_messages_and_pages_name_declared_extras_and_in_one_way(tracked: list[str]):
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    for package, extra in EXTRAS.items():
+        named = normalised(package).partition("-")[0]
+        assert any(named in requirement for requirement in extras[extra]), package
+    pages = [name for name in tracked if name.endswith((".py", ".yaml"))]
+    pages += ["README.md", *(str(page.relative_to(ROOT)) for page in (ROOT / "docs").rglob("*.md"))]
+    texts = {name: (ROOT / name).read_text() for name in pages}
+    assert [name for name, text in texts.items() if re.search(r"pip install (-e )?'?\.\[", text)] == []
+    named = {extra for text in texts.values() for extra in re.findall(r"'lcm-lightning\[([\w-]+)\]'", text)}
+    assert named <= {*extras}
+
+
+def test_a_package_that_another_library_misses_is_known_by_what_it_says():
+    assert missing_package(ModuleNotFoundError("No module named 'bitsandbytes'", name="bitsandbytes")) == "bitsandbytes"
+    assert missing_package(ModuleNotFoundError("Requirement 'mlflow>=1.0.0' not met.")) == "mlflow"
+    assert missing_package(ModuleNotFoundError("No module named 'openvino_tokenizers'")) == "openvino_tokenizers"
+    missed = ModuleNotFoundError("No module named 'torchvision.datasets'", name="torchvision.datasets")
+    assert missing_package(missed) is None
+
+
+def test_a_plugin_of_hydra_s_that_is_not_installed_is_named_with_its_extra():
+    missing = MissingConfigException("not found", "hydra/launcher/submitit_slurm", ["basic"])
+    assert explain(missing) == "hydra/launcher=submitit_slurm: is not installed; pip install 'lcm-lightning[sweeps]'"
 
 
 @pytest.mark.parametrize("interpreter", ["./old", "./nowhere"])

@@ -1,8 +1,12 @@
 """Images side by side with words."""
 
-import torch
+from pathlib import Path
 
-from lcm_lightning.generate import pictures_by_name
+import pytest
+import torch
+from PIL import Image
+
+from lcm_lightning.generate import file_stems, pictures_by_name, write_pictures
 from lcm_lightning.output.pictures import CAPTION, GAP, HEADING, contact_sheet, labelled_grid
 
 IMAGES = torch.rand(2, 3, 128, 128)
@@ -30,3 +34,36 @@ def test_a_caption_of_a_sheet_takes_24_px():
 def test_a_sheet_of_several_prompts_has_a_row_for_each():
     pictures = pictures_by_name(torch.rand(6, 3, 128, 128), ["cat"] * 3 + ["dog"] * 3, [0, 1, 2] * 2)
     assert pictures["prompts.png"].size == (3 * (128 + GAP) + GAP, 2 * (128 + 24) + GAP)
+
+
+def test_prompts_whose_names_are_alike_have_files_of_their_own():
+    for prompts in (["cat-3", "cat", "Cat"], ["cat", "Cat", "cat-2", "CAT!"]):
+        stems = file_stems(prompts)
+        assert len(set(stems.values())) == len(prompts) and stems[prompts[0]] == prompts[0]
+
+
+@pytest.fixture
+def draw(tmp_path: Path):
+    """Writes pictures of a colour, as `generate` does; the names that they got."""
+
+    def written(colour: str, *names: str, settings: str = "") -> list[str]:
+        pictures = {name: Image.new("RGB", (8, 8), colour) for name in names}
+        return [path.name for path in write_pictures(pictures, dict.fromkeys(names, settings), tmp_path)]
+
+    return written
+
+
+def test_a_picture_of_an_earlier_call_is_never_written_over(draw, tmp_path: Path):
+    assert draw("red", "cat-0.png", "cat-1.png", "cat.png") == ["cat-0.png", "cat-1.png", "cat.png"]
+    before = {path: path.read_bytes() for path in tmp_path.iterdir()}
+    assert draw("blue", "cat-1.png", "cat-2.png", "cat.png") == ["cat-1_2.png", "cat-2_2.png", "cat_2.png"]
+    assert draw("green", "cat-1.png") == ["cat-1_3.png"]
+    assert {path: path.read_bytes() for path in before} == before
+    assert len(list(tmp_path.iterdir())) == 7
+
+
+def test_the_same_pictures_again_are_the_same_files(draw, tmp_path: Path):
+    for _ in range(2):
+        assert draw("red", "cat-0.png") == ["cat-0.png"]
+        assert draw("blue", "cat-0.png") == ["cat-0_2.png"]
+    assert draw("red", "cat-0.png", settings="cat\nSteps: 4") == ["cat-0_3.png"]

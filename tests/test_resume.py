@@ -5,7 +5,10 @@ from __future__ import annotations
 import csv
 import resource
 import signal
+import sys
+from collections.abc import Callable
 from functools import partial
+from itertools import count
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,18 +16,24 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
+from omegaconf import DictConfig, OmegaConf
 from torch import Tensor, nn
 
+from helpers.commands import in_process
 from helpers.photos import small_batches
 from lcm_lightning.callbacks.checkpoints import Checkpoints
 from lcm_lightning.callbacks.final_validation import FinalValidation
 from lcm_lightning.callbacks.loggers import MetricsFile
+from lcm_lightning.config.entry import command
 from lcm_lightning.errors import UserError
 from lcm_lightning.methods.lora import LoraFinetuning
 from lcm_lightning.models.adapters import LoraSettings
 from lcm_lightning.models.stable_diffusion import load_stable_diffusion
 from lcm_lightning.runs.checkpoint_files import AtomicCheckpointIO, find_checkpoint, global_step
-from lcm_lightning.runs.folders import auto_run_folder
+from lcm_lightning.runs.folders import auto_run_folder, check_own_run
 from lcm_lightning.runs.preemption import Preempted
 
 
@@ -512,3 +521,67 @@ def test_auto_finds_the_newest_run_of_the_same_command(tmp_path: Path, monkeypat
     assert auto_run_folder("auto", "lcm", ["experiment=lcm", "seed=1", "resume=auto"]) == wanted
     for resume, overrides in (("auto", ["experiment=lcm", "seed=3"]), (None, ["experiment=lcm", "seed=1"])):
         assert not Path(auto_run_folder(resume, "lcm", overrides)).exists()
+
+
+@pytest.fixture
+def sweep(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., dict[int, Path]]:
+    """Runs a sweep of trainings that leave a checkpoint and their overrides; the folder of each by its seed."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(*overrides: str) -> dict[int, Path]:
+        folders: dict[int, Path] = {}
+
+        @command("train")
+        def main(cfg: DictConfig) -> None:
+            assert HydraConfig.get().mode == RunMode.MULTIRUN
+            folder, own = Path(cfg.run_dir), list(HydraConfig.get().overrides.task)
+            check_own_run(cfg.resume, folder, own)
+            (folder / "checkpoints").mkdir(exist_ok=True)
+            (folder / "checkpoints" / "last.ckpt").touch()
+            (folder / "overrides.yaml").write_text(OmegaConf.to_yaml(own))
+            folders[cfg.seed] = folder
+
+        monkeypatch.setattr(sys, "argv", ["train.py", "-m", "model=tiny", *overrides])
+        monkeypatch.setattr("lcm_lightning.runs.folders.date_and_time", lambda: str(next(clock)))
+        GlobalHydra.instance().clear()
+        main()
+        GlobalHydra.instance().clear()
+        return folders
+
+    clock = count()
+    return run
+
+
+def test_every_job_of_a_sweep_finds_its_own_run_again(sweep: Callable[..., dict[int, Path]]):
+    first, others = sweep("seed=1,2"), sweep("seed=1,2,3")
+    assert len({*first.values(), *others.values()}) == 5
+    assert sweep("seed=1,2", "resume=auto") == first
+    assert sweep("resume=auto", "seed=1,2,3") == others
+    assert not {*sweep("seed=2,1", "resume=auto").values()} & {*first.values()}
+    assert not {*sweep("seed=1,2").values()} & {*first.values()}
+
+
+def test_a_sweep_of_several_methods_goes_on_though_each_has_its_folder(sweep: Callable[..., dict[int, Path]]):
+    varied = ("method=lcm_lora,tcd_lora", "seed=1")
+    first = sweep(*varied)
+    assert first[1].parts[-3] == "tcd_lora"
+    assert sweep(*varied, "resume=auto") == first
+
+
+def test_jobs_of_a_sweep_s_folder_that_is_named_go_on_longer_but_not_with_each_other_s_runs(
+    sweep: Callable[..., dict[int, Path]], capfd: pytest.CaptureFixture[str]
+):
+    first = sweep("seed=1,2", "hydra.sweep.dir=here")
+    assert sweep("seed=1,2", "hydra.sweep.dir=here", "resume=auto", "max_steps=2000") == first
+    with pytest.raises(SystemExit):
+        sweep("seed=2,1", "hydra.sweep.dir=here", "resume=auto")
+    assert (
+        "here/0 holds a run of another job than this one (seed=2); type what the sweep varies" in capfd.readouterr().err
+    )
+
+
+def test_train_refuses_another_job_s_run(sweep: Callable[..., dict[int, Path]], capfd: pytest.CaptureFixture[str]):
+    sweep("seed=1,2", "hydra.sweep.dir=here")
+    with pytest.raises(SystemExit):
+        in_process("train", "-m", "model=tiny", "trainer=cpu", "seed=3,4", "hydra.sweep.dir=here", "resume=auto")
+    assert "here/0 holds a run of another job than this one (seed=3)" in capfd.readouterr().err

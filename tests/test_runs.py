@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -10,15 +11,17 @@ import torch
 from omegaconf import OmegaConf
 from safetensors.torch import load_file
 
-from lcm_lightning.config.teacher_lora import check_teacher_lora
+from lcm_lightning.config.teacher_lora import check_teacher_lcm, check_teacher_lora
 from lcm_lightning.errors import UserError
+from lcm_lightning.inspect import describe
 from lcm_lightning.methods import adapter_kinds
 from lcm_lightning.models.adapters import LoraSettings, active_adapters, add_lora, lora_parameters, lora_state_dict
 from lcm_lightning.models.condition import Condition
 from lcm_lightning.models.lora_files import LORA_FILE, save_lora
 from lcm_lightning.models.sampling import Sampler, make_scheduler
 from lcm_lightning.models.stable_diffusion import StableDiffusion, load_stable_diffusion
-from lcm_lightning.runs.contents import Adapter, read_manifest, write_manifest
+from lcm_lightning.runs.checkpoint_files import find_checkpoint
+from lcm_lightning.runs.contents import Adapter, read_config, read_manifest, write_manifest
 from lcm_lightning.runs.loading import load_run
 
 
@@ -123,6 +126,74 @@ def test_a_students_run_is_not_taken_for_a_teacher_s_lora(tmp_path: Path, names:
     write_manifest(tmp_path / "lora", [Adapter(adapter_kinds()["finetuned"])])
     check_teacher_lora(str(tmp_path), "teacher")
     check_teacher_lora("owner/name", "teacher")
+
+
+def finished(outputs: Path, name: str, kind: str, age: int) -> Path:
+    """A run that ended so many seconds ago, without weights: of an adapter, or of a whole UNet."""
+    run = outputs / name
+    write_manifest(run / ("pipeline" if adapter_kinds()[kind].whole else "lora"), [Adapter(adapter_kinds()[kind])])
+    (run / "checkpoints").mkdir()
+    (run / "checkpoints" / "last.ckpt").touch()
+    (run / "config.yaml").write_text("name: it\n")
+    os.utime(run / "config.yaml", (1e9 - age, 1e9 - age))
+    return run
+
+
+@pytest.fixture
+def outputs(tmp_path: Path) -> Path:
+    """A folder with runs, the newest of a whole UNet, and with one that exported nothing yet and began last."""
+    folder = tmp_path / "outputs"
+    finished(folder, "lora/1", "finetuned", age=9)
+    finished(folder, "lora/2", "finetuned", age=8)
+    finished(folder, "sweep/3/0", "lcm", age=7)
+    finished(folder, "full/4", "full_lcm", age=6)
+    (folder / "lora" / "5").mkdir()
+    (folder / "lora" / "5" / "config.yaml").touch()
+    return folder
+
+
+ASKED = {
+    "run": lambda place: read_config(place),
+    "resume": lambda place: find_checkpoint(str(place), Path()),
+    "teacher": lambda place: check_teacher_lora(str(place), "teacher"),
+    "lcm": lambda place: check_teacher_lcm(str(place), "lcm"),
+}
+
+
+@pytest.mark.parametrize(
+    ("key", "place", "meant"),
+    [
+        *[("run", place, "full/4") for place in (".", "full", "full/4/checkpoints", "full/4/pipeline/unet")],
+        ("run", "lora", "lora/2"),
+        ("run", "sweep/3", "sweep/3/0"),
+        ("run", "sweep", "sweep/3/0"),
+        ("resume", ".", "full/4"),
+        *[("resume", f"lora/1/{inside}", "lora/1") for inside in ("lora", "checkpoints")],
+        *[("teacher", place, "lora/2") for place in (".", "lora", "lora/2/checkpoints")],
+        *[("lcm", place, "full/4") for place in (".", "full", "full/4/checkpoints")],
+    ],
+)
+def test_a_folder_in_a_run_or_of_runs_is_answered_with_the_run_that_is_meant(outputs: Path, key, place, meant):
+    with pytest.raises(UserError, match=rf"did you mean {key}={outputs / meant}\?$"):
+        ASKED[key](outputs / place)
+
+
+def test_no_run_is_proposed_where_none_fits(outputs: Path):
+    with pytest.raises(UserError, match="give a run folder such as"):
+        read_config(outputs / "nowhere")
+    check_teacher_lora(str(outputs / "sweep"), "teacher")  # what loads it says what it is
+    check_teacher_lcm(str(outputs / "lora"), "lcm")
+
+
+def test_inspect_proposes_a_run_too(outputs: Path):
+    with pytest.raises(UserError, match=rf"did you mean {outputs / 'lora/2'}\?$"):
+        next(describe(outputs / "lora"))
+
+
+def test_a_student_s_folder_of_loras_is_not_taken_for_a_teacher_s(outputs: Path):
+    with pytest.raises(UserError, match="a run of LCM-LoRA; give a run of method=lora"):
+        check_teacher_lora(str(outputs / "sweep/3/0/lora"), "teacher")
+    check_teacher_lora(str(outputs / "lora/1/lora"), "teacher")
 
 
 @pytest.mark.parametrize("scheduler", ["SchedulerMixin", "StableDiffusionPipeline", "nothing"])

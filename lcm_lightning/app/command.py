@@ -13,7 +13,7 @@ from omegaconf import DictConfig
 
 from lcm_lightning.config.checks import resolve
 from lcm_lightning.config.entry import command
-from lcm_lightning.errors import UserError
+from lcm_lightning.errors import UserError, install
 
 APP_KEYS: tuple[str, ...] = ("model", "run", "lora", "lora_role", "student", "outputs", "host", "port", "share")
 APP_KEYS += ("kept_models", "accelerator", "dtype")
@@ -25,7 +25,7 @@ def main(cfg: DictConfig) -> None:
     """Entry point."""
     resolve(cfg, APP_KEYS)
     if find_spec("gradio") is None:
-        raise UserError("gradio: is not installed, of which the page is made; pip install 'lcm-lightning[app]'")
+        raise UserError(f"gradio: is not installed, of which the page is made; {install('gradio')}")
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read when it is imported
     logging.getLogger("httpx").setLevel(logging.WARNING)  # by which it asks itself whether it answers
     # Imported once the configuration is right.

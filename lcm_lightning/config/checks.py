@@ -15,7 +15,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from lcm_lightning.config.signatures import parameters
 from lcm_lightning.config.wandb_sources import fetch_artifacts
-from lcm_lightning.errors import SHOW_KEYS, UserError, first_line, suggestion
+from lcm_lightning.errors import SHOW_KEYS, UserError, first_line, shown, suggestion
 
 INSTRUCTIONS = ("_target_", "_partial_", "_recursive_", "_convert_", "_args_")
 WORDS = {int: "a whole number", float: "a number", bool: "true or false", str: "text", type(None): "null"}
@@ -178,7 +178,7 @@ def check_types(cfg: DictConfig, hints: Mapping[str, Any]) -> None:
 def check_type(key: str, value: object, hint: Any) -> None:
     """Raise a `UserError` that names `key` unless `value` is what the type `hint` allows."""
     if not fits(value, hint):
-        raise UserError(f"{key}={value}: expected {describe(hint)}")
+        raise UserError(f"{key}={shown(value)}: expected {describe(hint)}")
 
 
 def check_range(key: str, value: object, low: float, high: float, example: object) -> None:

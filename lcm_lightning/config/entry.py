@@ -6,6 +6,7 @@ import functools
 import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from difflib import get_close_matches
 from pathlib import Path
 from typing import ParamSpec, TypeVar
 
@@ -16,9 +17,9 @@ from hydra.core.plugins import Plugins
 from hydra.plugins.search_path_plugin import SearchPathPlugin
 from omegaconf import DictConfig
 
-from lcm_lightning.config.help import groups_of, help_text, options
+from lcm_lightning.config.help import groups_of, help_text, keys_of, options
 from lcm_lightning.config.resolvers import PACKAGE, register_resolvers
-from lcm_lightning.errors import fail, program, report_configuration_errors, report_user_errors
+from lcm_lightning.errors import fail, no_such_file, program, report_configuration_errors, report_user_errors
 from lcm_lightning.output.streams import lasting_output
 
 P = ParamSpec("P")
@@ -54,6 +55,7 @@ def command(config_name: str) -> Callable[[Callable[P, R]], Callable[[], R | Non
         def answer(*config: DictConfig) -> R | None:
             if {"--help", "-h"}.isdisjoint(sys.argv[1:]):
                 return started(*config)
+            refuse_topics(sys.argv[1:], config_name)
             asked = dict(argument.split("=", 1) for argument in sys.argv[1:] if "=" in argument)
             print(help_text([configurations(), Path.cwd() / "conf"], config_name, program(), asked), end="")
             return None
@@ -102,6 +104,23 @@ def refuse_words(arguments: Sequence[str], config_name: str) -> None:
             fail(f"{argument}: expected key=value; did you mean {' or '.join(meant)}?")
 
 
+def refuse_topics(arguments: Sequence[str], config_name: str) -> None:
+    """End the program where `--help` is asked for what it has no words on; of a command's own settings it says all."""
+    file = configurations() / f"{config_name}.yaml"
+    groups = groups_of(file)
+    keys = {key.partition(".")[0] for key in keys_of(file.read_text(encoding="utf-8").splitlines())}
+    ask = f"`{program()} --help` alone says all"
+    if groups:
+        ask += f", --help GROUP=NAME the keys of a file; groups are {', '.join(groups)}"
+    for _, argument in with_the_one_before(arguments):
+        key, equals, _ = argument.lstrip("+~").partition("=")
+        if not equals:
+            fail(f"{argument}: --help has no such topic; {ask}")
+        if (top := key.partition(".")[0]) not in {*groups, *keys, "hydra"}:
+            close = get_close_matches(top, [*groups, *keys], n=1)
+            fail(f"{argument}: there is no such key; {f'did you mean {close[0]}? ' if close else ''}{ask}")
+
+
 def with_the_one_before(arguments: Sequence[str]) -> Iterator[tuple[str, str]]:
     """Each argument that is no flag and no flag's value, after the one before it, or "" where that is one."""
     flags = get_args_parser()._option_string_actions
@@ -121,7 +140,7 @@ def refuse_numbers(arguments: Sequence[str]) -> None:
         key = argument.lstrip("+").partition("=")[0]
         options = sorted(file.stem for file in (configurations() / key).glob("*.yaml")) if key else []
         if options and re.fullmatch(r"[\d.]+|true|false", argument.partition("=")[2], re.IGNORECASE):
-            fail(f"{argument}: there is no such file in conf/{key}; there are {', '.join(options)}")
+            fail(no_such_file(key, argument.partition("=")[2], options))
 
 
 def with_absolute_config_path(arguments: Sequence[str]) -> list[str]:

@@ -8,7 +8,7 @@ import textwrap
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
-from lcm_lightning.errors import UserError
+from lcm_lightning.errors import UserError, no_such_file
 
 COLUMN = 34  # where explanations start
 GROUP = re.compile(r"  - (?P<key>\w+): (?P<value>\S+)(?: +# (?P<comment>.*))?")
@@ -92,7 +92,7 @@ def asked_for(
         known = options(folders, group)
         option = chosen.get(group, found["value"])
         if group in chosen and option not in known:
-            raise UserError(f"{group}={option}: there is no such file in conf/{group}; there are {', '.join(known)}")
+            raise UserError(no_such_file(group, option, known))
         if group in chosen or group in OWN_GROUPS:
             yield from ((group, name) for name in ([option] if option in known else known))
 

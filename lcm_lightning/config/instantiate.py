@@ -10,9 +10,9 @@ from hydra.errors import InstantiationException
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
-from lcm_lightning.config.teacher_lora import check_teacher_lora
+from lcm_lightning.config.teacher_lora import check_teacher_lcm, check_teacher_lora
 from lcm_lightning.data.buckets import bucket_sizes
-from lcm_lightning.errors import SHOW_KEYS, UserError, first_line, innermost
+from lcm_lightning.errors import SHOW_KEYS, UserError, first_line, innermost, install, missing_package
 
 if TYPE_CHECKING:
     from functools import partial
@@ -72,10 +72,12 @@ def check_settings(cfg: DictConfig) -> None:
 def check_method(cfg: DictConfig) -> None:
     """`check_settings` of the method alone."""
     method = instantiate_group(cfg, "method", _partial_=True)
-    if hasattr(method.func, "check_settings"):
-        method.func.check_settings(**method.keywords)
     if (teacher_lora := cfg.method.get("teacher_lora")) is not None:
         check_teacher_lora(teacher_lora, "method.teacher_lora")
+    if (teacher_lcm := cfg.method.get("teacher_lcm")) is not None:
+        check_teacher_lcm(teacher_lcm, "method.teacher_lcm")
+    if hasattr(method.func, "check_settings"):
+        method.func.check_settings(**method.keywords)
 
 
 def build_module(cfg: DictConfig, precision: str, cache: LatentCache | None = None) -> L.LightningModule:
@@ -229,9 +231,9 @@ def instantiate_group(cfg: DictConfig, group: str, **arguments: object) -> Any:
             remedy = "; trainer=cpu runs without a GPU" if "gpu" in str(cause).lower() else ""
             raise UserError(f"{group}: {first_line(cause)}{remedy}") from error
         if isinstance(cause, ImportError):
-            raise UserError(
-                f"{group}: {first_line(cause)}; conf/{group.partition('.')[0]}/ says what it needs"
-            ) from error
+            package = missing_package(cause)
+            remedy = f"conf/{group.partition('.')[0]}/ says what it needs" if package is None else install(package)
+            raise UserError(f"{group}: {first_line(cause)}; {remedy}") from error
         if isinstance(cause, TypeError | ValueError | RuntimeError | OSError | InstantiationException):
             raise UserError(f"{group}: {first_line(cause)}; `{SHOW_KEYS}` shows its keys") from error
         raise

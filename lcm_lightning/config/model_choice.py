@@ -6,6 +6,7 @@ import logging
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
+from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,10 +17,11 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from lcm_lightning.config.instantiate import instantiate_group, parse_dtype
-from lcm_lightning.errors import UserError, first_line
+from lcm_lightning.errors import UserError, first_line, shown
 from lcm_lightning.evaluation.model_sources import DataChoice, LoadedModel, ModelSource
 from lcm_lightning.methods import adapter_kinds
 from lcm_lightning.runs.contents import MANIFEST, exported, read_adapters, read_config, read_manifest
+from lcm_lightning.runs.folders import did_you_mean
 
 if TYPE_CHECKING:
     import torch
@@ -130,7 +132,9 @@ def _named_model(cfg: DictConfig, name: str, dtype: torch.dtype) -> ModelSource:
             composed = compose(HydraConfig.get().job.config_name, overrides=[f"model={name}"])
         except (MissingConfigException, ConfigCompositionException) as error:
             looks = f"; a run is written run:{name}" if (Path(name).expanduser() / "config.yaml").is_file() else ""
-            raise UserError(f"models: no model is called {name}; expected {SPECS}{looks}") from error
+            close = get_close_matches(name.lower(), getattr(error, "options", None) or (), n=1)
+            meant = f"did you mean {close[0]}? " if close else ""
+            raise UserError(f"models: no model is called {name}; {meant}expected {SPECS}{looks}") from error
         part = OmegaConf.create({"model": OmegaConf.to_container(composed.model, resolve=True)})
 
     def load() -> LoadedModel:
@@ -211,7 +215,7 @@ def _for_each(loras: Sequence[str], key: str, value: Any) -> list[Any]:
 
 def _lora_files(lora: str, role: str | None) -> dict[AdapterKind, Path]:
     """The files at `lora` and what they are for: a run knows, in its folder or published; of others `role` says it."""
-    from lcm_lightning.models.lora_files import download_published, is_out_of_reach, locate_lora
+    from lcm_lightning.models.lora_files import download_published, is_out_of_reach, may_be_hub_id
 
     run = Path(lora).expanduser()
     kinds = adapter_kinds()
@@ -223,16 +227,31 @@ def _lora_files(lora: str, role: str | None) -> dict[AdapterKind, Path]:
     if exported(run) is not None:
         raise UserError(f"lora={lora}: a run that trained a whole UNet and left no LoRA; give run={lora}")
     if role in kinds and not kinds[role].whole:
-        file = locate_lora(lora)
+        file = _locate_lora(lora)
         if is_out_of_reach(lora, MANIFEST):
             log.warning("lora=%s: %s is out of reach; a LoRA that acts with this one would be missing", lora, MANIFEST)
         return {kinds[role]: file}
+    if not may_be_hub_id(lora) or is_out_of_reach(lora, MANIFEST):
+        _locate_lora(lora)  # what is not there is missed before anybody is asked what it is; the hub has the others
     distilled = [kind for kind in kinds.values() if kind.role == "student" and not kind.whole]
     students = [f"lora_role={kind.name} ({kind.title})" for kind in distilled]
     raise UserError(
-        f"lora_role={role}: say what lora={lora} is: {' or '.join(students)}, which is drawn in few steps without "
-        "guidance, or lora_role=finetuned for one that was not distilled; of several in their order, lora_role=[...]"
+        f"lora_role={shown(role)}: say what lora={lora} is: {' or '.join(students)}, which is drawn in few steps "
+        "without guidance, or lora_role=finetuned for one that was not distilled; of several in their order, "
+        "lora_role=[...]"
     )
+
+
+def _locate_lora(lora: str) -> Path:
+    """`locate_lora`, whose refusal of a folder in a run, or of runs, names the run."""
+    from lcm_lightning.models.lora_files import locate_lora
+
+    try:
+        return locate_lora(lora)
+    except UserError as error:
+        if (meant := did_you_mean("lora", lora, exported)) is None:
+            raise
+        raise UserError(f"lora={lora}: holds no LoRA; {meant}") from error
 
 
 def _published_files(lora: str, manifest: Path) -> dict[AdapterKind, Path]:

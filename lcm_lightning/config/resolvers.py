@@ -9,7 +9,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
-from lcm_lightning.runs.folders import auto_run_folder, sweep_time
+from lcm_lightning.runs.folders import auto_run_folder, auto_sweep_time
 
 PACKAGE = Path(__file__).parent.parent
 
@@ -80,6 +80,7 @@ def register_resolvers() -> None:
     """Make the resolvers known to OmegaConf; may be called again."""
     # Found once: the folder must not change while the run fills it, nor between the jobs of a sweep.
     OmegaConf.register_new_resolver("auto_run_folder", auto_run_folder, replace=True, use_cache=True)
+    OmegaConf.register_new_resolver("auto_sweep_time", auto_sweep_time, replace=True, use_cache=True)
     OmegaConf.register_new_resolver("chosen", chosen, replace=True)
     OmegaConf.register_new_resolver("command_name", command_name, replace=True)
     OmegaConf.register_new_resolver("evaluation_folder", evaluation_folder, replace=True)
@@ -90,4 +91,3 @@ def register_resolvers() -> None:
     OmegaConf.register_new_resolver("mul", mul, replace=True)
     OmegaConf.register_new_resolver("package_file", package_file, replace=True)
     OmegaConf.register_new_resolver("sweep_name", sweep_name, replace=True)
-    OmegaConf.register_new_resolver("sweep_time", sweep_time, replace=True, use_cache=True)

@@ -17,18 +17,22 @@ from lightning.pytorch import LightningDataModule
 from lcm_lightning.data.buckets import Size, bucket_sizes, nearest_buckets
 from lcm_lightning.data.latents import LatentCache, LatentChoice, LatentStream, latent_cache, latent_sizes
 from lcm_lightning.data.layouts import DOWNLOADS, data_options, recognise
+from lcm_lightning.data.records import INDEX_NAME
 from lcm_lightning.data.shards import (
     Sample,
     Shard,
     ShardIndex,
+    any_of,
     find_shards,
     fingerprint,
     iterate_shards,
     open_split,
+    prepared_below,
 )
 from lcm_lightning.data.sizes import image_sizes, sizes_of
 from lcm_lightning.data.stream import Augmentation, ShardLoader, ShardStream, check_ranks_agree
 from lcm_lightning.data.teacher_steps import TeacherDraws, TeacherStream, teacher_draws
+from lcm_lightning.data.wrong_sources import meant_folder, published_name, warn_of_name
 from lcm_lightning.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -61,17 +65,33 @@ def locate(name: str, source: str | None) -> ShardIndex:
     place = source or str(Path("data") / name)
     index = find_shards(place) if source or Path(place).is_dir() else None
     if index is not None:
+        found = published_name(place, index)
+        if name in DOWNLOADS and found not in (None, name):
+            warn_of_name(place, str(found), name)
         return index
-    layout = recognise(Path(place)) if Path(place).is_dir() else None
-    if layout is not None:
-        raise UserError(
-            f"data.source={place}: a data set in the layout {layout.title!r}, not shards; make shards of it once with\n"
-            f"  python -m lcm_lightning.prepare {data_options(name)} data.source={place}\n"
-            f"and train without data.source"
+    raise UserError(no_shards(name, source))
+
+
+def no_shards(name: str, source: str | None) -> str:
+    """What to do about a data set of which `locate` finds no shards."""
+    place = Path(source or Path("data") / name)
+    layout = recognise(place)
+    photos = meant_folder(place) if layout is None else place
+    prepared = [place.parent] if (place.parent / INDEX_NAME).is_file() else prepared_below(place, "*", "*/*")
+    if layout is None and source and prepared:
+        return f"data.source={place}: no shards there; did you mean {any_of(prepared)}?"
+    if photos is not None:
+        found = (
+            f"a data set in the layout {layout.title!r}, not shards" if layout else f"no shards, but photos in {photos}"
+        )
+        return (
+            f"data.source={place}: {found}; make shards of it once with\n"
+            f"  python -m lcm_lightning.prepare {data_options(name)} data.source={photos}\n"
+            "and train without data.source"
         )
     where, ready = DOWNLOADS.get(name, ("your own photos: a folder of images with a .txt caption file beside each", ""))
     shards = f"or use ready shards with data.source={ready}" if ready else "or give shards with data.source=..."
-    raise UserError(
+    return (
         f"data.source={source}: no shards found{'' if source else f' in {place}/'}. Download {where}, then run\n"
         f"  python -m lcm_lightning.prepare {data_options(name)} data.source=/path/to/it\n{shards}"
     )
@@ -244,6 +264,12 @@ class CaptionedImages(LightningDataModule):
             "prepare the data set again, or train without validation with data.val_limit=0"
         )
 
+    @property
+    def validates(self) -> bool:
+        """Whether there are shards to validate on, and they are wanted; those of the hub are downloaded then only."""
+        held_out = self.wanted_val_split or self.index.locations.keys() & {"val", "test"}
+        return self.val_limit != 0 and bool(held_out)
+
     @cached_property
     def test_shards(self) -> tuple[Shard, ...]:
         """Shards of the test split."""
@@ -310,9 +336,7 @@ class CaptionedImages(LightningDataModule):
     def train_dataloader(self) -> ShardLoader:
         """Shuffled and augmented batches. Raises `UserError` where the ranks have other shards, also for validation."""
         # Here for both, as the first rank calls `val_dataloader` alone too.
-        held_out = self.wanted_val_split or self.index.locations.keys() & {"val", "test"}
-        validates = self.val_limit != 0 and held_out
-        read = (self.train_shards, self.val_shards if validates else ())
+        read = (self.train_shards, self.val_shards if self.validates else ())
         check_ranks_agree([f"{fingerprint(shards)} {self.bucket_digest(shards)}" for shards in read])
         limit = self.train_limit
         return self.loader(self.train_shards, self.augmentation(True), shuffle_buffer=self.shuffle_buffer, limit=limit)

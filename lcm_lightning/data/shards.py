@@ -25,7 +25,7 @@ from lcm_lightning.data.downloads import DownloadError, download, fetch_json, is
 from lcm_lightning.data.images import ImageFault, decode_image
 from lcm_lightning.data.records import IMAGE_SUFFIXES, INDEX_FORMAT, INDEX_NAME, PARTS_NAME, SPLIT_NAMES, clean_caption
 from lcm_lightning.data.tar import MAX_MEMBER_BYTES, Member, members, read_at
-from lcm_lightning.errors import UserError
+from lcm_lightning.errors import SUGGESTED, UserError
 from lcm_lightning.output.files import sha256_of, write_atomic
 
 log = logging.getLogger(__name__)
@@ -309,8 +309,22 @@ def index_folder(folder: Path) -> ShardIndex | None:
             f"data.source={folder}: shards without {INDEX_NAME}, so `prepare` did not finish there; run it again with "
             "the same options, it goes on where it stopped"
         )
+    if not any(folder.glob("*.tar")) and (prepared := prepared_below(folder, "*")):
+        raise UserError(
+            f"data.source={folder}: prepared shards in folders of their own; did you mean {any_of(prepared)}?"
+        )
     shards = [str(path) for path in (*folder.glob("*.tar"), *folder.glob("*/*.tar"))]
     return ShardIndex(folder.name, group_by_split(shards), {}) if shards else None
+
+
+def prepared_below(folder: Path, *depths: str) -> list[Path]:
+    """Folders of prepared shards in another one, at depths as "*" and "*/*"."""
+    return sorted(file.parent for depth in depths for file in folder.glob(f"{depth}/{INDEX_NAME}"))
+
+
+def any_of(folders: Sequence[Path]) -> str:
+    """The first of several folders, as they are given."""
+    return " or ".join(f"data.source={folder}" for folder in folders[:SUGGESTED])
 
 
 def index_addresses(source: str) -> ShardIndex:

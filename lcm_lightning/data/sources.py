@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import zipfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import ModuleType
@@ -20,7 +21,8 @@ from lcm_lightning.data.shards import (
     read_samples,
     sample_captions,
 )
-from lcm_lightning.errors import UserError, first_line, innermost, short
+from lcm_lightning.data.wrong_sources import check_name, meant_folder, published_name, published_set
+from lcm_lightning.errors import UserError, first_line, innermost, install, short
 
 
 def read_source(source: str | None, name: str) -> Source:
@@ -33,14 +35,21 @@ def read_source(source: str | None, name: str) -> Source:
         raise UserError(f"data.source is not set: {remedy(name)}")
     folder = Path(source).expanduser()
     if folder.is_dir():
-        return read_directory(folder)
+        return read_directory(folder, name)
     index = find_shards(source)
     if index is not None:
+        check_name(source, published_name(source, index), name)
         return read_shards(index)
     if source.count("/") == 1 and not folder.is_absolute() and not folder.is_file():
         return read_hub(source)
     found = "a file" if folder.is_file() else "no such folder, and no id of a data set (owner/name) or shard address"
-    raise UserError(f"data.source={short(source, 60)}: {found}; {remedy(name)}")
+    if folder.is_file() and zipfile.is_zipfile(folder):
+        found = "an archive; unpack it"
+    meant = meant_folder(folder)
+    raise UserError(
+        f"data.source={short(source, 60)}: {found}; "
+        + (remedy(name) if meant is None else f"did you mean data.source={meant}?")
+    )
 
 
 def remedy(name: str) -> str:
@@ -49,20 +58,27 @@ def remedy(name: str) -> str:
     return f"give the folder that holds the images and captions of {name}{download}: data.source=/path/to/it"
 
 
-def read_directory(folder: Path) -> Source:
+def read_directory(folder: Path, name: str) -> Source:
     """A folder: a known layout, shards, or a Hugging Face data set saved as parquet.
 
     Photos come before shards: the shards in a folder of photos are those that were made of them.
+
+    Raises:
+        UserError: none of these, or the photos of a published data set other than `name`.
     """
     contents = Contents.of(folder)
     layout = layout_of(contents)
     if layout is not None:
+        check_name(folder, published_set(contents), name)
         return layout.read(contents)
     index = find_shards(str(folder))
     if index is not None:
+        check_name(folder, published_name(str(folder), index), name)
         return read_shards(index)
     if any(folder.rglob("*.parquet")):
         return read_hub(str(folder))
+    if (meant := meant_folder(folder)) is not None:
+        raise UserError(f"data.source={short(folder, 80)}: holds no captions; did you mean data.source={meant}?")
     looked_for = ", ".join((*(layout.title for layout in LAYOUTS), "*.parquet or *.tar"))
     raise UserError(f"data.source={short(folder, 80)}: no captioned images recognised; expected {looked_for}")
 
@@ -103,8 +119,7 @@ def import_datasets(source: str) -> ModuleType:
         import datasets
     except ImportError as error:
         raise UserError(
-            f"data.source={source}: reading a Hugging Face data set needs the package datasets; "
-            "pip install 'lcm-lightning[hub-datasets]'"
+            f"data.source={source}: reading a Hugging Face data set needs the package datasets; {install('datasets')}"
         ) from error
     return datasets
 

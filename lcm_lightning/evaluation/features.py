@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import CLIPModel, CLIPTokenizer, ImageProcessingMixin
 
-from lcm_lightning.errors import UserError, first_line, short
+from lcm_lightning.errors import UserError, first_line, install, short
 from lcm_lightning.hub import hub_answers, hub_refusal
 from lcm_lightning.models.identity import tensors_digest
 
@@ -66,7 +66,7 @@ class InceptionFeatures:
                 network = NoTrainInceptionV3("inception-v3-compat", ["2048"], None if file is None else str(file))
         except ModuleNotFoundError as error:
             raise UserError(
-                f"evaluation.features=inception: {first_line(error)}; pip install -e .[inception]"
+                f"evaluation.features=inception: {first_line(error)}; {install('torch_fidelity')}"
             ) from error
         except OSError as error:
             raise UserError(

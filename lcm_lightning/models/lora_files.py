@@ -195,7 +195,7 @@ def _download_lora(hub_id: str, key: str) -> Path:
 
 def download_published(hub_id: str, name: str) -> Path | None:
     """The file `name` of a repository on the hub; None where there is no such file, or it is out of reach."""
-    if not _may_be_hub_id(hub_id):
+    if not may_be_hub_id(hub_id):
         return None
     try:
         return Path(hf_hub_download(hub_id, name, local_files_only=not hub_answers()))
@@ -205,10 +205,11 @@ def download_published(hub_id: str, name: str) -> Path | None:
 
 def is_out_of_reach(hub_id: str, name: str) -> bool:
     """Whether, after `download_published`, nobody knows if a repository has the file `name`."""
-    return _may_be_hub_id(hub_id) and try_to_load_from_cache(hub_id, name) is None  # the cache keeps a "no" too
+    return may_be_hub_id(hub_id) and try_to_load_from_cache(hub_id, name) is None  # the cache keeps a "no" too
 
 
-def _may_be_hub_id(text: str) -> bool:
+def may_be_hub_id(text: str) -> bool:
+    """Whether a text is no path here and written as `owner/name`."""
     return not text.startswith((".", "/", "~")) and text.count("/") == 1 and not Path(text).exists()
 
 

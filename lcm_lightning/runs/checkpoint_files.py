@@ -12,7 +12,7 @@ from lightning.pytorch.plugins.io import TorchCheckpointIO
 
 from lcm_lightning.errors import UserError, first_line
 from lcm_lightning.output.files import atomic_file, replace, write_atomic
-from lcm_lightning.runs.folders import AUTO, CHECKPOINTS, checkpoint_files
+from lcm_lightning.runs.folders import AUTO, CHECKPOINTS, checkpoint_files, did_you_mean
 
 log = logging.getLogger(__name__)
 
@@ -121,7 +121,8 @@ def find_checkpoint(resume: str | None, run_dir: Path) -> Path | None:
     files = checkpoint_files(path)
     usable = newest_usable(files)
     if usable is None and (files or resume != AUTO):
-        found = f"neither a .ckpt file nor a run folder with {CHECKPOINTS}/*.ckpt; give one, or resume=auto"
+        meant = did_you_mean("resume", path, checkpoint_files) or "give one, or resume=auto"
+        found = f"neither a .ckpt file nor a run folder with {CHECKPOINTS}/*.ckpt; {meant}"
         broken = f"none of its {len(files)} checkpoints can be read; start anew without resume=, in another folder"
         raise UserError(f"resume={resume}: {broken if files else found}")
     return usable

@@ -16,12 +16,11 @@ from lcm_lightning.methods import adapter_kinds
 from lcm_lightning.models.kinds import LORA_FILE, AdapterKind
 from lcm_lightning.output.files import sha256_of, write_atomic
 from lcm_lightning.output.versions import package_versions
-from lcm_lightning.runs.folders import OVERRIDES
+from lcm_lightning.runs.folders import CONFIG, OVERRIDES, did_you_mean
 
 if TYPE_CHECKING:
     from lightning.pytorch.loggers import Logger
 
-CONFIG = "config.yaml"
 MANIFEST = "adapters.json"
 EXPORTS = ("lora", "pipeline")  # where a run's lies, by what its method trains
 
@@ -56,7 +55,8 @@ def read_config(run: Path) -> DictConfig:
     """
     path = run / CONFIG
     if not path.is_file():
-        raise UserError(f"run={run}: no {CONFIG} there; give a run folder such as outputs/lcm_flickr8k/<date_time>")
+        remedy = did_you_mean("run", run, exported) or "give a run folder such as outputs/lcm_flickr8k/<date_time>"
+        raise UserError(f"run={run}: no {CONFIG} there; {remedy}")
     try:
         config = OmegaConf.load(path)
     except Exception as error:  # of the disk, of YAML or of OmegaConf

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from datetime import datetime
 from pathlib import Path
 
@@ -12,7 +12,9 @@ from omegaconf import OmegaConf
 from lcm_lightning.errors import UserError
 
 AUTO = "auto"
+CONFIG = "config.yaml"
 CHECKPOINTS = "checkpoints"
+SWEEP = "multirun.yaml"  # in a sweep's folder: Hydra's notes of it
 OVERRIDES = "overrides.yaml"  # of the command that trained; Hydra's own in .hydra/ is of the last one, also if refused
 
 
@@ -34,14 +36,54 @@ def auto_run_folder(resume: str | None, experiment: str, overrides: list[str]) -
     return str(root / date_and_time())
 
 
-def sweep_time() -> str:
-    """The last part of the default folder of a sweep.
+def auto_sweep_time(resume: str | None, experiment: str, overrides: list[str]) -> str:
+    """Last part of a sweep's folder: date and time, or with resume=auto that of the newest sweep of the same command.
+
+    A sweep whose jobs left no checkpoint has nothing to go on with. Commands are the same as in `auto_run_folder`.
 
     Raises:
         UserError: as `auto_run_folder`.
     """
-    refuse_own_clocks("hydra.sweep.dir", Path("outputs/sweep"))
+    root = Path("outputs") / experiment
+    if resume == AUTO:
+        notes = [path for path in root.glob(f"*/{SWEEP}") if is_sweep_of(path, overrides) and has_jobs(path.parent)]
+        if notes:
+            return max(notes, key=lambda path: (path.stat().st_mtime, path.parent.name)).parent.name
+    refuse_own_clocks("hydra.sweep.dir", root)
     return date_and_time()
+
+
+def is_sweep_of(notes: Path, overrides: list[str]) -> bool:
+    """Whether Hydra's notes of a sweep are of one started with `overrides`, `resume=` aside."""
+    return _without_resume(typed_in_sweep(notes)) == _without_resume(overrides)
+
+
+def typed_in_sweep(notes: Path) -> list[str]:
+    """What the command line of a sweep said, by Hydra's notes of it."""
+    return list(OmegaConf.select(OmegaConf.load(notes), "hydra.overrides.task") or ())
+
+
+def has_jobs(sweep: Path) -> bool:
+    """Whether jobs of a sweep left checkpoints; of several methods each has its folder, called after the same time."""
+    return any(checkpoint_files(job) for job in sweep.parents[1].glob(f"*/{sweep.name}/*"))
+
+
+def check_own_run(resume: str | None, run_dir: Path, overrides: list[str]) -> None:
+    """Raise a `UserError` where resume=auto would let a job of a sweep go on with another job's run.
+
+    What the sweep has in common may be changed, such as max_steps, as in a run's folder that is named; what it varies
+    has to be that of the run.
+    """
+    if resume != AUTO or not checkpoint_files(run_dir) or same_command(run_dir, overrides):
+        return
+    notes, record = run_dir.parent / SWEEP, run_dir / OVERRIDES
+    varied = {*_without_resume(overrides)} - {*(typed_in_sweep(notes) if notes.is_file() else ())}
+    others = sorted(varied - {*(OmegaConf.load(record) if record.is_file() else ())})
+    if others or not notes.is_file():
+        raise UserError(
+            f"resume=auto: {run_dir} holds a run of another job than this one ({' '.join(others or overrides)}); type "
+            "what the sweep varies as at first, or set hydra.sweep.dir=... to another folder"
+        )
 
 
 def date_and_time() -> str:
@@ -72,6 +114,28 @@ def same_command(run_dir: Path, overrides: list[str]) -> bool:
 
 def _without_resume(overrides: Iterable[str]) -> list[str]:
     return sorted(override for override in overrides if not override.lstrip("+").startswith("resume="))
+
+
+def meant_run(place: Path, usable: Callable[[Path], object]) -> Path | None:
+    """The run that a folder of its own stands for, such as its `lora/`, or else the newest in a folder of runs.
+
+    Args:
+        usable: whether a folder is a run that what is asked for can be had from.
+    """
+    # Around what is not there lies the working folder at last, where a hub's id has nothing to do.
+    near = [folder for folder in place.parents[:2] if folder.parts or place.exists()]
+    around = next(filter(usable, near), None)
+    if around is not None or not place.is_dir():
+        return around
+    # outputs/<experiment>/<date_time>, and of a sweep a level more.
+    configs = [path for depth in (1, 2, 3) for path in place.glob("*/" * depth + CONFIG) if usable(path.parent)]
+    return max(configs, key=lambda path: path.stat().st_mtime).parent if configs else None
+
+
+def did_you_mean(key: str, place: str | Path, usable: Callable[[Path], object]) -> str | None:
+    """A question whether `meant_run` is meant by `key=place`; None where there is none."""
+    run = meant_run(Path(place).expanduser(), usable)
+    return None if run is None else f"did you mean {key}={run}?"
 
 
 def checkpoint_files(run_dir: Path) -> list[Path]:

@@ -26,12 +26,12 @@ class DataRecord:
 
 
 def data_record(data: CaptionedImages) -> DataRecord:
-    """The record of the training shards, and of those validated on where there are some."""
+    """The record of the training shards, and of those that are validated on."""
 
     def listed(shards: tuple[Shard, ...]) -> list[dict[str, Any]]:
         return [{"name": s.path.name, "samples": s.samples, "identity": s.identity} for s in shards]
 
     splits = {"train": listed(data.train_shards)}
-    if data.index.locations.keys() & {"val", "test"}:
+    if data.validates:
         splits[data.val_split] = listed(data.val_shards)
     return DataRecord(data.name, data.fingerprint, splits)
