@@ -89,7 +89,7 @@ class PublishedVae:
 
     def read(self, dtype: torch.dtype) -> nn.Module:
         """See `NetworkFiles`."""
-        options = {**self._options(), "torch_dtype": dtype, "use_safetensors": True, "output_loading_info": True}
+        options = {**self._options(), "dtype": dtype, "use_safetensors": True, "output_loading_info": True}
         try:
             network, report = self._read(options)
         except (OSError, ValueError, RuntimeError) as error:

@@ -370,7 +370,7 @@ def read_network(folder: Path, name: str, dtype: torch.dtype) -> nn.Module:
     options = {
         "use_safetensors": True,
         "variant": weight_files(folder / name)[1],
-        "dtype" if name.startswith("text_encoder") else "torch_dtype": dtype,
+        "dtype": dtype,
         "output_loading_info": True,
         "local_files_only": True,
     }

@@ -25,7 +25,7 @@ from lcm_lightning.evaluation.photos import without_photos
 from lcm_lightning.evaluation.tables import Table, quality_table
 from lcm_lightning.models import pipeline_files
 from lcm_lightning.models.kinds import LORA_FILE, AdapterKind
-from lcm_lightning.models.programs import loader, scheduler_settings
+from lcm_lightning.models.programs import loader, quoted, scheduler_settings
 from lcm_lightning.output.files import write_atomic
 from lcm_lightning.output.pictures import grid_images, png_bytes
 from lcm_lightning.output.visible_files import CARD, EVALUATION_GRID, PICTURES
@@ -246,13 +246,13 @@ def usage(
     return _template("usage.py.j2").render(
         kind=kind,
         adapters=adapters,
-        base=base.hub_id or f"path/to/{base.name}",
+        base=quoted(base.hub_id or f"path/to/{base.name}"),
         pipeline=pipeline,
         load=load,
-        place=repo_id or "path/to/this/folder",
+        place=quoted(repo_id or "path/to/this/folder"),
         settings=[f"{key}={value!r}" for key, value in settings.items()],
         call=[f"{key}={value!r}" for key, value in call.items()],
-        prompt=json.dumps(prompt, ensure_ascii=False),
+        prompt=quoted(prompt),
     )
 
 
