@@ -194,7 +194,7 @@ def main(cfg: DictConfig) -> None:
     quiet_known_warnings()
     loaded = source.load()
     model = loaded.model.to(device)
-    usual = usual_kind(loaded.adapters)
+    usual = usual_kind(loaded.adapters, model.guidance_scale)
     sampler = usual.sampler if cfg.sampler is None else find_sampler(cfg.sampler, loaded.adapters)
     steps = usual.steps if cfg.steps is None else cfg.steps
     guidance_scale = usual.guidance_scale if cfg.guidance_scale is None else cfg.guidance_scale

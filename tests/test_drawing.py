@@ -112,8 +112,8 @@ def test_a_picture_s_file_says_weights_and_the_photo_it_was_drawn_from(drawn, lo
 
 def test_the_student_among_adapters_says_how_they_are_drawn_from():
     student, style = LcmLoraDistillation.kind, LoraFinetuning.kind
-    assert usual_kind([student, style]) is usual_kind([style, student]) is student
-    assert usual_kind([style]) is style and usual_kind([]) is BASE
+    assert usual_kind([student, style], 7.5) is usual_kind([style, student], 7.5) is student
+    assert usual_kind([style], 7.5) is style and usual_kind([], 7.5) == BASE
 
 
 @pytest.mark.parametrize("strength", [0.6, 1.0])

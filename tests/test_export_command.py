@@ -443,7 +443,7 @@ def test_the_printed_program_walks_as_generate_does(
     ("kind", "sampler"), [(Dmd2LoraDistillation.kind, "LCM"), (PcmLoraDistillation.kind, "TCD"), (STYLE, "DDIM")]
 )
 def test_what_to_set_is_named_as_interfaces_do(kind: AdapterKind, sampler: str):
-    assert f" steps of {sampler} at CFG" in settings([kind])
+    assert f" steps of {sampler} at CFG" in settings(kind)
 
 
 def test_a_lora_s_file_gives_the_other_layout(folders, student: Path, tmp_path: Path):
@@ -639,7 +639,7 @@ def tcd(solver_steps: int, eta: float = 0.0) -> AdapterKind:
 @pytest.mark.parametrize(("prediction", "drawn"), [("epsilon", True), ("v_prediction", False)])
 def test_it_is_said_where_openvino_genai_cannot_draw(prediction: str, drawn: bool, caplog: pytest.LogCaptureFixture):
     schedule = {**SD15_SCHEDULER, "prediction_type": prediction}
-    known_scheduler(make_scheduler(STUDENT.sampler, schedule), [STUDENT], schedule)
+    known_scheduler(make_scheduler(STUDENT.sampler, schedule), STUDENT, schedule)
     assert ("OpenVINO GenAI cannot draw" in caplog.text) != drawn
 
 
@@ -658,7 +658,7 @@ def test_a_scheduler_that_openvino_genai_does_not_have_is_one_that_it_has_where_
     model = load_stable_diffusion(str(folders("v1")))
     model.scheduler_config["set_alpha_to_one"] = True
     own: Any = make_scheduler(kind.sampler, model.scheduler_config)
-    found = known_scheduler(own, [kind], model.scheduler_config)
+    found = known_scheduler(own, kind, model.scheduler_config)
     assert type(found).__name__ == name
     assert ("OpenVINO GenAI has no TCDScheduler" in caplog.text) == (name == "TCDScheduler")
     if name == "DDIMScheduler":

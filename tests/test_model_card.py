@@ -44,7 +44,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory, flickr_shards: Path) -> dict[
     shared += ("method.warmup_steps=0", "optimizer.lr=0.05")  # far enough that its adapter shows in a picture
     places = {name: folder / name for name in ("finetuned", "student")}
     for name, options in {
-        "finetuned": ("method=lora", "callbacks.samples.guidance_scale=2.0"),
+        "finetuned": ("method=lora",),
         "student": (
             "method=tcd_lora",
             f"method.teacher_lora={places['finetuned']}",

@@ -64,7 +64,8 @@ class StudentQuality(L.Callback):
         num_images: so many pictures of each; one a photo.
         steps: the student's; None for its method's usual number.
         seed: picture i starts from the noise of ``seed + i``.
-        teacher_steps, guidance_scale: the teacher's DDIM steps and guidance (diffusers' form).
+        teacher_steps, guidance_scale: the teacher's DDIM steps and guidance (diffusers' form); None for the model's own
+            guidance.
         batch_size: images at a time.
         min_photos: with fewer held-out photos, CMMD and KID are to the teacher's pictures.
         bootstrap_samples: ways to halve the pictures behind each interval; 0 for none.
@@ -79,7 +80,7 @@ class StudentQuality(L.Callback):
         steps: int | None = None,
         seed: int = 0,
         teacher_steps: int = 50,
-        guidance_scale: float = 7.5,
+        guidance_scale: float | None = None,
         batch_size: int = 8,
         min_photos: int = 32,
         bootstrap_samples: int = 100,

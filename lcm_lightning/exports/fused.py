@@ -24,7 +24,7 @@ def fuse(model: StableDiffusion, kinds: Sequence[AdapterKind], dtype: torch.dtyp
     fuse_adapters(model, [kind.name for kind in kinds if not kind.whole])
     whole = any(kind.whole for kind in kinds)  # of which the one acts already, in the place of the model's own UNet
     pipeline = getattr(diffusers, model.lcm_pipeline if whole else model.pipeline)
-    scheduler = make_scheduler(usual_kind(kinds).sampler, model.scheduler_config)
+    scheduler = make_scheduler(usual_kind(kinds, model.guidance_scale).sampler, model.scheduler_config)
     model.set_memory_format(torch.contiguous_format)  # as files have it
     return pipeline(**model.pipeline_parts(), scheduler=scheduler).to(dtype)
 

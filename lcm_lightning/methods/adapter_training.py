@@ -134,10 +134,15 @@ class Training(FusedClipping, ABC):
         return None
 
     def sampling_setups(
-        self, *, teacher_steps: int, guidance_scale: float, student_steps: Sequence[int]
+        self, *, teacher_steps: int, guidance_scale: float | None = None, student_steps: Sequence[int]
     ) -> list[SamplingSetup]:
-        """The ways of drawing images that show what training has done: with and without the adapter."""
+        """The ways of drawing images that show what training has done: with and without the adapter.
+
+        Args:
+            guidance_scale: of base, fine-tuned model and teacher; None for the model's own.
+        """
         kind, names = self.kind, (self.kind.name,)
+        guidance_scale = self.model.guidance_scale if guidance_scale is None else guidance_scale
         if kind.role == "student":
             tried = [
                 SamplingSetup(kind.label(steps), names, kind.sampler, steps, kind.guidance_scale)

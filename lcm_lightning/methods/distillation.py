@@ -11,7 +11,7 @@ from torch import Tensor
 from lcm_lightning.diffusion.consistency import Denoiser, GuidedDenoiser, OdeDistillation
 from lcm_lightning.errors import UserError
 from lcm_lightning.methods.adapter_training import AdapterTraining, Training
-from lcm_lightning.methods.lora import LoraFinetuning
+from lcm_lightning.methods.lora import finetuned_kind
 from lcm_lightning.models.adapters import active_adapters, fuse_lora
 from lcm_lightning.models.condition import Condition
 from lcm_lightning.models.kinds import AdapterKind
@@ -68,7 +68,7 @@ class GuidedDistillation(Training):
     @property
     def below(self) -> tuple[AdapterKind, str] | None:
         """The teacher's LoRA."""
-        return None if self.teacher_lora is None else (LoraFinetuning.kind, self.teacher_lora)
+        return None if self.teacher_lora is None else (finetuned_kind(self.model), self.teacher_lora)
 
     @property
     def unconditional(self) -> Condition:

@@ -108,7 +108,7 @@ class KdLoraDistillation(AdapterTraining):
         return self.distillation.imitation_losses(student, teacher, latents, noise, step_index, self.alphas_cumprod)
 
     def sampling_setups(
-        self, *, teacher_steps: int, guidance_scale: float, student_steps: Sequence[int]
+        self, *, teacher_steps: int, guidance_scale: float | None = None, student_steps: Sequence[int]
     ) -> list[SamplingSetup]:
         """The full LCM in its own few steps, told the middle of the range, and the student."""
         _, *students = super().sampling_setups(
