@@ -107,7 +107,7 @@ def test_a_finetuned_run_is_distilled_and_both_adapters_are_in_the_student_s_fol
 
 @pytest.mark.multiprocess
 @pytest.mark.slow
-@pytest.mark.parametrize("experiment", ["lora_flickr8k", "lcm_flickr8k"])
+@pytest.mark.parametrize("experiment", [pytest.param("lora_flickr8k", marks=pytest.mark.thorough), "lcm_flickr8k"])
 def test_two_processes_leave_one_run_folder(
     in_folder: Path, pipeline_folder: Path, flickr_shards: Path, train_command: Command, experiment: str
 ):
