@@ -6,8 +6,9 @@ UNFINISHED := .venv/.unfinished# by an interrupted set-up, which pip cannot go o
 NOW := $(shell date +%Y-%m-%d_%H-%M-%S)
 SLOW := slow or multiprocess
 PRETRAIN := outputs/pretrain
-# A process a core, each with one thread: a file of tests shares what is costly to make.
-PARALLEL := -n auto --maxprocesses 8 --dist loadfile
+# A process a core, each with one thread: a file of tests shares what is costly to make. In the order of their names: by
+# number of tests the longest, which are few, would come last, and one core would wait.
+PARALLEL := -n auto --maxprocesses 8 --dist loadfile --no-loadscope-reorder
 
 .PHONY: help setup quickstart app test test-fast test-thorough test-faults coverage eval bench methods-table lint docs docs-commands pretrain
 

@@ -113,6 +113,7 @@ def test_two_processes_train_what_one_does(
 
 @pytest.mark.slow
 @pytest.mark.multiprocess
+@pytest.mark.thorough
 def test_two_processes_train_on_cached_latents_what_one_does(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pipeline_folder: Path, seven_shards: Path, train_command: Command
 ):
