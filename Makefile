@@ -6,15 +6,17 @@ UNFINISHED := .venv/.unfinished# by an interrupted set-up, which pip cannot go o
 NOW := $(shell date +%Y-%m-%d_%H-%M-%S)
 SLOW := slow or multiprocess
 PRETRAIN := outputs/pretrain
-# A process a core, each with one thread: a file of tests shares what is costly to make.
-PARALLEL := -n auto --maxprocesses 8 --dist loadfile
+# A process a core, each with one thread: a file of tests shares what is costly to make. In the order of their names: by
+# number of tests the longest, which are few, would come last, and one core would wait.
+PARALLEL := -n auto --maxprocesses 8 --dist loadfile --no-loadscope-reorder
 
-.PHONY: help setup quickstart app test test-fast test-faults coverage eval bench methods-table lint docs docs-commands pretrain
+.PHONY: help setup quickstart app test test-fast test-thorough test-faults coverage eval bench methods-table lint docs docs-commands pretrain
 
 help:
 	@echo "make quickstart        fine-tune, distil and evaluate the embedded pipeline, 8 minutes on two cores"
 	@echo "make app               draw in the browser, teacher and students side by side; more in ARGS=..."
-	@echo "make test              all tests; make test-fast leaves out the slow ones"
+	@echo "make test              the tests; make test-fast leaves out the slow ones"
+	@echo "make test-thorough     further settings of slow tests, ten minutes"
 	@echo "make test-faults       the long tests of faults: runs killed at random, damaged files and networks"
 	@echo "make coverage          all tests, and which lines of the package they run: at least 90 %, in htmlcov/"
 	@echo "make eval RUN=...      evaluate a run folder; more arguments in ARGS=..."
@@ -64,7 +66,10 @@ test: $(READY)
 	$(BIN)/python -m pytest $(PARALLEL) $(ARGS)
 
 test-fast: $(READY)
-	$(BIN)/python -m pytest $(PARALLEL) -m "not ($(SLOW) or faults)" $(ARGS)
+	$(BIN)/python -m pytest $(PARALLEL) -m "not ($(SLOW) or faults or thorough)" $(ARGS)
+
+test-thorough: $(READY)
+	$(BIN)/python -m pytest $(PARALLEL) -m thorough $(ARGS)
 
 test-faults: $(READY)
 	$(BIN)/python -m pytest -m faults -s $(ARGS)

@@ -54,7 +54,7 @@ def write_kohya(
 
     check_loras("kohya", kinds)
     tensors = joint_state_dict(model, [kind.name for kind in kinds], dtype)
-    return kohya_lora(write_kohya_lora(tensors, model, kinds, folder, described), kinds)
+    return kohya_lora(write_kohya_lora(tensors, model, kinds, folder, described), model, kinds)
 
 
 def write_fused(
@@ -65,7 +65,7 @@ def write_fused(
     from lcm_lightning.exports.usage import diffusers_folder
 
     write_pipeline(model, kinds, folder, dtype)
-    return diffusers_folder(folder, kinds, dtype)
+    return diffusers_folder(folder, model, kinds, dtype)
 
 
 def write_single_file(
@@ -75,7 +75,7 @@ def write_single_file(
     from lcm_lightning.exports.single_checkpoint import write_single_file as write
     from lcm_lightning.exports.usage import single_file
 
-    return single_file(write(model, kinds, folder, dtype, described), kinds)
+    return single_file(write(model, kinds, folder, dtype, described), model, kinds)
 
 
 def write_onnx(
@@ -86,7 +86,7 @@ def write_onnx(
     from lcm_lightning.exports.usage import differences, optimum_folder
 
     found = write(model, kinds, folder, dtype)
-    return f"{differences(found, 'onnxruntime')}\n\n{optimum_folder(folder, kinds)}"
+    return f"{differences(found, 'onnxruntime')}\n\n{optimum_folder(folder, model, kinds)}"
 
 
 def write_openvino(
@@ -97,7 +97,7 @@ def write_openvino(
     from lcm_lightning.exports.usage import differences, openvino_folder
 
     found = write(model, kinds, folder, dtype)
-    return f"{differences(found, 'OpenVINO')}\n\n{openvino_folder(folder, kinds)}"
+    return f"{differences(found, 'OpenVINO')}\n\n{openvino_folder(folder, model, kinds)}"
 
 
 def check_loras(name: str, kinds: Sequence[AdapterKind]) -> None:
@@ -170,19 +170,8 @@ def megabytes(size: int) -> str:
 
 
 OF_HUB = ("private", "revision", "commit_message", "create_pr", "base_model")  # that a format has no use for
-OF_FORMATS: tuple[str, ...] = (
-    "model",
-    "lora",
-    "weights",
-    "lora_role",
-    "student",
-    "format",
-    "dtype",
-    "title",
-    "author",
-    "overwrite",
-)
-OF_FORMATS += ("output",)
+OF_BOTH = ("run", "license", "push_to_hub")
+OF_FORMATS = tuple(key for key in EXPORT_KEYS if key not in (*OF_BOTH, *OF_HUB))
 
 
 def typed() -> set[str]:

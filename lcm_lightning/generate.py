@@ -19,6 +19,7 @@ from lcm_lightning.config.entry import command
 from lcm_lightning.data.images import MAX_PIXELS, ImageFault, decode_image, normalise, resize_shorter_side
 from lcm_lightning.errors import UserError
 from lcm_lightning.methods import adapter_kinds
+from lcm_lightning.output.files import write_atomic
 from lcm_lightning.output.pictures import contact_sheet, drawing_settings, png_bytes, settings_text, to_pil
 from lcm_lightning.output.progress import image_progress
 
@@ -65,11 +66,9 @@ def write_pictures(pictures: Mapping[str, Image.Image], settings: Mapping[str, s
     None is written over another picture: where one of an earlier call has a name of these, all get the first number
     that leaves none in the way, `cat-0_2.png`. The same pictures again are the same files.
     """
-    folder.mkdir(parents=True, exist_ok=True)
     contents = {name: png_bytes(picture, settings.get(name, "")) for name, picture in pictures.items()}
     for path, content in (files := free_files(contents, folder)).items():
-        path.with_name(f".{path.name}").write_bytes(content)
-        path.with_name(f".{path.name}").replace(path)
+        write_atomic(path, content)
     return list(files)
 
 
@@ -215,7 +214,7 @@ def main(cfg: DictConfig) -> None:
     quiet_known_warnings()
     loaded = source.load()
     model = loaded.model.to(device)
-    usual = usual_kind(loaded.adapters)
+    usual = usual_kind(loaded.adapters, model.guidance_scale)
     sampler = usual.sampler if cfg.sampler is None else find_sampler(cfg.sampler, loaded.adapters)
     steps = usual.steps if cfg.steps is None else cfg.steps
     guidance_scale = usual.guidance_scale if cfg.guidance_scale is None else cfg.guidance_scale
@@ -264,7 +263,12 @@ def main(cfg: DictConfig) -> None:
         init_image=cfg.init_image,
         strength=None if init_image is None else init_image.strength,
     )
-    for path in write_pictures(pictures, settings_by_name(prompts, seeds, cfg.negative_prompt, said), Path(cfg.output)):
+    try:
+        files = write_pictures(pictures, settings_by_name(prompts, seeds, cfg.negative_prompt, said), Path(cfg.output))
+    except OSError as error:
+        remedy = "make room there, or set output=..."
+        raise UserError(f"output={cfg.output}: cannot be written ({error}); {remedy}") from error
+    for path in files:
         print(path)
 
 

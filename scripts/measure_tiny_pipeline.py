@@ -43,7 +43,7 @@ def main() -> None:
 
 def draw(folder: Path, captions: Sequence[str]) -> list[Image.Image]:
     """An image of each caption, by diffusers' own pipeline: DPM-Solver++, 25 steps, guidance 4, seeds 0, 1, 2, ..."""
-    pipeline = StableDiffusionPipeline.from_pretrained(folder, torch_dtype=torch.bfloat16)
+    pipeline = StableDiffusionPipeline.from_pretrained(folder, dtype=torch.bfloat16)
     pipeline.scheduler = DPMSolverMultistepScheduler.from_config(pipeline.scheduler.config)
     pipeline.set_progress_bar_config(disable=True)
     images: list[Image.Image] = []

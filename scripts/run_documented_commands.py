@@ -38,13 +38,16 @@ from documented_commands import (
     programs,
     shrunk,
 )
+from lcm_lightning.models.architectures import SD15_SCHEDULER
 
 LINKED = ("conf", "lcm_lightning", "benchmarks", "scripts", "tests", "docs", "train.py", "evaluate.py")
 LINKED += ("Makefile", "README.md", "pyproject.toml", "constraints.txt")
 EMOJI = ROOT / "lcm_lightning" / "assets" / "data" / "twemoji_small"
+PIPELINE = ROOT / "lcm_lightning" / "assets" / "tiny"
 PREPARE = "-m lcm_lightning.prepare prepare.workers=1 data.source=material/photos"
 CACHE = "-m lcm_lightning.prepare model=tiny cache.batch_size=8"
 TRAIN = f"train.py data=twemoji_small {TINY['train']}"
+READERS = "model.path=material/pipeline"  # which stands for Stable Diffusion v1-5
 # What the placeholders of documented_commands.py stand for is made by these, once.
 MATERIAL = (
     f"{PREPARE} data=flickr8k",
@@ -52,9 +55,10 @@ MATERIAL = (
     f"{PREPARE} data=folder",
     f"{CACHE} data=flickr8k data.source=data/flickr8k cache=latents",
     f"{CACHE} data=flickr8k data.source=data/flickr8k-latents cache=teacher method=lcm_lora",
-    f"{TRAIN} experiment=quickstart_lora hydra.run.dir=material/runs/finetuned",
-    f"{TRAIN} experiment=quickstart method.teacher_lora=material/runs/finetuned hydra.run.dir=material/runs/student",
-    f"{TRAIN} method=lcm hydra.run.dir=material/runs/full_lcm",
+    f"{TRAIN} {READERS} experiment=quickstart_lora hydra.run.dir=material/runs/finetuned",
+    f"{TRAIN} {READERS} experiment=quickstart method.teacher_lora=material/runs/finetuned "
+    "hydra.run.dir=material/runs/student",
+    f"{TRAIN} {READERS} method=lcm hydra.run.dir=material/runs/full_lcm",
 )
 LIMIT = 900  # seconds a command may take
 REFUSED = 2  # exit status of a command that is answered with an error
@@ -109,6 +113,7 @@ def make_material(folder: Path, photos: Path | None) -> None:
         (folder / name).symlink_to(ROOT / name)
     (folder / "material").mkdir()
     write_emoji(folder / "material")
+    write_pipeline(folder / "material" / "pipeline")
     if photos is not None:
         shutil.rmtree(folder / "material" / "photos")
         (folder / "material" / "photos").symlink_to(photos.resolve())
@@ -116,6 +121,13 @@ def make_material(folder: Path, photos: Path | None) -> None:
         finished = start([sys.executable, *shlex.split(line)], folder, variables())
         if finished.returncode:
             raise SystemExit(f"{line}\n{finished.stdout}{finished.stderr}")
+
+
+def write_pipeline(folder: Path) -> None:
+    """The embedded networks with Stable Diffusion's schedule, without which they can be no checkpoint in one file."""
+    shutil.copytree(PIPELINE, folder, ignore=shutil.ignore_patterns("student"))
+    config = folder / "scheduler" / "scheduler_config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | SD15_SCHEDULER))
 
 
 def write_emoji(folder: Path) -> None:

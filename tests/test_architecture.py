@@ -25,7 +25,7 @@ USES = {
     "sharing": {"data", "evaluation", "hub", "models", "output", "runs"},
     "callbacks": {"data", "evaluation", "exports", "methods", "models", "output", "runs", "sharing", "tracking"},
     "toy": {"data", "diffusion", "methods", "models"},
-    "config": {"data", "evaluation", "methods", "models", "output", "runs", "tracking"},
+    "config": {"data", "evaluation", "hub", "methods", "models", "output", "runs", "tracking"},
     "prepare": {"config", "data", "methods", "models", "output", "tracking"},
     "app": {"config", "evaluation", "methods", "models", "output", "runs"},
     "train": {"callbacks", "config", "output", "runs"},

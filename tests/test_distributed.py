@@ -73,7 +73,9 @@ def column(run: Path, name: str) -> list[float]:
 @pytest.mark.slow
 @pytest.mark.multiprocess
 # Rates at which the adapter moves by some hundredths: far more than the tolerance, and not so far that rounding grows.
-@pytest.mark.parametrize(("experiment", "lr"), [("lora_flickr8k", 2.0), ("lcm_flickr8k", 0.1)])
+@pytest.mark.parametrize(
+    ("experiment", "lr"), [pytest.param("lora_flickr8k", 2.0, marks=pytest.mark.thorough), ("lcm_flickr8k", 0.1)]
+)
 def test_two_processes_train_what_one_does(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -111,6 +113,7 @@ def test_two_processes_train_what_one_does(
 
 @pytest.mark.slow
 @pytest.mark.multiprocess
+@pytest.mark.thorough
 def test_two_processes_train_on_cached_latents_what_one_does(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pipeline_folder: Path, seven_shards: Path, train_command: Command
 ):

@@ -173,6 +173,7 @@ def test_every_layer_has_a_mask_of_its_own_and_adds_nothing_to_the_state(pipelin
 
 
 @pytest.mark.slow
+@pytest.mark.thorough
 def test_a_compiled_unet_drops_alike(pipeline_folder: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(UNet2DConditionModel, "compile", partialmethod(nn.Module.compile, backend="eager"))
     batch = random_batch(1, 2)

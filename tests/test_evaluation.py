@@ -19,6 +19,7 @@ from diffusers import EulerDiscreteScheduler, StableDiffusionPipeline
 from peft import LoraConfig, get_peft_model_state_dict
 from PIL import Image
 
+from helpers.commands import in_process
 from lcm_lightning.errors import UserError
 from lcm_lightning.evaluation.contenders import Lineup
 from lcm_lightning.evaluation.features import Clip, InceptionFeatures
@@ -355,11 +356,22 @@ def test_generate_draws_several_prompts_into_one_sheet(tmp_path: Path):
         ("generate", ("model=tiny", "prompt=x", "resolution=65"), "resolution=65: expected a positive multiple"),
     ],
 )
-def test_mistakes_are_one_message(tmp_path: Path, program: str, overrides: tuple[str, ...], said: str):
-    start = (str(ROOT / "evaluate.py"),) if program == "evaluate" else ("-m", "lcm_lightning.generate")
-    finished = python(*start, *overrides, *(("logger=csv",) if program == "evaluate" else ()), cwd=tmp_path)
-    assert finished.returncode not in (0, None)
-    assert said in finished.stderr and "Traceback" not in finished.stderr
+def test_mistakes_are_one_message(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+    program: str,
+    overrides: tuple[str, ...],
+    said: str,
+):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    name = {"evaluate": "evaluate", "generate": "lcm_lightning.generate"}[program]
+    with pytest.raises(SystemExit) as end:
+        in_process(name, *overrides, *(("logger=csv",) if program == "evaluate" else ()))
+    stderr = capfd.readouterr().err
+    assert end.value.code not in (0, None)
+    assert said in stderr and "Traceback" not in stderr
     assert not [path for path in tmp_path.rglob("*") if path.name != "cache" and "cache" not in path.parts]
 
 

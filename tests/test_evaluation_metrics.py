@@ -309,7 +309,7 @@ def trial(seed, d, n, shift, samples, decay=0.0):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("d", [4, 16])
+@pytest.mark.parametrize("d", [pytest.param(4, marks=pytest.mark.thorough), 16])
 def test_intervals_cover_what_they_promise(d):
     """Nominal 95 %: of 300 experiments 90 to 99 % must cover, which chance misses once in 10,000 if 95 % is true.
 
@@ -336,7 +336,9 @@ def test_intervals_cover_what_they_promise(d):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("d", "n", "decay", "limit"), [(16, 200, 0.0, True), (128, 150, 0.7, False)])
+@pytest.mark.parametrize(
+    ("d", "n", "decay", "limit"), [(16, 200, 0.0, True), pytest.param(128, 150, 0.7, False, marks=pytest.mark.thorough)]
+)
 def test_standard_errors_of_fid_between_equals_are_neither_too_small_nor_too_large(d, n, decay, limit):
     """Also where there are hardly more images than features."""
     found = [trial(seed, d, n, 0.0, samples=50, decay=decay) for seed in range(200)]
@@ -348,7 +350,7 @@ def test_standard_errors_of_fid_between_equals_are_neither_too_small_nor_too_lar
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("shift", [0.0, 0.2])
+@pytest.mark.parametrize("shift", [pytest.param(0.0, marks=pytest.mark.thorough), 0.2])
 def test_extrapolated_fid_covers_the_distance_of_the_distributions(shift):
     """Gaussians whose distance is known, at so few images that plain FID is mostly bias."""
     d, n, trials = 16, 200, 200

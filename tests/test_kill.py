@@ -36,16 +36,21 @@ def kill_until(
 @pytest.mark.parametrize(
     "setting",
     [
-        "lcm, two workers",
         "lora, one worker, accumulated",
-        "lcm, latents, two workers",
-        "lora, a sample that is no number",
         "lcm, teacher's steps, two workers",
-        "tcd, two workers",
         "pcm with a discriminator, no worker",
         "dmd2, one worker",
-        "full lcm, two workers",
-        "kd, two workers",
+        *(
+            pytest.param(setting, marks=pytest.mark.thorough)
+            for setting in (
+                "lcm, two workers",
+                "lcm, latents, two workers",
+                "lora, a sample that is no number",
+                "tcd, two workers",
+                "full lcm, two workers",
+                "kd, two workers",
+            )
+        ),
     ],
 )
 def test_a_few_kills_change_no_bit(start: Start, tmp_path: Path, setting: str):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import warnings
 from pathlib import Path
 
 import diffusers
@@ -13,10 +14,12 @@ import torch
 from huggingface_hub import ModelCard
 from omegaconf import DictConfig, OmegaConf
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 from helpers.commands import ROOT, SMALL, SMALLER, in_process
 from lcm_lightning.errors import UserError
 from lcm_lightning.evaluation.tables import REAL
+from lcm_lightning.hub import is_hub_id
 from lcm_lightning.models.kinds import LORA_FILE
 from lcm_lightning.output.pictures import grid_images, labelled_grid, png_bytes
 from lcm_lightning.runs.contents import weights_digest
@@ -27,7 +30,6 @@ from lcm_lightning.sharing.model_card import (
     MARK,
     CardSettings,
     evaluation_of,
-    hub_datasets,
     write_card,
 )
 from lcm_lightning.sharing.redaction import HIDDEN, public, public_overrides, public_text
@@ -44,7 +46,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory, flickr_shards: Path) -> dict[
     shared += ("method.warmup_steps=0", "optimizer.lr=0.05")  # far enough that its adapter shows in a picture
     places = {name: folder / name for name in ("finetuned", "student")}
     for name, options in {
-        "finetuned": ("method=lora", "callbacks.samples.guidance_scale=2.0"),
+        "finetuned": ("method=lora",),
         "student": (
             "method=tcd_lora",
             f"method.teacher_lora={places['finetuned']}",
@@ -108,7 +110,9 @@ def test_the_card_s_program_draws_what_the_run_draws(
     code = program(runs[name]).replace("path/to/tiny", str(TINY)).replace("path/to/this/folder", str(lora))
     assert code.count("load_lora_weights") == {"finetuned": 1, "student": 2}[name]
     code = re.sub("num_inference_steps=50", "num_inference_steps=10", code)
-    exec(compile(code, str(lora / CARD), "exec"), {})
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", FutureWarning)  # of what later versions will not take
+        exec(compile(code, str(lora / CARD), "exec"), {})
 
     prompt = card(runs[name]).data.to_dict()["widget"][0]["text"]
     steps = ("steps=10",) if name == "finetuned" else ()
@@ -235,11 +239,45 @@ def test_a_model_in_the_hub_s_cache_is_known_by_its_id(tmp_path: Path):
     assert base_model({"path": str(snapshot)}).hub_id == "owner/name"
 
 
-@pytest.mark.parametrize("path", ["outputs/mine", "data/model", "models/sd15"])
-def test_a_folder_s_usual_name_is_never_taken_for_an_id(path: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.chdir(tmp_path)  # a card may be renewed elsewhere
-    assert base_model({"path": path}).hub_id is None
-    assert hub_datasets({"name": "mine", "source": path}) == []
+@pytest.mark.parametrize("is_here", [True, False])
+def test_a_renewed_card_knows_a_folder_from_an_id_as_the_first_one_did(
+    is_here: bool, student: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Model and data lie where a run is trained, and nothing of them where its card is renewed."""
+    set_in_config(student, model__path="some/model", data__source="some/data", data__name="mine")
+    (student / "lora" / CARD).unlink()
+    (tmp_path / "elsewhere").mkdir()
+    for place in ("model", "data") if is_here else ():
+        (tmp_path / "some" / place).mkdir(parents=True)
+    for folder in (tmp_path, tmp_path / "elsewhere"):
+        monkeypatch.chdir(folder)
+        write_card(student)
+        head = card(student).data.to_dict()
+        ids = (head.get("base_model"), head.get("datasets"))
+        assert ids == ((None, None) if is_here else ("some/model", ["some/data"]))
+
+
+@pytest.mark.parametrize(
+    ("text", "is_id"),
+    [
+        ("owner/name", True),
+        ("name", False),
+        ("a/b/c", False),
+        ("./model", False),
+        ("~/model", False),
+        ("/model", False),
+        ("owner/file.safetensors", False),
+        ("owner/with space", False),
+        ("here/model", False),
+        (r"C:\models\sd15", False),
+    ],
+)
+def test_an_id_is_what_the_hub_takes_and_nothing_here_is_called(
+    text: str, is_id: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "here" / "model").mkdir(parents=True)
+    assert is_hub_id(text) == is_id
 
 
 def test_the_command_is_of_the_model_s_size_whatever_it_is_called(student: Path):
@@ -273,6 +311,24 @@ def test_a_base_model_in_one_file_is_loaded_by_its_own_pipeline(
     assert f"from diffusers import {name}, TCDScheduler" in code
     assert f'pipe = {name}.from_single_file("path/to/mine.safetensors"' in code
     assert callable(getattr(diffusers, name).from_single_file)
+    assert "prediction_type='epsilon'" in code  # which no file of this kind makes diffusers' scheduler say
+
+
+def test_a_corrected_prediction_type_is_in_the_program(student: Path):
+    assert "prediction_type" not in program(student)
+    header = {"modelspec.prediction_type": "v", "modelspec.architecture": "stable-diffusion-v1/lora"}
+    save_file(load_file(student / "lora" / LORA_FILE), student / "lora" / LORA_FILE, header)
+    set_in_config(student, model__prediction_type="v_prediction")
+    write_card(student)
+    assert "prediction_type='v_prediction'" in program(student)
+
+
+def test_an_unguided_teacher_s_guidance_is_not_said(student: Path):
+    assert "| teacher's guidance w | " in (student / "lora" / CARD).read_text()
+    set_in_config(student, method__student_guidance=4.0)
+    write_card(student)
+    text = (student / "lora" / CARD).read_text()
+    assert "teacher's guidance w" not in text and "| student's guidance | 4, diffusers' form" in text
 
 
 def test_no_export_or_no_settings_make_no_card(tmp_path: Path, student: Path):

@@ -384,6 +384,7 @@ def seeded(architecture: Architecture, dtype: torch.dtype) -> StableDiffusionPip
 
 
 @pytest.mark.slow
+@pytest.mark.thorough
 def test_stable_diffusion_1_5_has_the_same_bits_from_a_single_file_as_from_its_folder(tmp_path, monkeypatch):
     monkeypatch.setattr(single_file, "ARCHITECTURES", {"v1": SD1, "v2": SD2})
     whole = seeded(SD1, torch.float16)

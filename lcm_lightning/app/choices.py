@@ -22,7 +22,6 @@ from lcm_lightning.output.files import modified
 from lcm_lightning.runs.contents import MANIFEST, exported, read_config, read_manifest
 
 EMBEDDED = "tiny"
-EMBEDDED_GUIDANCE = 2.0  # more makes its flat colours glaring
 COMMAND = "command"  # key of what the command named
 DEPTHS = ("*/*", "*/*/*")  # of runs below the folder of outputs, and of those of a sweep
 
@@ -175,11 +174,10 @@ class Choices:
     def teacher_settings(self, key: str) -> tuple[int, float]:
         """Steps and guidance scale to begin with where a teacher is drawn: as the run's own grids have it."""
         kind, _, place = self.source(key).spec.partition(":")
-        if kind == "run":
-            samples = OmegaConf.select(read_config(Path(place).expanduser()), "callbacks.samples") or {}
-            return samples.get("teacher_steps") or BASE.steps, samples.get("guidance_scale") or BASE.guidance_scale
-        base = self.base_model if key == COMMAND else key.rpartition(" on ")[2]
-        return BASE.steps, EMBEDDED_GUIDANCE if base == EMBEDDED else BASE.guidance_scale
+        cfg: Any = read_config(Path(place).expanduser()) if kind == "run" else self._found[key].cfg
+        samples = OmegaConf.select(cfg, "callbacks.samples") or {}
+        usual = OmegaConf.select(cfg, "model.guidance_scale") or BASE.guidance_scale
+        return samples.get("teacher_steps") or BASE.steps, samples.get("guidance_scale") or usual
 
     def _with(self, model: str | None, **settings: Any) -> DictConfig:
         """The command's configuration with another model; its changes of `model.` keys stay where it is the same."""

@@ -96,12 +96,13 @@ class Job(Generic[T]):
             raise Superseded from None
 
 
-def columns(adapters: Sequence[AdapterKind], *, taught: bool) -> list[Column]:
+def columns(adapters: Sequence[AdapterKind], *, guidance_scale: float, taught: bool) -> list[Column]:
     """What is compared of a model with these adapters: its teacher and each student.
 
     A model without a student stands beside what it was before it was fine-tuned.
 
     Args:
+        guidance_scale: that of the model without adapters.
         taught: the model without its students is a teacher; not where it is a full LCM itself.
     """
     tuned = [kind for kind in adapters if kind.role != "student"]
@@ -111,7 +112,7 @@ def columns(adapters: Sequence[AdapterKind], *, taught: bool) -> list[Column]:
     def column(kind: AdapterKind, names: tuple[str, ...]) -> Column:
         return Column(kind.title, kind.role, names, kind.sampler, kind.steps, kind.guidance_scale)
 
-    found = [column(BASE, ())] if taught and not (tuned and students) else []
+    found = [column(replace(BASE, guidance_scale=guidance_scale), ())] if taught and not (tuned and students) else []
     if taught and tuned:
         found.append(column(tuned[-1], acting))
     return found + [column(kind, (*acting, kind.name)) for kind in students]
@@ -138,7 +139,8 @@ class ModelOnDevice:
         self.loaded: LoadedModel = source.load()
         self.model = self.loaded.model.to(device)
         lora_names = [kind.name for kind in self.loaded.adapters if not kind.whole]
-        self.drawable = Drawable(source, columns(self.loaded.adapters, taught=self.loaded.taught), lora_names)
+        found = columns(self.loaded.adapters, guidance_scale=self.model.guidance_scale, taught=self.loaded.taught)
+        self.drawable = Drawable(source, found, lora_names)
         self._identities: dict[str, str] | None = None
         self._merged = ExitStack()
         self._acting: tuple[tuple[str, float], ...] | None = None

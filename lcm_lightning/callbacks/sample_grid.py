@@ -37,7 +37,8 @@ class SampleGrid(L.Callback):
         prompts: what to draw; the first held-out captions if None.
         num_prompts: how many of these.
         seed: row i starts from the noise of ``seed + i``.
-        teacher_steps, guidance_scale: DDIM steps and guidance (diffusers' form) of base and teacher.
+        teacher_steps, guidance_scale: DDIM steps and guidance (diffusers' form) of base and teacher; None for the
+            model's own guidance.
         student_steps: of a distilled student, each from 1 to 8.
         batch_size: images at a time.
     """
@@ -51,7 +52,7 @@ class SampleGrid(L.Callback):
         num_prompts: int = 4,
         seed: int = 0,
         teacher_steps: int = 50,
-        guidance_scale: float = 7.5,
+        guidance_scale: float | None = None,
         student_steps: Sequence[int] = (1, 2, 4, 8),
         batch_size: int = 4,
     ) -> None:

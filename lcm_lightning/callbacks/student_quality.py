@@ -19,7 +19,6 @@ from lcm_lightning.errors import UserError
 from lcm_lightning.evaluation.contenders import Contender
 from lcm_lightning.evaluation.drawing import Drawing, image_folder
 from lcm_lightning.evaluation.features import Clip
-from lcm_lightning.evaluation.figures import as_bytes
 from lcm_lightning.evaluation.metrics import Estimate
 from lcm_lightning.evaluation.reference import RealImages
 from lcm_lightning.evaluation.student import FIGURES, StudentMeasure, quality_curves
@@ -28,7 +27,7 @@ from lcm_lightning.models.identity import adapter_digest, model_digest
 from lcm_lightning.models.sampling import SamplingSetup, check_finite
 from lcm_lightning.models.stable_diffusion import StableDiffusion
 from lcm_lightning.output.files import write_atomic
-from lcm_lightning.output.pictures import to_bytes
+from lcm_lightning.output.pictures import figure_bytes, to_bytes
 
 log = logging.getLogger(__name__)
 
@@ -64,7 +63,8 @@ class StudentQuality(L.Callback):
         num_images: so many pictures of each; one a photo.
         steps: the student's; None for its method's usual number.
         seed: picture i starts from the noise of ``seed + i``.
-        teacher_steps, guidance_scale: the teacher's DDIM steps and guidance (diffusers' form).
+        teacher_steps, guidance_scale: the teacher's DDIM steps and guidance (diffusers' form); None for the model's own
+            guidance.
         batch_size: images at a time.
         min_photos: with fewer held-out photos, CMMD and KID are to the teacher's pictures.
         bootstrap_samples: ways to halve the pictures behind each interval; 0 for none.
@@ -79,7 +79,7 @@ class StudentQuality(L.Callback):
         steps: int | None = None,
         seed: int = 0,
         teacher_steps: int = 50,
-        guidance_scale: float = 7.5,
+        guidance_scale: float | None = None,
         batch_size: int = 8,
         min_photos: int = 32,
         bootstrap_samples: int = 100,
@@ -160,7 +160,7 @@ class StudentQuality(L.Callback):
         if self._measure is not None:
             against = "the teacher's pictures" if not self._measure.teacher else "held-out photos"
             figure = quality_curves(self.history, self._measure.teacher, against)
-            self._write(self.folder / "quality.png", as_bytes(figure, "png"))
+            self._write(self.folder / "quality.png", figure_bytes(figure))
 
     # ---- what the student is held against ------------------------------------------------------------------------
 

@@ -87,6 +87,7 @@ RANGES: Mapping[str, tuple[float, float, object]] = {
     "port": (1, 65535, 7860),
     "kept_models": (1, math.inf, 2),
     "model.prompt_chunks": (1, math.inf, 3),
+    "model.guidance_scale": (0, math.inf, 7.5),
     "data.resolution": (1, math.inf, 512),
     "data.bucket_step": (1, math.inf, 64),
     "data.batch_size": (1, math.inf, 8),
@@ -121,6 +122,7 @@ RANGES: Mapping[str, tuple[float, float, object]] = {
     "callbacks.student_quality.min_photos": (2, math.inf, 32),
     "callbacks.student_quality.bootstrap_samples": (0, math.inf, 100),
     "callbacks.early_stopping.patience": (1, math.inf, 5),
+    "evaluation.lineup.guidance_scale": (0, math.inf, 7.5),
 }
 
 

@@ -182,15 +182,18 @@ def _loras(
 
     All LoRAs of a run folder, a student's and its teacher's, have the weight of the folder.
     """
+    from lcm_lightning.models.latent_diffusion import GUIDANCE_SCALE  # late, as all that imports diffusers
+
     if cfg.get("model") is None:
         raise UserError(f"{spec}: a LoRA needs the model it belongs on; add model=sd15")
     if not loras:
         raise UserError("lora=[]: expected at least one LoRA, such as lora=outputs/... or 'lora=[outputs/...,FILE]'")
+    guidance_scale = cfg.model.get("guidance_scale", GUIDANCE_SCALE)
     weights = [1.0 if weight is None else weight for weight in _for_each(loras, "weights", cfg.get("weights"))]
     chosen = [
         (kind, file, weight)
         for lora, its_role, weight in zip(loras, _for_each(loras, "lora_role", role), weights, strict=True)
-        for kind, file in _lora_files(lora, its_role).items()
+        for kind, file in _lora_files(lora, its_role, guidance_scale).items()
     ]
     if len(loras) > 1:
         students = [kind for kind, _, _ in chosen if kind.role == "student"]
@@ -213,9 +216,14 @@ def _for_each(loras: Sequence[str], key: str, value: Any) -> list[Any]:
     return list(value)
 
 
-def _lora_files(lora: str, role: str | None) -> dict[AdapterKind, Path]:
-    """The files at `lora` and what they are for: a run knows, in its folder or published; of others `role` says it."""
-    from lcm_lightning.models.lora_files import download_published, is_out_of_reach, may_be_hub_id
+def _lora_files(lora: str, role: str | None, guidance_scale: float) -> dict[AdapterKind, Path]:
+    """The files at `lora` and what they are for: a run knows, in its folder or published; of others `role` says it.
+
+    Args:
+        guidance_scale: of the model, with which a LoRA is drawn that was not distilled and says no other.
+    """
+    from lcm_lightning.hub import is_hub_id
+    from lcm_lightning.models.lora_files import download_published, is_out_of_reach
 
     run = Path(lora).expanduser()
     kinds = adapter_kinds()
@@ -230,8 +238,9 @@ def _lora_files(lora: str, role: str | None) -> dict[AdapterKind, Path]:
         file = _locate_lora(lora)
         if is_out_of_reach(lora, MANIFEST):
             log.warning("lora=%s: %s is out of reach; a LoRA that acts with this one would be missing", lora, MANIFEST)
-        return {kinds[role]: file}
-    if not may_be_hub_id(lora) or is_out_of_reach(lora, MANIFEST):
+        kind = kinds[role]
+        return {kind if kind.role == "student" else replace(kind, guidance_scale=guidance_scale): file}
+    if not is_hub_id(lora) or is_out_of_reach(lora, MANIFEST):
         _locate_lora(lora)  # what is not there is missed before anybody is asked what it is; the hub has the others
     distilled = [kind for kind in kinds.values() if kind.role == "student" and not kind.whole]
     students = [f"lora_role={kind.name} ({kind.title})" for kind in distilled]

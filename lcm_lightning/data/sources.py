@@ -23,6 +23,7 @@ from lcm_lightning.data.shards import (
 )
 from lcm_lightning.data.wrong_sources import check_name, meant_folder, published_name, published_set
 from lcm_lightning.errors import UserError, first_line, innermost, install, short
+from lcm_lightning.hub import is_hub_id
 
 
 def read_source(source: str | None, name: str) -> Source:
@@ -40,7 +41,7 @@ def read_source(source: str | None, name: str) -> Source:
     if index is not None:
         check_name(source, published_name(source, index), name)
         return read_shards(index)
-    if source.count("/") == 1 and not folder.is_absolute() and not folder.is_file():
+    if is_hub_id(source):
         return read_hub(source)
     found = "a file" if folder.is_file() else "no such folder, and no id of a data set (owner/name) or shard address"
     if folder.is_file() and zipfile.is_zipfile(folder):

@@ -81,7 +81,8 @@ class Lineup:
 
     Attributes:
         teacher_steps: DDIM steps of base and fine-tuned model: the quality a student is to keep.
-        guidance_scale: theirs, in diffusers' form; more than 1 takes two network evaluations a step.
+        guidance_scale: theirs, in diffusers' form; more than 1 takes two network evaluations a step. None for the
+            model's own.
         rivals: numbers of steps by sampler ("ddim", "dpmpp") at which the teacher competes with its students: what a
             fast solver reaches without any training.
         undistilled_steps: of the teacher where it is as hurried as a student, by `UNDISTILLED`.
@@ -89,7 +90,7 @@ class Lineup:
     """
 
     teacher_steps: int = 50
-    guidance_scale: float = 7.5
+    guidance_scale: float | None = None
     rivals: Mapping[str, Sequence[int]] = field(default_factory=dict)
     undistilled_steps: Sequence[int] = (4, 2, 1)
     student_steps: Sequence[int] = (8, 4, 2, 1)
@@ -109,19 +110,23 @@ class Lineup:
             if any(steps < 1 for steps in numbers):
                 raise UserError(f"evaluation.lineup.rivals.{sampler}={list(numbers)}: expected numbers from 1")
 
-    def contenders(self, adapters: Sequence[AdapterKind], *, taught: bool = True) -> list[Contender]:
+    def contenders(
+        self, adapters: Sequence[AdapterKind], *, own_guidance: float = BASE.guidance_scale, taught: bool = True
+    ) -> list[Contender]:
         """The comparison that a model with these adapters calls for; all but the distilled ones make up the teacher.
 
         Args:
+            own_guidance: the model's (`LatentDiffusionModel.guidance_scale`).
             taught: the teacher is there too; not with the model alone that a teacher was distilled into.
         """
         tuned = [kind for kind in adapters if kind.role != "student"]
         teacher, acting = (tuned[-1] if tuned else BASE), tuple(kind.name for kind in tuned)
         reference = slug(teacher.result, self.teacher_steps, DDIM)
+        guidance_scale = own_guidance if self.guidance_scale is None else self.guidance_scale
 
         def guided(kind: AdapterKind, sampler: Sampler, steps: int) -> Contender:
             own = () if kind is BASE else acting
-            settings = (own, sampler, steps, self.guidance_scale, reference)
+            settings = (own, sampler, steps, guidance_scale, reference)
             return Contender(kind.result, kind.role, *settings, title=kind.title)
 
         def student(kind: AdapterKind, steps: int) -> Contender:

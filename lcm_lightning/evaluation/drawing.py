@@ -111,7 +111,8 @@ def draw_models(
         token_embeddings[source.name] = " ".join(
             token_embeddings_digest(encoder, model.dtype) for encoder in model.text_encoders.values()
         )
-        for contender in lineup.contenders(loaded.adapters, taught=loaded.taught):
+        contenders = lineup.contenders(loaded.adapters, own_guidance=model.guidance_scale, taught=loaded.taught)
+        for contender in contenders:
             weights = " ".join(identities[name] for name in ("", *contender.adapters))
             folder = image_folder(root, contender, drawing, weights, model.device.type, model.dtype)
             key = f"{contender.role} {folder.name}"

@@ -69,7 +69,7 @@ def model_spec(
     The prediction type is that of training: "epsilon", "v" or diffusers' name. `sampler` is a class of diffusers, and
     `sampler_settings` what it is built with beside the model's noise schedule.
     """
-    usual, side = usual_kind(kinds), model.default_resolution
+    usual, side = usual_kind(kinds, model.guidance_scale), model.default_resolution
     name = model_name(model)
     titles = " + ".join(kind.title for kind in kinds)
     hint = f"{usual.sampler.scheduler}, {usual.steps} steps, guidance scale {usual.guidance_scale:g}"

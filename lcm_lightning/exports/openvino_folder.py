@@ -11,7 +11,15 @@ from typing import Any
 import torch
 
 from lcm_lightning.exports.fused import fuse
-from lcm_lightning.exports.graphs import FLOAT16_LIMIT, FLOAT32_LIMIT, Graph, graphs, largest_difference
+from lcm_lightning.exports.graphs import (
+    FLOAT16_LIMIT,
+    FLOAT32_LIMIT,
+    VAE_FOLDERS,
+    Graph,
+    graphs,
+    largest_difference,
+    runtime_vae_dtype,
+)
 from lcm_lightning.exports.network_folder import write_network_folder
 from lcm_lightning.models.kinds import AdapterKind, usual_kind
 from lcm_lightning.models.sampling import Sampler, make_scheduler
@@ -44,11 +52,15 @@ def write_openvino(
         UserError: a network is not torch's.
         OSError: it cannot be written.
     """
+    vae = runtime_vae_dtype(model, dtype)
     pipeline = fuse(model, kinds, torch.float32)
-    pipeline.scheduler = known_scheduler(pipeline.scheduler, kinds, model.scheduler_config)
+    pipeline.scheduler = known_scheduler(
+        pipeline.scheduler, usual_kind(kinds, model.guidance_scale), model.scheduler_config
+    )
 
     def export(graph: Graph, place: Path) -> float:
-        return export_network(graph, place, half=dtype == torch.float16)
+        stored = vae if graph.folder in VAE_FOLDERS else dtype
+        return export_network(graph, place, half=stored == torch.float16)
 
     networks = graphs(pipeline, timestep_rank=1)
     return write_network_folder(pipeline, networks, folder, export, FILE, export_tokenizer)
@@ -105,16 +117,17 @@ def export_tokenizer(tokenizer: Any, folder: Path) -> None:
     save_model(converted, folder / "openvino_tokenizer.xml", half=True)  # as its own default
 
 
-def known_scheduler(scheduler: Any, kinds: Sequence[AdapterKind], schedule: Mapping[str, Any]) -> Any:
+def known_scheduler(scheduler: Any, usual: AdapterKind, schedule: Mapping[str, Any]) -> Any:
     """`scheduler`, or where OpenVINO GenAI has none of its class a DDIM that takes the same steps, if there is one.
 
     Without noise (eta = 0) TCD's step (Zheng et al. 2024, arXiv 2402.19159) is DDIM's (Song et al. 2020, eq. 12), and
     where the usual steps divide the solver's the timesteps are those of trailing spacing.
 
     Args:
+        usual: the kind that the model is drawn as.
         schedule: the model's noise schedule.
     """
-    name, usual = type(scheduler).__name__, usual_kind(kinds)
+    name = type(scheduler).__name__
     if name in GENAI_SCHEDULERS:
         if name == "LCMScheduler" and scheduler.config.prediction_type == "v_prediction":
             log.warning("format=openvino: OpenVINO GenAI cannot draw this model by LCM; optimum-intel reads the folder")

@@ -17,6 +17,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 from torchmetrics import MeanMetric
 
+from lcm_lightning.diffusion.consistency import Denoiser
 from lcm_lightning.errors import UserError
 from lcm_lightning.methods.clipping import FusedClipping
 from lcm_lightning.methods.randomness import SampleRandomness
@@ -134,10 +135,15 @@ class Training(FusedClipping, ABC):
         return None
 
     def sampling_setups(
-        self, *, teacher_steps: int, guidance_scale: float, student_steps: Sequence[int]
+        self, *, teacher_steps: int, guidance_scale: float | None = None, student_steps: Sequence[int]
     ) -> list[SamplingSetup]:
-        """The ways of drawing images that show what training has done: with and without the adapter."""
+        """The ways of drawing images that show what training has done: with and without the adapter.
+
+        Args:
+            guidance_scale: of base, fine-tuned model and teacher; None for the model's own.
+        """
         kind, names = self.kind, (self.kind.name,)
+        guidance_scale = self.model.guidance_scale if guidance_scale is None else guidance_scale
         if kind.role == "student":
             tried = [
                 SamplingSetup(kind.label(steps), names, kind.sampler, steps, kind.guidance_scale)
@@ -316,3 +322,7 @@ class AdapterTraining(Training):
     def trained_by(self, adapter: str) -> list[nn.Parameter]:
         """Its own."""
         return lora_parameters(self.model.unet, adapter)
+
+    def student(self, condition: Condition) -> Denoiser:
+        """The network with what `kind` trains, given the condition."""
+        return lambda x_t, timesteps: self.model.denoise(x_t, timesteps, condition)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor
@@ -41,6 +42,7 @@ class LoraFinetuning(AdapterTraining):
     ) -> None:
         self.check_settings(min_snr_gamma=min_snr_gamma, noise_offset=noise_offset, timestep_exponent=timestep_exponent)
         super().__init__(model, **training)
+        self.kind = finetuned_kind(model)
         self.min_snr_gamma = min_snr_gamma
         self.noise_offset = noise_offset
         self.timestep_exponent = timestep_exponent
@@ -80,3 +82,8 @@ class LoraFinetuning(AdapterTraining):
         if self.min_snr_gamma is None:
             return losses
         return losses * min_snr_weight(alpha_cumprod, self.min_snr_gamma, self.model.prediction_type)
+
+
+def finetuned_kind(model: LatentDiffusionModel) -> AdapterKind:
+    """The kind of a LoRA that was fine-tuned on `model`, and is drawn with its guidance."""
+    return replace(LoraFinetuning.kind, guidance_scale=model.guidance_scale)

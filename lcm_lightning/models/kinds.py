@@ -5,9 +5,10 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, Literal, TypeAlias
 
+from lcm_lightning.models.latent_diffusion import GUIDANCE_SCALE
 from lcm_lightning.models.sampling import DDIM, Sampler
 
 LORA_FILE = "pytorch_lora_weights.safetensors"  # what diffusers calls it
@@ -36,7 +37,7 @@ class AdapterKind:
     role: Role
     sampler: Sampler = DDIM
     steps: int = 50
-    guidance_scale: float = 7.5
+    guidance_scale: float = GUIDANCE_SCALE
     whole: bool = False
 
     def to_json(self) -> dict[str, Any]:
@@ -83,7 +84,11 @@ class AdapterKind:
 BASE = AdapterKind("", "base", "base", "base")
 
 
-def usual_kind(adapters: Sequence[AdapterKind]) -> AdapterKind:
-    """How a model with `adapters` is drawn from where nothing else is asked for: as its student, if it has one."""
+def usual_kind(adapters: Sequence[AdapterKind], guidance_scale: float) -> AdapterKind:
+    """How a model with `adapters` is drawn from where nothing else is asked for: as its student, if it has one.
+
+    Args:
+        guidance_scale: that of the model without adapters (`LatentDiffusionModel.guidance_scale`).
+    """
     students = [kind for kind in adapters if kind.role == "student"]
-    return [BASE, *adapters, *students][-1]
+    return [replace(BASE, guidance_scale=guidance_scale), *adapters, *students][-1]

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 
 OWN_UNET = "own"  # among variants
+GUIDANCE_SCALE = 7.5  # that Stable Diffusion is usually drawn with, in diffusers' form
 
 
 class LatentDiffusionModel(nn.Module, ABC):
@@ -32,6 +33,8 @@ class LatentDiffusionModel(nn.Module, ABC):
         dtype: what the frozen weights are stored in and compute in.
         name_or_path: where the model came from, for messages.
         fused: whether training replaces layers of the UNet by faster ones that keep less.
+        guidance_scale: that it is drawn with where nothing else is asked for, in diffusers' form; also what was
+            fine-tuned on it.
         variants: whole UNets that can act in the place of its own, by name, as adapters do; where there are any, its
             own is among them.
     """
@@ -42,6 +45,7 @@ class LatentDiffusionModel(nn.Module, ABC):
     dtype: torch.dtype
     name_or_path: str
     fused: bool = True
+    guidance_scale: float = GUIDANCE_SCALE
 
     def __init__(self) -> None:
         super().__init__()

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from lcm_lightning.models.sampling import Sampler, make_scheduler
@@ -13,6 +15,11 @@ def loader(*, is_file: bool, xl: bool) -> tuple[str, str]:
     if is_file:
         return ("StableDiffusionXLPipeline" if xl else "StableDiffusionPipeline"), "from_single_file"
     return "DiffusionPipeline", "from_pretrained"
+
+
+def quoted(text: str | Path) -> str:
+    """A text or path as a string of Python's, whatever is in it."""
+    return json.dumps(str(text), ensure_ascii=False)
 
 
 def scheduler_settings(

@@ -333,12 +333,12 @@ def _config_folder(name: str, config: Mapping[str, Any]) -> Iterator[str]:
 
 def _convert_unet(tensors: dict[str, Tensor], folder: str, dtype: torch.dtype) -> nn.Module:
     options: dict[str, Any] = {"config": folder, "subfolder": "unet", "local_files_only": True}
-    return UNet2DConditionModel.from_single_file(tensors, torch_dtype=dtype, **options)
+    return UNet2DConditionModel.from_single_file(tensors, dtype=dtype, **options)
 
 
 def _convert_vae(tensors: dict[str, Tensor], folder: str, dtype: torch.dtype) -> nn.Module:
     options: dict[str, Any] = {"config": folder, "subfolder": "vae", "local_files_only": True}
-    return AutoencoderKL.from_single_file(tensors, torch_dtype=dtype, **options)
+    return AutoencoderKL.from_single_file(tensors, dtype=dtype, **options)
 
 
 def _convert_text_encoder(name: str, tensors: dict[str, Tensor], folder: str, dtype: torch.dtype) -> nn.Module:

@@ -21,7 +21,7 @@ from lcm_lightning.models.captions import padded_ids, split_captions, tell_of_cu
 from lcm_lightning.models.checkpointing import checkpointed
 from lcm_lightning.models.condition import Condition
 from lcm_lightning.models.deferred import Deferred, deferred_encoders, deferred_random_encoders
-from lcm_lightning.models.latent_diffusion import LatentDiffusionModel
+from lcm_lightning.models.latent_diffusion import GUIDANCE_SCALE, LatentDiffusionModel
 from lcm_lightning.models.other_vae import check_vae, open_vae
 from lcm_lightning.models.pipeline_files import (
     SAMPLE_SIZE,
@@ -339,6 +339,7 @@ def load_stable_diffusion(
     prediction_type: PredictionType | None = None,
     preview_vae: str | None = None,
     prompt_chunks: int = 1,
+    guidance_scale: float = GUIDANCE_SCALE,
 ) -> StableDiffusion:
     """Read a `StableDiffusionPipeline` or `StableDiffusionXLPipeline` from a folder, a single file or the hub.
 
@@ -362,6 +363,7 @@ def load_stable_diffusion(
             decode previews with.
         prompt_chunks: chunks of the text encoder's length (75 tokens between begin and end) that are read of each
             caption, whose embeddings follow each other, as in A1111.
+        guidance_scale: see `LatentDiffusionModel`.
 
     Raises:
         UserError: nothing is found there, it is no pipeline of Stable Diffusion v1, v2 or XL, or one that cannot be
@@ -378,7 +380,7 @@ def load_stable_diffusion(
     kind = StableDiffusionXL if "text_encoder_2" in model else StableDiffusion
     preview = _read_preview_vae(preview_vae, dtype)
     wrapped = kind(**model, dtype=dtype, preview_vae=preview, prompt_chunks=prompt_chunks)
-    wrapped.fused = fused
+    wrapped.fused, wrapped.guidance_scale = fused, guidance_scale
     if reason := unsupported_schedule(wrapped.scheduler_config):
         raise UserError(
             f"{model_path(path)}: scheduler_config.json: {reason}; give a model of Stable Diffusion v1, v2 or XL"
@@ -440,12 +442,21 @@ def _read_pipeline(
 
 
 def _xl_vae_dtype(files: NetworkFiles, dtype: torch.dtype, path: str, vae: str | None) -> torch.dtype:
-    """float32 where the VAE overflows in `dtype`: SDXL's does in float16, as `force_upcast` in its config says."""
-    if dtype != torch.float16 or not files.config().get("force_upcast", True):
-        return dtype
-    log.warning(
-        "%s: its VAE overflows in float16 and computes in float32, slower; model.vae=%s does not",
-        model_path(path) if vae is None else f"model.vae={short(vae, 80)}",
-        XL_HALF_VAE,
-    )
-    return torch.float32
+    """`vae_dtype` of SDXL's; says where it is another."""
+    found = vae_dtype(files.config(), dtype, xl=True)
+    if found != dtype:
+        log.warning(
+            "%s: its VAE overflows in float16 and computes in float32, slower; model.vae=%s does not",
+            model_path(path) if vae is None else f"model.vae={short(vae, 80)}",
+            XL_HALF_VAE,
+        )
+    return found
+
+
+def vae_dtype(config: Mapping[str, Any], dtype: torch.dtype, *, xl: bool) -> torch.dtype:
+    """The type that a VAE is to compute in beside networks in `dtype`: float32 where it would overflow.
+
+    SDXL's does in float16, as `force_upcast` in its config says. diffusers writes that into the configs of all VAEs,
+    and its pipelines of Stable Diffusion 1 and 2 do not ask.
+    """
+    return torch.float32 if xl and dtype == torch.float16 and config.get("force_upcast", True) else dtype

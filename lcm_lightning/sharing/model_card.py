@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import logging
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -25,12 +25,12 @@ from lcm_lightning.evaluation.photos import without_photos
 from lcm_lightning.evaluation.tables import Table, quality_table
 from lcm_lightning.models import pipeline_files
 from lcm_lightning.models.kinds import LORA_FILE, AdapterKind
-from lcm_lightning.models.programs import loader, scheduler_settings
+from lcm_lightning.models.programs import loader, quoted, scheduler_settings
 from lcm_lightning.output.files import write_atomic
 from lcm_lightning.output.pictures import grid_images, png_bytes
 from lcm_lightning.output.visible_files import CARD, EVALUATION_GRID, PICTURES
 from lcm_lightning.runs.contents import MANIFEST, Adapter, exported, read_manifest, read_versions, weights_digest
-from lcm_lightning.sharing.base_models import BaseModel, base_model, is_hub_id
+from lcm_lightning.sharing.base_models import BaseModel, base_model, was_hub_id
 from lcm_lightning.sharing.redaction import public
 from lcm_lightning.sharing.training_facts import (
     images_per_step,
@@ -94,14 +94,22 @@ def write_card(run: Path, settings: CardSettings | None = None) -> Path | None:
     if folder is None or not (run / "config.yaml").is_file():
         return None
     path = folder / CARD
-    before = path.read_text(encoding="utf-8") if path.is_file() else MARK
-    if MARK not in before:
+    before = path.read_text(encoding="utf-8") if path.is_file() else None
+    if before is not None and MARK not in before:
         return path
     samples, metrics = write_pictures(run, folder), evaluation_of(run)
     copy_evaluation_grid(run, folder, metrics)
-    said = replace(settings_of(before), **(settings or CardSettings()).said())
-    write_atomic(path, card_of(run, folder, samples, metrics, said).encode())
+    said = replace(settings_of(before or ""), **(settings or CardSettings()).said())
+    known_ids = None if before is None else ids_of(before)
+    write_atomic(path, card_of(run, folder, samples, metrics, said, known_ids).encode())
     return path
+
+
+def ids_of(card: str) -> set[str]:
+    """Ids on the hub of the base model and the data sets that a card names."""
+    data = ModelCard(card, ignore_metadata_errors=True).data
+    named = (data.base_model, data.datasets)
+    return {name for names in named for name in ([names] if isinstance(names, str) else names or [])}
 
 
 def renew_card(run: Path) -> None:
@@ -118,7 +126,12 @@ def error_line(error: Exception) -> str:
 
 
 def card_of(
-    run: Path, folder: Path, samples: Mapping[str, str], metrics: Mapping[str, Any] | None, settings: CardSettings
+    run: Path,
+    folder: Path,
+    samples: Mapping[str, str],
+    metrics: Mapping[str, Any] | None,
+    settings: CardSettings,
+    known_ids: Collection[str] | None = None,
 ) -> str:
     """The card's text.
 
@@ -126,12 +139,14 @@ def card_of(
         folder: of the run's export.
         samples: prompts by picture, whose paths are relative to `folder`.
         metrics: see `evaluation_of`.
+        known_ids: see `was_hub_id`.
     """
     config, adapters = settings_of_run(run), read_manifest(run)
-    kind, base = adapters[-1].kind, base_model(config["model"], settings.base_model)
+    kind, base = adapters[-1].kind, base_model(config["model"], settings.base_model, known_ids)
     license = settings.license or base.license
     seconds = training_seconds(run / "metrics.csv", images_per_step(config))
-    xl = is_xl(folder, kind)
+    header = {} if kind.whole else lora_header(folder)
+    xl = is_xl(folder, kind, header)
     prompt = next(iter(samples.values()), "a photo of a dog")
     content = {
         "kind": kind,
@@ -139,7 +154,7 @@ def card_of(
         "base": base,
         "notes": notes(base, license, given=settings.license is not None),
         "data": config["data"]["name"],
-        "usage": usage(adapters, base, prompt, config, settings.repo_id, xl=xl),
+        "usage": usage(adapters, base, prompt, config, settings.repo_id, schedule_of(base, header, config), xl=xl),
         "repo_id": settings.repo_id,
         "model": "sdxl" if xl else "sd15",
         "files": {file.name for file in folder.iterdir()},
@@ -153,7 +168,8 @@ def card_of(
         "mark": MARK,
         "said": f"{SAID}{json.dumps(settings.said())} -->" if settings.said() else None,
     }
-    data = card_data(kind, base, license, config, samples, xl)
+    datasets = hub_datasets(config["data"], known_ids)
+    data = card_data(kind, base, license, datasets, samples, xl)
     return ModelCard(f"---\n{data.to_yaml()}\n---\n\n{_template('model_card.md.j2').render(content)}").content
 
 
@@ -173,7 +189,7 @@ def card_data(
     kind: AdapterKind,
     base: BaseModel,
     license: str | None,
-    config: Mapping[str, Any],
+    datasets: list[str],
     samples: Mapping[str, str],
     xl: bool,
 ) -> ModelCardData:
@@ -187,7 +203,7 @@ def card_data(
     return ModelCardData(
         library_name="diffusers",
         pipeline_tag="text-to-image",
-        datasets=hub_datasets(config["data"]) or None,
+        datasets=datasets or None,
         tags=[*tags, "lcm-lightning"],
         widget=[{"text": prompt, "output": {"url": picture}} for picture, prompt in samples.items()] or None,
         **other,
@@ -202,23 +218,44 @@ def license_head(license: str | None) -> dict[str, str]:
     return {"license": "other", "license_name": name}
 
 
-def hub_datasets(data: Mapping[str, Any]) -> list[str]:
-    """Ids of the data sets on the hub that a run's `data` section means."""
+def hub_datasets(data: Mapping[str, Any], known_ids: Collection[str] | None = None) -> list[str]:
+    """Ids of the data sets on the hub that a run's `data` section means; for `known_ids` see `was_hub_id`."""
     source = str(data.get("source") or "")
     if source.startswith("hf://datasets/"):
         return ["/".join(source.removeprefix("hf://datasets/").split("/")[:2])]
-    if is_hub_id(source):
+    ready = [ids for _, ids in DOWNLOADS.values()]
+    if was_hub_id(source, None if known_ids is None else {*known_ids, *ready}):
         return [source]
     known = DOWNLOADS.get(data["name"], ("", ""))[1]
     return [known] if known else []
 
 
-def is_xl(folder: Path, kind: AdapterKind) -> bool:
-    """Whether an export is for SDXL, by its own files."""
+def lora_header(folder: Path) -> dict[str, str]:
+    """What the LoRA of an export says of itself (`exports.metadata.model_spec`)."""
+    with safe_open(folder / LORA_FILE, "pt") as file:
+        return dict(file.metadata() or {})
+
+
+def is_xl(folder: Path, kind: AdapterKind, header: Mapping[str, str]) -> bool:
+    """Whether an export is for SDXL, by its own files; for `header` see `lora_header`."""
     if kind.whole:
         return pipeline_files.is_xl(folder)
-    with safe_open(folder / LORA_FILE, "pt") as file:
+    if (architecture := header.get("modelspec.architecture")) is not None:
+        return architecture.startswith("stable-diffusion-xl")
+    with safe_open(folder / LORA_FILE, "pt") as file:  # of former versions, which says nothing
         return any(".transformer_blocks.1." in key for key in file.keys())  # noqa: SIM118  # no mapping
+
+
+def schedule_of(base: BaseModel, header: Mapping[str, str], config: Mapping[str, Any]) -> dict[str, Any]:
+    """What is known of the base model's noise schedule, and is not in the scheduler that diffusers makes of its files.
+
+    A checkpoint in one file has none; and `model.prediction_type` corrects others.
+    """
+    schedule: dict[str, Any] = {"rescale_betas_zero_snr": True} if base.zero_terminal_snr else {}
+    predicts = header.get("modelspec.prediction_type")
+    if predicts is not None and (base.is_file or config["model"].get("prediction_type")):
+        schedule["prediction_type"] = {"v": "v_prediction"}.get(predicts, predicts)
+    return schedule
 
 
 def usage(
@@ -227,17 +264,20 @@ def usage(
     prompt: str,
     config: Mapping[str, Any],
     repo_id: str | None,
+    schedule: Mapping[str, Any],
     *,
     xl: bool,
 ) -> str:
     """A program for diffusers that draws `prompt` with what was exported, as its method means it to be drawn with.
 
     Args:
+        schedule: see `schedule_of`.
         xl: whether the base model is SDXL.
     """
     kind = adapters[-1].kind
     pipeline, load = ("DiffusionPipeline", "from_pretrained") if kind.whole else loader(is_file=base.is_file, xl=xl)
-    settings = scheduler_settings(kind.sampler, {"rescale_betas_zero_snr": base.zero_terminal_snr})
+    untold = tuple(key for key in schedule if base.is_file or key == "prediction_type")
+    settings = scheduler_settings(kind.sampler, schedule, from_file=untold)
     call: dict[str, Any] = {"num_inference_steps": kind.steps, "guidance_scale": kind.guidance_scale}
     if "eta" in kind.sampler.settings:
         call["eta"] = kind.sampler.settings["eta"]
@@ -246,13 +286,13 @@ def usage(
     return _template("usage.py.j2").render(
         kind=kind,
         adapters=adapters,
-        base=base.hub_id or f"path/to/{base.name}",
+        base=quoted(base.hub_id or f"path/to/{base.name}"),
         pipeline=pipeline,
         load=load,
-        place=repo_id or "path/to/this/folder",
+        place=quoted(repo_id or "path/to/this/folder"),
         settings=[f"{key}={value!r}" for key, value in settings.items()],
         call=[f"{key}={value!r}" for key, value in call.items()],
-        prompt=json.dumps(prompt, ensure_ascii=False),
+        prompt=quoted(prompt),
     )
 
 
@@ -295,11 +335,10 @@ def evaluation_of(run: Path) -> dict[str, Any] | None:
 def copy_evaluation_grid(run: Path, folder: Path, metrics: Mapping[str, Any] | None) -> None:
     """Put the grid of a run's evaluation beside the card, without the photos: they are the data set's."""
     grid = run / "evaluation" / metrics["protocol"] / "grid.png" if metrics else None
-    (folder / EVALUATION_GRID).unlink(missing_ok=True)
-    if grid is None or not grid.is_file():
-        return
-    if picture := without_photos(grid):
+    if picture := without_photos(grid) if grid is not None and grid.is_file() else None:
         write_atomic(folder / EVALUATION_GRID, picture)
+    else:
+        (folder / EVALUATION_GRID).unlink(missing_ok=True)
 
 
 def _template(name: str) -> jinja2.Template:
