@@ -124,10 +124,11 @@ def make_material(folder: Path, photos: Path | None) -> None:
 
 
 def write_pipeline(folder: Path) -> None:
-    """The embedded networks with Stable Diffusion's schedule, without which they can be no checkpoint in one file."""
+    """The embedded networks with Stable Diffusion's schedule and scale of latents, which one file cannot say."""
     shutil.copytree(PIPELINE, folder, ignore=shutil.ignore_patterns("student"))
-    config = folder / "scheduler" / "scheduler_config.json"
-    config.write_text(json.dumps(json.loads(config.read_text()) | SD15_SCHEDULER))
+    said = {"scheduler/scheduler_config.json": SD15_SCHEDULER, "vae/config.json": {"scaling_factor": 0.18215}}
+    for name, values in said.items():
+        (folder / name).write_text(json.dumps(json.loads((folder / name).read_text()) | values))
 
 
 def write_emoji(folder: Path) -> None:
