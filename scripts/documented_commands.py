@@ -277,8 +277,7 @@ def shrunk(found: Configured) -> list[str]:
     for pattern, replacement in SMALLER:
         arguments = [re.sub(pattern, replacement, argument) for argument in arguments]
     typed = {argument.partition("=")[0] for argument in arguments}
-    return [
-        *found.start,
-        *arguments,
-        *(word for word in TINY.get(found.config, "").split() if word.partition("=")[0] not in typed),
-    ]
+    added = [word for word in TINY.get(found.config, "").split() if word.partition("=")[0] not in typed]
+    # Hydra takes settings from one place of the command alone: before `--cfg job`, after `--help`.
+    end = next((place for place, word in enumerate(arguments) if place and word.startswith("--")), len(arguments))
+    return [*found.start, *arguments[:end], *added, *arguments[end:]]
