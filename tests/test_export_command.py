@@ -597,10 +597,30 @@ def test_a_network_that_another_runtime_computes_wrongly_is_refused(wrong: float
     assert largest_difference(graph, [100 * right + 1], [100 * right], limit=0.1) == 1  # a share of the values
 
 
-def test_a_vae_that_overflows_in_float16_is_refused(folders, tmp_path: Path):
-    with pytest.raises(UserError, match=r"dtype=float16: .*force_upcast.*dtype=float32"):
-        write_onnx(load_stable_diffusion(str(folders("xl_base"))), (), tmp_path / "out", torch.float16)
-    assert not (tmp_path / "out").exists()
+@pytest.mark.parametrize(("kind", "vae"), [("xl_base", "float32"), ("v1", "float16")])
+def test_a_vae_that_overflows_in_float16_is_written_in_float32_for_every_runtime(
+    kind: str, vae: str, folders, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+):
+    onnx, openvino = dict[str, str](), dict[str, str]()
+
+    def to_onnx(graph: Graph, place: Path) -> float:
+        (dtype,) = {parameter.dtype for parameter in graph.module.parameters()}
+        onnx[graph.folder] = str(dtype).removeprefix("torch.")
+        return 0.0
+
+    def to_openvino(graph: Graph, place: Path, *, half: bool) -> float:
+        openvino[graph.folder] = "float16" if half else "float32"
+        return 0.0
+
+    monkeypatch.setattr("lcm_lightning.exports.onnx_folder.export", to_onnx)
+    monkeypatch.setattr("lcm_lightning.exports.openvino_folder.export_network", to_openvino)
+    monkeypatch.setattr("lcm_lightning.exports.openvino_folder.export_tokenizer", lambda tokenizer, place: None)
+    for write in (write_onnx, write_openvino):
+        write(load_stable_diffusion(str(folders(kind))), (), tmp_path / write.__name__, torch.float16)
+    for written in (onnx, openvino):
+        assert {written.pop("vae_decoder"), written.pop("vae_encoder")} == {vae}
+        assert set(written.values()) == {"float16"} and "unet" in written
+    assert ("VAE overflows in it" in caplog.text) == (vae == "float32")
 
 
 def test_a_disk_that_is_full_is_no_error_of_openvino(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

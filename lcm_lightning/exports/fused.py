@@ -15,10 +15,15 @@ from lcm_lightning.models.stable_diffusion import StableDiffusion
 from lcm_lightning.models.variants import save_whole
 
 
-def fuse(model: StableDiffusion, kinds: Sequence[AdapterKind], dtype: torch.dtype) -> diffusers.DiffusionPipeline:
+def fuse(
+    model: StableDiffusion, kinds: Sequence[AdapterKind], dtype: torch.dtype, vae_dtype: torch.dtype | None = None
+) -> diffusers.DiffusionPipeline:
     """The model as a pipeline whose scheduler is its student's, weights in `dtype`; the model itself is changed.
 
     LoRAs are added to the weights in the type that these have, float32 at best, and rounded once.
+
+    Args:
+        vae_dtype: of the VAE's weights; None for `dtype`, from which diffusers' pipelines raise SDXL's where need be.
     """
     model.load_encoders()
     fuse_adapters(model, [kind.name for kind in kinds if not kind.whole])
@@ -26,7 +31,10 @@ def fuse(model: StableDiffusion, kinds: Sequence[AdapterKind], dtype: torch.dtyp
     pipeline = getattr(diffusers, model.lcm_pipeline if whole else model.pipeline)
     scheduler = make_scheduler(usual_kind(kinds, model.guidance_scale).sampler, model.scheduler_config)
     model.set_memory_format(torch.contiguous_format)  # as files have it
-    return pipeline(**model.pipeline_parts(), scheduler=scheduler).to(dtype)
+    model.vae.to(dtype if vae_dtype is None else vae_dtype)
+    for network in (model.unet, *model.text_encoders.values()):
+        network.to(dtype)
+    return pipeline(**model.pipeline_parts(), scheduler=scheduler)
 
 
 def write_pipeline(

@@ -5,6 +5,7 @@ Names and their order are those of optimum and OpenVINO GenAI: other programs as
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,9 +15,13 @@ from torch import Tensor, nn
 
 from lcm_lightning.errors import UserError
 from lcm_lightning.models.pipeline_files import unet_is_xl
+from lcm_lightning.models.stable_diffusion import XL_HALF_VAE, StableDiffusion, vae_dtype
+
+log = logging.getLogger(__name__)
 
 Axes = Mapping[int, str]
 FLOAT32_LIMIT, FLOAT16_LIMIT = 1e-2, 1e-1  # shares of an output; see `largest_difference`
+VAE_FOLDERS = VAE_DECODER, VAE_ENCODER = "vae_decoder", "vae_encoder"
 BATCH, SIDES = {0: "batch_size"}, {0: "batch_size", 2: "height", 3: "width"}
 
 
@@ -137,6 +142,18 @@ class TextEncoder(nn.Module):
         return (*first, *(found.hidden_states if self.hidden_states else ()))
 
 
+def runtime_vae_dtype(model: StableDiffusion, dtype: torch.dtype) -> torch.dtype:
+    """The type that the VAE's graphs are written in beside others in `dtype` (`vae_dtype`); a warning says another."""
+    found = vae_dtype(model.vae_config, dtype, xl=unet_is_xl(model.unet.config))
+    if found != dtype:
+        log.warning(
+            "dtype=float16: this model's VAE overflows in it (force_upcast in its config) and is written in float32; "
+            "model.vae=%s does not",
+            XL_HALF_VAE,
+        )
+    return found
+
+
 def graphs(pipeline: Any, timestep_rank: int) -> Iterator[Graph]:
     """The networks of a pipeline of Stable Diffusion or SDXL.
 
@@ -183,7 +200,5 @@ def _vae_graphs(vae: Any) -> Iterator[Graph]:
     config, least = vae.config, 2 ** (len(vae.config.block_out_channels) - 1)
     latent = torch.randn(2, config.latent_channels, 3, 4, dtype=vae.dtype)
     image = torch.randn(2, config.in_channels, 3 * least, 4 * least, dtype=vae.dtype)
-    yield Graph(
-        "vae_decoder", VaeDecoder(vae), config, {"latent_sample": latent}, {"latent_sample": SIDES}, ("sample",)
-    )
-    yield Graph("vae_encoder", VaeEncoder(vae), config, {"sample": image}, {"sample": SIDES}, ("latent_parameters",))
+    yield Graph(VAE_DECODER, VaeDecoder(vae), config, {"latent_sample": latent}, {"latent_sample": SIDES}, ("sample",))
+    yield Graph(VAE_ENCODER, VaeEncoder(vae), config, {"sample": image}, {"sample": SIDES}, ("latent_parameters",))

@@ -11,12 +11,17 @@ from typing import Any
 
 import torch
 
-from lcm_lightning.errors import UserError
 from lcm_lightning.exports.fused import fuse
-from lcm_lightning.exports.graphs import FLOAT16_LIMIT, FLOAT32_LIMIT, Graph, graphs, largest_difference
+from lcm_lightning.exports.graphs import (
+    FLOAT16_LIMIT,
+    FLOAT32_LIMIT,
+    Graph,
+    graphs,
+    largest_difference,
+    runtime_vae_dtype,
+)
 from lcm_lightning.exports.network_folder import write_network_folder
 from lcm_lightning.models.kinds import AdapterKind
-from lcm_lightning.models.pipeline_files import unet_is_xl
 from lcm_lightning.models.stable_diffusion import StableDiffusion
 
 FILE = "model.onnx"
@@ -31,24 +36,11 @@ def write_onnx(
     The model itself is changed; see `fuse`. Weights lie beside each graph, in `model.onnx.data`.
 
     Raises:
-        UserError: its VAE does not compute in `dtype`, or a network is not torch's.
+        UserError: a network is not torch's.
         OSError: it cannot be written.
     """
-    check_dtype(model, dtype)
-    pipeline = fuse(model, kinds, dtype)
+    pipeline = fuse(model, kinds, dtype, runtime_vae_dtype(model, dtype))
     return write_network_folder(pipeline, graphs(pipeline, timestep_rank=0), folder, export, FILE)
-
-
-def check_dtype(model: StableDiffusion, dtype: torch.dtype) -> None:
-    """Raise a `UserError` for an SDXL whose VAE overflows in float16: its decoder's values exceed what that holds.
-
-    diffusers' pipelines of SDXL decode in float32 where `force_upcast` is set; those of Stable Diffusion do not ask.
-    """
-    if dtype == torch.float16 and unet_is_xl(model.unet.config) and model.vae_config.force_upcast:
-        raise UserError(
-            "dtype=float16: this model's VAE computes in float32 alone (force_upcast in its config); set "
-            "dtype=float32, or model.vae=madebyollin/sdxl-vae-fp16-fix"
-        )
 
 
 @torch.no_grad()

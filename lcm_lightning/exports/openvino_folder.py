@@ -11,7 +11,15 @@ from typing import Any
 import torch
 
 from lcm_lightning.exports.fused import fuse
-from lcm_lightning.exports.graphs import FLOAT16_LIMIT, FLOAT32_LIMIT, Graph, graphs, largest_difference
+from lcm_lightning.exports.graphs import (
+    FLOAT16_LIMIT,
+    FLOAT32_LIMIT,
+    VAE_FOLDERS,
+    Graph,
+    graphs,
+    largest_difference,
+    runtime_vae_dtype,
+)
 from lcm_lightning.exports.network_folder import write_network_folder
 from lcm_lightning.models.kinds import AdapterKind, usual_kind
 from lcm_lightning.models.sampling import Sampler, make_scheduler
@@ -44,13 +52,15 @@ def write_openvino(
         UserError: a network is not torch's.
         OSError: it cannot be written.
     """
+    vae = runtime_vae_dtype(model, dtype)
     pipeline = fuse(model, kinds, torch.float32)
     pipeline.scheduler = known_scheduler(
         pipeline.scheduler, usual_kind(kinds, model.guidance_scale), model.scheduler_config
     )
 
     def export(graph: Graph, place: Path) -> float:
-        return export_network(graph, place, half=dtype == torch.float16)
+        stored = vae if graph.folder in VAE_FOLDERS else dtype
+        return export_network(graph, place, half=stored == torch.float16)
 
     networks = graphs(pipeline, timestep_rank=1)
     return write_network_folder(pipeline, networks, folder, export, FILE, export_tokenizer)

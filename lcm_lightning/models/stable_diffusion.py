@@ -442,12 +442,21 @@ def _read_pipeline(
 
 
 def _xl_vae_dtype(files: NetworkFiles, dtype: torch.dtype, path: str, vae: str | None) -> torch.dtype:
-    """float32 where the VAE overflows in `dtype`: SDXL's does in float16, as `force_upcast` in its config says."""
-    if dtype != torch.float16 or not files.config().get("force_upcast", True):
-        return dtype
-    log.warning(
-        "%s: its VAE overflows in float16 and computes in float32, slower; model.vae=%s does not",
-        model_path(path) if vae is None else f"model.vae={short(vae, 80)}",
-        XL_HALF_VAE,
-    )
-    return torch.float32
+    """`vae_dtype` of SDXL's; says where it is another."""
+    found = vae_dtype(files.config(), dtype, xl=True)
+    if found != dtype:
+        log.warning(
+            "%s: its VAE overflows in float16 and computes in float32, slower; model.vae=%s does not",
+            model_path(path) if vae is None else f"model.vae={short(vae, 80)}",
+            XL_HALF_VAE,
+        )
+    return found
+
+
+def vae_dtype(config: Mapping[str, Any], dtype: torch.dtype, *, xl: bool) -> torch.dtype:
+    """The type that a VAE is to compute in beside networks in `dtype`: float32 where it would overflow.
+
+    SDXL's does in float16, as `force_upcast` in its config says. diffusers writes that into the configs of all VAEs,
+    and its pipelines of Stable Diffusion 1 and 2 do not ask.
+    """
+    return torch.float32 if xl and dtype == torch.float16 and config.get("force_upcast", True) else dtype
