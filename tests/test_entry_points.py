@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import importlib.util
+import logging
 import re
 import resource
 import shlex
@@ -16,7 +17,7 @@ import pytest
 import torch
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
-from hydra.utils import get_class, instantiate
+from hydra.utils import get_class, get_method, instantiate
 from omegaconf import OmegaConf
 from PIL import Image
 from safetensors.torch import load_file
@@ -27,7 +28,7 @@ from lcm_lightning.errors import UserError
 from lcm_lightning.methods.lcm_lora import LcmLoraDistillation
 from lcm_lightning.methods.lora import LoraFinetuning
 from lcm_lightning.models.kinds import TEACHER_FILE, AdapterKind
-from lcm_lightning.output.logs import logged_errors, logged_warnings
+from lcm_lightning.output.logs import RANKS, logged_errors, logged_warnings
 from lcm_lightning.runs.contents import Adapter, read_manifest, write_manifest
 from lcm_lightning.runs.loading import load_run
 from lcm_lightning.tracking.wandb_logger import wandb_run_id
@@ -235,6 +236,32 @@ def test_a_run_s_log_holds_its_start_its_progress_its_warnings_and_its_end(
     places = [log.index(text) for text in ("started as\nlora: ", "├── method=lora", "│   └── optimizer.lr=1e-3")]
     places += [log.index(text) for text in ("step 1/4, ", "step 4/4, ", "ended after step 4", "evaluate.py run=logged")]
     assert places == sorted(places)
+
+
+@pytest.mark.parametrize(
+    ("environment", "writes"),
+    [
+        ({}, True),
+        ({"LOCAL_RANK": "1"}, False),  # which Lightning has started
+        ({"NODE_RANK": "1"}, False),
+        ({"SLURM_PROCID": "0", "LOCAL_RANK": "0"}, True),
+        ({"SLURM_PROCID": "3"}, False),
+        ({"RANK": "0", "SLURM_PROCID": "1"}, True),  # torchrun, whose first node may be any
+        ({"RANK": "4", "LOCAL_RANK": "0"}, False),
+    ],
+)
+def test_only_the_first_process_of_a_run_writes_its_log(
+    environment: dict[str, str], writes: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    for name in ("RANK", *RANKS):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    settings = OmegaConf.load(ROOT / "conf" / "hydra" / "job_logging" / "run.yaml")
+    log = get_method(settings.handlers.file["()"])(str(tmp_path / "train_ddp_process_1.log"))
+    log.handle(logging.makeLogRecord({"msg": "told"}))
+    log.close()
+    assert [path.read_text() for path in tmp_path.iterdir()] == (["told\n"] if writes else [])
 
 
 def test_a_warning_goes_to_the_log_and_where_it_went(caplog: pytest.LogCaptureFixture):

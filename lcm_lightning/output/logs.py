@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import logging
+import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import TextIO
 
@@ -13,6 +14,7 @@ from lcm_lightning.errors import UserError
 log = logging.getLogger(__name__)
 
 SHOWN = {"shown": True}  # `extra` of a record that is on the screen in another form
+RANKS = ("LOCAL_RANK", "NODE_RANK", "SLURM_PROCID", "JSM_NAMESPACE_RANK")  # by which Lightning knows a process too
 
 
 class NotShown(logging.Filter):
@@ -21,6 +23,20 @@ class NotShown(logging.Filter):
     def filter(self, record: logging.LogRecord) -> bool:
         """False for records of `SHOWN`."""
         return not getattr(record, "shown", False)
+
+
+def run_log(filename: str) -> logging.Handler:
+    """What writes a run's log: the first of its processes, to which others would add the same lines or files beside."""
+    return logging.FileHandler(filename) if is_first_process(os.environ) else logging.NullHandler()
+
+
+def is_first_process(environment: Mapping[str, str]) -> bool:
+    """Whether a process is its run's only one or the first, by what Lightning, torchrun or a cluster tells it.
+
+    Asked before torch is imported, and so not of Lightning. `RANK` is of all processes, where it is there.
+    """
+    told = ("RANK",) if "RANK" in environment else RANKS
+    return all(environment.get(name, "0") == "0" for name in told)
 
 
 @contextmanager
