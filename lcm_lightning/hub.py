@@ -1,13 +1,15 @@
-"""The Hugging Face hub, asked now and then whether it is there before libraries ask it again and again."""
+"""The Hugging Face hub: what names a repository there, and whether it answers, before libraries ask again and again."""
 
 from __future__ import annotations
 
 import logging
 import time
 from functools import lru_cache
+from pathlib import Path
 
 from huggingface_hub import constants
-from huggingface_hub.utils import get_session
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import get_session, validate_repo_id
 
 from lcm_lightning.errors import first_line
 
@@ -17,6 +19,23 @@ REMEMBERED = 60.0  # seconds an answer counts: a run of hours must not go by one
 
 for name in ("httpx", "httpx2"):  # which tell every request, and Hydra would print it
     logging.getLogger(name).setLevel(logging.WARNING)
+
+
+def is_repo_id(text: str) -> bool:
+    """Whether a text is OWNER/NAME as the hub takes it."""
+    try:
+        validate_repo_id(text)
+    except HFValidationError:
+        return False
+    return text.count("/") == 1
+
+
+def is_hub_id(text: str) -> bool:
+    """Whether what a setting names is to be looked for on the hub: OWNER/NAME, where nothing of that name lies here.
+
+    A relative path of two parts looks the same; one that is mistyped is refused by the hub.
+    """
+    return is_repo_id(text) and not text.endswith(".safetensors") and not Path(text).exists()
 
 
 def hub_answers() -> bool:

@@ -17,6 +17,7 @@ from PIL import Image
 from helpers.commands import ROOT, SMALL, SMALLER, in_process
 from lcm_lightning.errors import UserError
 from lcm_lightning.evaluation.tables import REAL
+from lcm_lightning.hub import is_hub_id
 from lcm_lightning.models.kinds import LORA_FILE
 from lcm_lightning.output.pictures import grid_images, labelled_grid, png_bytes
 from lcm_lightning.runs.contents import weights_digest
@@ -27,7 +28,6 @@ from lcm_lightning.sharing.model_card import (
     MARK,
     CardSettings,
     evaluation_of,
-    hub_datasets,
     write_card,
 )
 from lcm_lightning.sharing.redaction import HIDDEN, public, public_overrides, public_text
@@ -235,11 +235,45 @@ def test_a_model_in_the_hub_s_cache_is_known_by_its_id(tmp_path: Path):
     assert base_model({"path": str(snapshot)}).hub_id == "owner/name"
 
 
-@pytest.mark.parametrize("path", ["outputs/mine", "data/model", "models/sd15"])
-def test_a_folder_s_usual_name_is_never_taken_for_an_id(path: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.chdir(tmp_path)  # a card may be renewed elsewhere
-    assert base_model({"path": path}).hub_id is None
-    assert hub_datasets({"name": "mine", "source": path}) == []
+@pytest.mark.parametrize("is_here", [True, False])
+def test_a_renewed_card_knows_a_folder_from_an_id_as_the_first_one_did(
+    is_here: bool, student: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Model and data lie where a run is trained, and nothing of them where its card is renewed."""
+    set_in_config(student, model__path="some/model", data__source="some/data", data__name="mine")
+    (student / "lora" / CARD).unlink()
+    (tmp_path / "elsewhere").mkdir()
+    for place in ("model", "data") if is_here else ():
+        (tmp_path / "some" / place).mkdir(parents=True)
+    for folder in (tmp_path, tmp_path / "elsewhere"):
+        monkeypatch.chdir(folder)
+        write_card(student)
+        head = card(student).data.to_dict()
+        ids = (head.get("base_model"), head.get("datasets"))
+        assert ids == ((None, None) if is_here else ("some/model", ["some/data"]))
+
+
+@pytest.mark.parametrize(
+    ("text", "is_id"),
+    [
+        ("owner/name", True),
+        ("name", False),
+        ("a/b/c", False),
+        ("./model", False),
+        ("~/model", False),
+        ("/model", False),
+        ("owner/file.safetensors", False),
+        ("owner/with space", False),
+        ("here/model", False),
+        (r"C:\models\sd15", False),
+    ],
+)
+def test_an_id_is_what_the_hub_takes_and_nothing_here_is_called(
+    text: str, is_id: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "here" / "model").mkdir(parents=True)
+    assert is_hub_id(text) == is_id
 
 
 def test_the_command_is_of_the_model_s_size_whatever_it_is_called(student: Path):

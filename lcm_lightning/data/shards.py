@@ -26,6 +26,7 @@ from lcm_lightning.data.images import ImageFault, decode_image
 from lcm_lightning.data.records import IMAGE_SUFFIXES, INDEX_FORMAT, INDEX_NAME, PARTS_NAME, SPLIT_NAMES, clean_caption
 from lcm_lightning.data.tar import MAX_MEMBER_BYTES, Member, members, read_at
 from lcm_lightning.errors import UserError
+from lcm_lightning.hub import is_hub_id
 from lcm_lightning.output.files import sha256_of, write_atomic
 
 log = logging.getLogger(__name__)
@@ -335,7 +336,7 @@ def find_shards(source: str) -> ShardIndex | None:
         return index_from_json(fetch_json(base + INDEX_NAME), lambda file: base + file)
     if is_url(source) or re.search(r"\.tar\b", source):
         return index_addresses(source)
-    if re.fullmatch(r"[\w.-]+/[\w.-]+", source) and not Path(source).is_file():
+    if is_hub_id(source):
         locations = list_hub_shards(source)
         return ShardIndex(source.replace("/", "_"), group_by_split(locations), {}) if locations else None
     return None

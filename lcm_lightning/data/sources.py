@@ -21,6 +21,7 @@ from lcm_lightning.data.shards import (
     sample_captions,
 )
 from lcm_lightning.errors import UserError, first_line, innermost, short
+from lcm_lightning.hub import is_hub_id
 
 
 def read_source(source: str | None, name: str) -> Source:
@@ -37,7 +38,7 @@ def read_source(source: str | None, name: str) -> Source:
     index = find_shards(source)
     if index is not None:
         return read_shards(index)
-    if source.count("/") == 1 and not folder.is_absolute() and not folder.is_file():
+    if is_hub_id(source):
         return read_hub(source)
     found = "a file" if folder.is_file() else "no such folder, and no id of a data set (owner/name) or shard address"
     raise UserError(f"data.source={short(source, 60)}: {found}; {remedy(name)}")

@@ -25,7 +25,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from lcm_lightning.errors import UserError, first_line, short
-from lcm_lightning.hub import hub_answers, hub_refusal
+from lcm_lightning.hub import hub_answers, hub_refusal, is_hub_id
 from lcm_lightning.models.kinds import LORA_FILE
 from lcm_lightning.models.pipeline_files import unet_is_xl
 from lcm_lightning.output.files import write_atomic
@@ -163,7 +163,7 @@ def locate_lora(source: str | Path, key: str = "lora") -> Path:
             f"{key}={source}: holds neither lora/{LORA_FILE} (a run) nor {LORA_FILE} or {PEFT_FILE}; did the run reach "
             "its first validation?"
         )
-    if str(source).startswith((".", "/", "~")) or str(source).count("/") != 1:
+    if not is_hub_id(str(source)):
         raise UserError(f"{key}={source}: no such file or folder; give a run folder, a .safetensors file or a hub id")
     return _download_lora(str(source), key)
 
@@ -195,7 +195,7 @@ def _download_lora(hub_id: str, key: str) -> Path:
 
 def download_published(hub_id: str, name: str) -> Path | None:
     """The file `name` of a repository on the hub; None where there is no such file, or it is out of reach."""
-    if not _may_be_hub_id(hub_id):
+    if not is_hub_id(hub_id):
         return None
     try:
         return Path(hf_hub_download(hub_id, name, local_files_only=not hub_answers()))
@@ -205,11 +205,7 @@ def download_published(hub_id: str, name: str) -> Path | None:
 
 def is_out_of_reach(hub_id: str, name: str) -> bool:
     """Whether, after `download_published`, nobody knows if a repository has the file `name`."""
-    return _may_be_hub_id(hub_id) and try_to_load_from_cache(hub_id, name) is None  # the cache keeps a "no" too
-
-
-def _may_be_hub_id(text: str) -> bool:
-    return not text.startswith((".", "/", "~")) and text.count("/") == 1 and not Path(text).exists()
+    return is_hub_id(hub_id) and try_to_load_from_cache(hub_id, name) is None  # the cache keeps a "no" too
 
 
 def _cached_files(hub_id: str) -> list[str]:

@@ -13,7 +13,7 @@ from diffusers import AutoencoderKL
 from torch import Tensor, nn
 
 from lcm_lightning.errors import UserError, first_line, short
-from lcm_lightning.hub import hub_answers, hub_refusal
+from lcm_lightning.hub import hub_answers, hub_refusal, is_hub_id
 from lcm_lightning.models.pipeline_files import NetworkFiles, check_weights
 from lcm_lightning.models.single_file import open_vae_file
 
@@ -35,6 +35,8 @@ def open_vae(path: str, own: Mapping[str, Any]) -> NetworkFiles:
     if place.is_dir():
         inside = (place / "vae" / "config.json").is_file()
         return PublishedVae(path, str(place), "vae" if inside else None, local=True)
+    if not is_hub_id(path):
+        raise UserError(f"{_said(path)}: no such file or folder; {REMEDY}")
     return PublishedVae(path, path, None, local=not hub_answers())
 
 

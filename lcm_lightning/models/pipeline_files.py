@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from lcm_lightning.errors import UserError, first_line, short
-from lcm_lightning.hub import hub_answers, hub_refusal
+from lcm_lightning.hub import hub_answers, hub_refusal, is_hub_id
 
 log = logging.getLogger(__name__)
 
@@ -148,7 +148,7 @@ def locate_pipeline(path: str, revision: str | None) -> Path:
         return folder
     if folder.is_file():
         return folder
-    if path.startswith((".", "/", "~")) or path.count("/") != 1 or path.endswith(".safetensors"):
+    if not is_hub_id(path):
         raise UserError(
             f"{model_path(path)}: no such folder or file; give a diffusers pipeline folder (with model_index.json), a "
             ".safetensors checkpoint or a hub id such as stable-diffusion-v1-5/stable-diffusion-v1-5"

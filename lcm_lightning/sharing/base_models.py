@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,10 +12,9 @@ from typing import Any
 from huggingface_hub import ModelCard, try_to_load_from_cache
 
 from lcm_lightning.errors import UserError
+from lcm_lightning.hub import is_hub_id, is_repo_id
 from lcm_lightning.sharing.redaction import last_name
 
-HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
-LOCAL = ("data", "outputs", "multirun", "models", "checkpoints", "weights", "runs")  # folders, and nobody on the hub
 EMBEDDED = re.compile(r"lcm_lightning[/\\]assets[/\\]tiny$")  # Apache-2.0, as all that ships with this package
 CACHED = re.compile(r"models--([^/\\]+?)--([^/\\]+)[/\\]snapshots[/\\]")  # a folder in the hub's cache
 LICENSES = {  # of the models that conf/model names, as their cards on the hub say
@@ -48,23 +47,26 @@ class BaseModel:
         return self.name.endswith(".safetensors")
 
 
-def base_model(model: Mapping[str, Any], hub_id: str | None = None) -> BaseModel:
+def base_model(
+    model: Mapping[str, Any], hub_id: str | None = None, known_ids: Collection[str] | None = None
+) -> BaseModel:
     """What is known of the model that a run's `model` section names.
 
     Args:
         hub_id: where a local folder came from, if someone says so.
+        known_ids: see `was_hub_id`.
 
     Raises:
         UserError: `hub_id` is none.
     """
-    if hub_id is not None and not HUB_ID.fullmatch(hub_id):
+    if hub_id is not None and not is_repo_id(hub_id):
         raise UserError(f"base_model={hub_id}: expected an id on the hub, such as {next(iter(LICENSES))}")
     path = str(model["path"])
     if model.get("unet_init", "pretrained") != "pretrained":
         return BaseModel("random weights", None)
     if hub_id is None and (cached := CACHED.search(path)):
         hub_id = f"{cached[1]}/{cached[2]}"
-    if hub_id is None and is_hub_id(path):
+    if hub_id is None and was_hub_id(path, None if known_ids is None else {*known_ids, *LICENSES}):
         hub_id = path
     embedded = hub_id is None and EMBEDDED.search(path) is not None
     known = "apache-2.0" if embedded else LICENSES.get(hub_id or "")
@@ -77,9 +79,14 @@ def base_model(model: Mapping[str, Any], hub_id: str | None = None) -> BaseModel
     )
 
 
-def is_hub_id(text: str) -> bool:
-    """Whether a run's setting, read in another folder or later, names a repository and no folder of its machine."""
-    return bool(HUB_ID.fullmatch(text)) and text.partition("/")[0] not in LOCAL and not Path(text).exists()
+def was_hub_id(text: str, known_ids: Collection[str] | None) -> bool:
+    """Whether a run's setting names a repository of the hub, where it may be read in another folder, or much later.
+
+    Args:
+        known_ids: those that a card says which was written where model and data lay; None for that card itself, to
+            which what is no place here is an id (`is_hub_id`).
+    """
+    return is_hub_id(text) and (known_ids is None or text in known_ids)
 
 
 def _file(path: str, hub_id: str | None, name: str) -> Path | None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import logging
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -30,7 +30,7 @@ from lcm_lightning.output.files import write_atomic
 from lcm_lightning.output.pictures import grid_images, png_bytes
 from lcm_lightning.output.visible_files import CARD, EVALUATION_GRID, PICTURES
 from lcm_lightning.runs.contents import MANIFEST, Adapter, exported, read_manifest, read_versions, weights_digest
-from lcm_lightning.sharing.base_models import BaseModel, base_model, is_hub_id
+from lcm_lightning.sharing.base_models import BaseModel, base_model, was_hub_id
 from lcm_lightning.sharing.redaction import public
 from lcm_lightning.sharing.training_facts import (
     images_per_step,
@@ -94,14 +94,22 @@ def write_card(run: Path, settings: CardSettings | None = None) -> Path | None:
     if folder is None or not (run / "config.yaml").is_file():
         return None
     path = folder / CARD
-    before = path.read_text(encoding="utf-8") if path.is_file() else MARK
-    if MARK not in before:
+    before = path.read_text(encoding="utf-8") if path.is_file() else None
+    if before is not None and MARK not in before:
         return path
     samples, metrics = write_pictures(run, folder), evaluation_of(run)
     copy_evaluation_grid(run, folder, metrics)
-    said = replace(settings_of(before), **(settings or CardSettings()).said())
-    write_atomic(path, card_of(run, folder, samples, metrics, said).encode())
+    said = replace(settings_of(before or ""), **(settings or CardSettings()).said())
+    known_ids = None if before is None else ids_of(before)
+    write_atomic(path, card_of(run, folder, samples, metrics, said, known_ids).encode())
     return path
+
+
+def ids_of(card: str) -> set[str]:
+    """Ids on the hub of the base model and the data sets that a card names."""
+    data = ModelCard(card, ignore_metadata_errors=True).data
+    named = (data.base_model, data.datasets)
+    return {name for names in named for name in ([names] if isinstance(names, str) else names or [])}
 
 
 def renew_card(run: Path) -> None:
@@ -118,7 +126,12 @@ def error_line(error: Exception) -> str:
 
 
 def card_of(
-    run: Path, folder: Path, samples: Mapping[str, str], metrics: Mapping[str, Any] | None, settings: CardSettings
+    run: Path,
+    folder: Path,
+    samples: Mapping[str, str],
+    metrics: Mapping[str, Any] | None,
+    settings: CardSettings,
+    known_ids: Collection[str] | None = None,
 ) -> str:
     """The card's text.
 
@@ -126,9 +139,10 @@ def card_of(
         folder: of the run's export.
         samples: prompts by picture, whose paths are relative to `folder`.
         metrics: see `evaluation_of`.
+        known_ids: see `was_hub_id`.
     """
     config, adapters = settings_of_run(run), read_manifest(run)
-    kind, base = adapters[-1].kind, base_model(config["model"], settings.base_model)
+    kind, base = adapters[-1].kind, base_model(config["model"], settings.base_model, known_ids)
     license = settings.license or base.license
     seconds = training_seconds(run / "metrics.csv", images_per_step(config))
     xl = is_xl(folder, kind)
@@ -153,7 +167,8 @@ def card_of(
         "mark": MARK,
         "said": f"{SAID}{json.dumps(settings.said())} -->" if settings.said() else None,
     }
-    data = card_data(kind, base, license, config, samples, xl)
+    datasets = hub_datasets(config["data"], known_ids)
+    data = card_data(kind, base, license, datasets, samples, xl)
     return ModelCard(f"---\n{data.to_yaml()}\n---\n\n{_template('model_card.md.j2').render(content)}").content
 
 
@@ -173,7 +188,7 @@ def card_data(
     kind: AdapterKind,
     base: BaseModel,
     license: str | None,
-    config: Mapping[str, Any],
+    datasets: list[str],
     samples: Mapping[str, str],
     xl: bool,
 ) -> ModelCardData:
@@ -187,7 +202,7 @@ def card_data(
     return ModelCardData(
         library_name="diffusers",
         pipeline_tag="text-to-image",
-        datasets=hub_datasets(config["data"]) or None,
+        datasets=datasets or None,
         tags=[*tags, "lcm-lightning"],
         widget=[{"text": prompt, "output": {"url": picture}} for picture, prompt in samples.items()] or None,
         **other,
@@ -202,12 +217,13 @@ def license_head(license: str | None) -> dict[str, str]:
     return {"license": "other", "license_name": name}
 
 
-def hub_datasets(data: Mapping[str, Any]) -> list[str]:
-    """Ids of the data sets on the hub that a run's `data` section means."""
+def hub_datasets(data: Mapping[str, Any], known_ids: Collection[str] | None = None) -> list[str]:
+    """Ids of the data sets on the hub that a run's `data` section means; for `known_ids` see `was_hub_id`."""
     source = str(data.get("source") or "")
     if source.startswith("hf://datasets/"):
         return ["/".join(source.removeprefix("hf://datasets/").split("/")[:2])]
-    if is_hub_id(source):
+    ready = [ids for _, ids in DOWNLOADS.values()]
+    if was_hub_id(source, None if known_ids is None else {*known_ids, *ready}):
         return [source]
     known = DOWNLOADS.get(data["name"], ("", ""))[1]
     return [known] if known else []

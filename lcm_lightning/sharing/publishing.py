@@ -18,15 +18,13 @@ from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, co
 from huggingface_hub.errors import (
     EntryNotFoundError,
     HfHubHTTPError,
-    HFValidationError,
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
-from huggingface_hub.utils import validate_repo_id
 from omegaconf import OmegaConf
 
 from lcm_lightning.errors import UserError, first_line, short
-from lcm_lightning.hub import hub_answers
+from lcm_lightning.hub import hub_answers, is_repo_id
 from lcm_lightning.models.kinds import KOHYA_FILE, LORA_FILE, TEACHER_FILE
 from lcm_lightning.output.visible_files import CARD, EVALUATION_GRID, PICTURES, visible_files
 from lcm_lightning.runs.contents import MANIFEST, exported
@@ -108,15 +106,11 @@ def push_run(run: Path, push: Push, card: CardSettings) -> str:
 
 def check_repo_id(repo_id: str) -> None:
     """Raise a `UserError` unless `repo_id` is an owner and a name that the hub would take."""
-    try:
-        validate_repo_id(repo_id)
-        if repo_id.count("/") != 1:
-            raise HFValidationError("no owner")
-    except HFValidationError as error:
+    if not is_repo_id(repo_id):
         raise UserError(
             f"push_to_hub={short(repo_id, 100)}: expected OWNER/NAME of letters, digits, '-', '_' and '.', such as "
             "push_to_hub=me/lcm-lora-flickr8k"
-        ) from error
+        )
 
 
 def publication(run: Path, card: CardSettings) -> dict[str, bytes | Path]:
