@@ -17,6 +17,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 from torchmetrics import MeanMetric
 
+from lcm_lightning.diffusion.consistency import Denoiser
 from lcm_lightning.errors import UserError
 from lcm_lightning.methods.clipping import FusedClipping
 from lcm_lightning.methods.randomness import SampleRandomness
@@ -321,3 +322,7 @@ class AdapterTraining(Training):
     def trained_by(self, adapter: str) -> list[nn.Parameter]:
         """Its own."""
         return lora_parameters(self.model.unet, adapter)
+
+    def student(self, condition: Condition) -> Denoiser:
+        """The network with what `kind` trains, given the condition."""
+        return lambda x_t, timesteps: self.model.denoise(x_t, timesteps, condition)

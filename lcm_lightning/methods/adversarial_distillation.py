@@ -67,6 +67,22 @@ class AdversarialDistillation(Distillation):
         """The weighted direction, shape of `x`, whose opposite makes `x` look real (`adversarial_direction`)."""
         return self.adversarial_weight * adversarial_direction(lambda x: discriminator(features(x)), x)
 
+    def judged(
+        self, discriminator: Discriminator, features: Features, real: Tensor, drawn: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Both `deceiving` and `discriminator_step` of the same pictures, which go through the UNet once for both."""
+        known: list[Tensor] = []
+
+        def keep(x: Tensor) -> list[Tensor]:
+            known.extend(features(x))
+            return known
+
+        direction = self.deceiving(discriminator, keep, drawn)
+        with torch.no_grad():
+            seen = features(real)
+        imagined = [each.detach() for each in known]
+        return direction, discriminator_losses(discriminator(seen), discriminator(imagined))
+
 
 def discriminator_step(discriminator: Discriminator, features: Features, real: Tensor, drawn: Tensor) -> Tensor:
     """`discriminator_losses` [B] of latents, with gradient in the discriminator alone."""

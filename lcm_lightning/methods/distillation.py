@@ -57,10 +57,7 @@ class GuidedDistillation(Training):
         cls, *, w_min: float = W_MIN, w_max: float = W_MAX, teacher_lora: str | None = None, **training: Any
     ) -> None:
         """See `Training.check_settings`; a teacher's LoRA must be there."""
-        if not 0 <= w_min <= w_max:
-            raise UserError(
-                f"method.w_min={w_min}, method.w_max={w_max}: expected 0 <= w_min <= w_max, such as 5 and 15"
-            )
+        check_guidance_range(w_min, w_max)
         if teacher_lora is not None:
             locate_lora(teacher_lora, "method.teacher_lora")
         super().check_settings(**training)
@@ -102,10 +99,6 @@ class Distillation(GuidedDistillation, AdapterTraining):
     As the teacher's guidance scale is drawn, the student learns to give guided images in one unguided pass.
     """
 
-    def student(self, condition: Condition) -> Denoiser:
-        """The network with its adapter, given the condition."""
-        return lambda x_t, timesteps: self.model.denoise(x_t, timesteps, condition)
-
 
 def variant_network(model: LatentDiffusionModel, name: str, condition: Condition) -> Denoiser:
     """The variant `name` of a model's UNet, given the condition."""
@@ -115,6 +108,12 @@ def variant_network(model: LatentDiffusionModel, name: str, condition: Condition
             return model.denoise(x_t, timesteps, condition)
 
     return denoise
+
+
+def check_guidance_range(w_min: float, w_max: float, example: str = "5 and 15") -> None:
+    """Raise a `UserError` unless guidance scales in LCM's form can be drawn from it."""
+    if not 0 <= w_min <= w_max:
+        raise UserError(f"method.w_min={w_min}, method.w_max={w_max}: expected 0 <= w_min <= w_max, such as {example}")
 
 
 def check_distillation(distillation: OdeDistillation) -> None:

@@ -11,7 +11,7 @@ from torch import Tensor
 from lcm_lightning.diffusion.consistency import ConsistencyDistillation
 from lcm_lightning.errors import UserError
 from lcm_lightning.methods.adapter_training import AdapterTraining
-from lcm_lightning.methods.distillation import check_distillation, check_skip, variant_network
+from lcm_lightning.methods.distillation import check_distillation, check_guidance_range, check_skip, variant_network
 from lcm_lightning.methods.lcm import LcmDistillation
 from lcm_lightning.methods.lcm_lora import DEFAULTS, LCM, drawn_on_its_ode
 from lcm_lightning.methods.randomness import SampleRandomness
@@ -78,10 +78,7 @@ class KdLoraDistillation(AdapterTraining):
                 f"method.distillation.solver={distillation.solver}, solver_steps={distillation.solver_steps}: "
                 "method=kd_lora solves no ODE; leave them out"
             )
-        if not 0 <= w_min <= w_max:
-            raise UserError(
-                f"method.w_min={w_min}, method.w_max={w_max}: expected 0 <= w_min <= w_max, such as 7.5 for both"
-            )
+        check_guidance_range(w_min, w_max, "7.5 for both")
         if teacher_lcm is None:
             raise UserError(
                 f"{KEY}=null: expected a run of method=lcm, or folder or hub id of a full LCM such as "
@@ -101,11 +98,9 @@ class KdLoraDistillation(AdapterTraining):
         guidance_scale = randomness.uniform(self.w_min, self.w_max)
         noise = randomness.normal(latents.shape[1:])
         teacher = variant_network(self.model, TEACHER, condition.with_guidance(guidance_scale))
-
-        def student(x_t: Tensor, timesteps: Tensor) -> Tensor:
-            return self.model.denoise(x_t, timesteps, condition)
-
-        return self.distillation.imitation_losses(student, teacher, latents, noise, step_index, self.alphas_cumprod)
+        return self.distillation.imitation_losses(
+            self.student(condition), teacher, latents, noise, step_index, self.alphas_cumprod
+        )
 
     def sampling_setups(
         self, *, teacher_steps: int, guidance_scale: float | None = None, student_steps: Sequence[int]

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from lcm_lightning.diffusion.trajectory import TrajectoryDistillation
 from lcm_lightning.errors import UserError
-from lcm_lightning.methods.adversarial_distillation import AdversarialDistillation, discriminator_step
+from lcm_lightning.methods.adversarial_distillation import AdversarialDistillation
 from lcm_lightning.methods.distillation import W_MAX, W_MIN, check_distillation, check_skip
 from lcm_lightning.methods.randomness import SampleRandomness
 from lcm_lightning.methods.teacher_ode import OdeDraws, TeacherOde
@@ -127,12 +127,7 @@ class TrajectoryLoraDistillation(TeacherOde, AdversarialDistillation):
         if discriminator is None or not self.training:
             return None
         features = self.features(latents, condition, randomness)
-
-        def judge(x: Tensor) -> tuple[Tensor, Tensor]:
-            own = discriminator_step(discriminator, features, latents, x)
-            return self.deceiving(discriminator, features, x), own
-
-        return judge
+        return lambda x: self.judged(discriminator, features, latents, x)
 
     def _draw_in(self, steps: int, *, min_steps: int, max_steps: int, eta: float = 0.0) -> None:
         """Make of the method's kind that of this run: usual, fewest and most steps, and the noise between them."""
