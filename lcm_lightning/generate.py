@@ -18,6 +18,7 @@ from lcm_lightning.config.entry import command
 from lcm_lightning.data.images import MAX_PIXELS, ImageFault, decode_image, normalise, resize_shorter_side
 from lcm_lightning.errors import UserError
 from lcm_lightning.methods import adapter_kinds
+from lcm_lightning.output.files import write_atomic
 from lcm_lightning.output.pictures import contact_sheet, drawing_settings, png_bytes, settings_text, to_pil
 from lcm_lightning.output.progress import image_progress
 
@@ -59,10 +60,8 @@ def file_stems(prompts: Iterable[str]) -> dict[str, str]:
 
 def write_pictures(pictures: Mapping[str, Image.Image], settings: Mapping[str, str], folder: Path) -> None:
     """Write PNG files by name, each whole, with the `settings_text` of those that have one."""
-    folder.mkdir(parents=True, exist_ok=True)
     for name, picture in pictures.items():
-        (folder / f".{name}").write_bytes(png_bytes(picture, settings.get(name, "")))
-        (folder / f".{name}").replace(folder / name)
+        write_atomic(folder / name, png_bytes(picture, settings.get(name, "")))
 
 
 def picture_names(prompts: Sequence[str], seeds: Sequence[int]) -> list[str]:

@@ -17,6 +17,7 @@ from rich.table import Table
 from lcm_lightning.errors import UserError, program, report_user_errors
 from lcm_lightning.output.console import plain_table, print_table
 from lcm_lightning.output.files import write_atomic
+from lcm_lightning.output.pictures import figure_bytes
 from lcm_lightning.output.streams import lasting_output
 from lcm_lightning.runs.folders import OVERRIDES
 
@@ -55,7 +56,7 @@ def main() -> None:
     keys = varied(runs)
     print_table(table(runs, metric, keys))
     write_csv(runs, metric, keys, arguments.folder / "summary.csv")
-    plot(runs, metric, keys).savefig(arguments.folder / "summary.png", dpi=110)
+    write_atomic(arguments.folder / "summary.png", figure_bytes(plot(runs, metric, keys)))
     print(f"{arguments.folder / 'summary.csv'}\n{arguments.folder / 'summary.png'}")
 
 

@@ -20,7 +20,7 @@ from PIL import ExifTags, Image
 
 from helpers.commands import in_process
 from lcm_lightning.errors import UserError
-from lcm_lightning.generate import fit_photo
+from lcm_lightning.generate import fit_photo, write_pictures
 from lcm_lightning.methods.lcm_lora import LCM, LcmLoraDistillation
 from lcm_lightning.methods.lora import LoraFinetuning
 from lcm_lightning.models.adapters import LoraSettings, add_lora, lora_parameters, lora_state_dict
@@ -108,6 +108,20 @@ def test_a_picture_s_file_says_weights_and_the_photo_it_was_drawn_from(drawn, lo
     drawn(f"lora={loras / 'student'}", "weights=0.5", f"init_image={tmp_path}/photo.jpg", "strength=0.75")
     with Image.open(tmp_path / "dog-3.png") as file:
         assert 'LoRAs: "student: lcm 0.5", Denoising strength: 0.75, Init image: photo.jpg' in file.info["parameters"]
+
+
+def test_a_picture_that_cannot_be_written_leaves_the_one_before_and_nothing_else(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    (tmp_path / "dog.png").write_bytes(b"before")
+
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("lcm_lightning.output.files.os.fsync", full)
+    with pytest.raises(OSError, match="No space"):
+        write_pictures({"dog.png": Image.new("RGB", (8, 8))}, {}, tmp_path)
+    assert [path.read_bytes() for path in tmp_path.iterdir()] == [b"before"]
 
 
 def test_the_student_among_adapters_says_how_they_are_drawn_from():

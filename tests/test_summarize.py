@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 from hydra.core.hydra_config import HydraConfig
+from matplotlib.figure import Figure
 from omegaconf import OmegaConf
 from PIL import Image
 
@@ -55,6 +56,20 @@ def test_the_best_run_comes_first_with_the_step_it_was_best_at(
     assert "optimizer.lr" not in found[0]  # all have the same
     assert Image.open(sweep / "summary.png").width > 200
     assert "at step" in capsys.readouterr().out
+
+
+def test_a_plot_that_is_not_finished_leaves_the_one_before(sweep: Path, monkeypatch: pytest.MonkeyPatch):
+    (sweep / "summary.png").write_bytes(b"before")
+
+    def half(figure: Figure, file: object, **_: object) -> None:
+        if isinstance(file, str | Path):
+            Path(file).write_bytes(b"half")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Figure, "savefig", half)
+    with pytest.raises(KeyboardInterrupt):
+        command(str(sweep), monkeypatch=monkeypatch)
+    assert (sweep / "summary.png").read_bytes() == b"before"
 
 
 def test_no_value_is_cut_in_a_file_or_on_a_narrow_terminal(

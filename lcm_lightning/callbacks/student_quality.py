@@ -19,7 +19,6 @@ from lcm_lightning.errors import UserError
 from lcm_lightning.evaluation.contenders import Contender
 from lcm_lightning.evaluation.drawing import Drawing, image_folder
 from lcm_lightning.evaluation.features import Clip
-from lcm_lightning.evaluation.figures import as_bytes
 from lcm_lightning.evaluation.metrics import Estimate
 from lcm_lightning.evaluation.reference import RealImages
 from lcm_lightning.evaluation.student import FIGURES, StudentMeasure, quality_curves
@@ -28,7 +27,7 @@ from lcm_lightning.models.identity import adapter_digest, model_digest
 from lcm_lightning.models.sampling import SamplingSetup, check_finite
 from lcm_lightning.models.stable_diffusion import StableDiffusion
 from lcm_lightning.output.files import write_atomic
-from lcm_lightning.output.pictures import to_bytes
+from lcm_lightning.output.pictures import figure_bytes, to_bytes
 
 log = logging.getLogger(__name__)
 
@@ -161,7 +160,7 @@ class StudentQuality(L.Callback):
         if self._measure is not None:
             against = "the teacher's pictures" if not self._measure.teacher else "held-out photos"
             figure = quality_curves(self.history, self._measure.teacher, against)
-            self._write(self.folder / "quality.png", as_bytes(figure, "png"))
+            self._write(self.folder / "quality.png", figure_bytes(figure))
 
     # ---- what the student is held against ------------------------------------------------------------------------
 

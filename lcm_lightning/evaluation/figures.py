@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -169,10 +168,3 @@ def _dress(axes: Axes, metric: Metric) -> None:
     axes.set_title(f"{metric.title}: {metric.better} is better", fontsize=10.5, loc="left", fontweight="bold")
     axes.grid(alpha=0.25, which="major")
     axes.spines[["top", "right"]].set_visible(False)
-
-
-def as_bytes(figure: Figure, kind: str) -> bytes:
-    """The figure as a "png" or "svg" file, the same bytes for the same figure."""
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format=kind, dpi=130, metadata={"Date": None} if kind == "svg" else None)
-    return buffer.getvalue()

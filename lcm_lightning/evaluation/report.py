@@ -15,10 +15,17 @@ from rich.markup import escape
 from rich.table import Table as ConsoleTable
 
 from lcm_lightning.evaluation import tables
-from lcm_lightning.evaluation.figures import Grid, as_bytes, frontier
+from lcm_lightning.evaluation.figures import Grid, frontier
 from lcm_lightning.evaluation.protocol import PublishedTable
 from lcm_lightning.output.files import write_atomic
-from lcm_lightning.output.pictures import LARGEST_WHOLE, data_address, png_bytes, thumbnail_address, to_pil
+from lcm_lightning.output.pictures import (
+    LARGEST_WHOLE,
+    data_address,
+    figure_bytes,
+    png_bytes,
+    thumbnail_address,
+    to_pil,
+)
 
 TEMPLATES = Path(__file__).parent / "templates"
 SCHEMA_VERSION = 1  # of metrics.schema.json
@@ -45,21 +52,21 @@ def write_report(
         loader=jinja2.FileSystemLoader(TEMPLATES), autoescape=False, trim_blocks=True, lstrip_blocks=True
     )
     embedded = {
-        "frontier": data_address(as_bytes(plot, "svg"), "svg+xml"),
+        "frontier": data_address(figure_bytes(plot, "svg"), "svg+xml"),
         "grids": [_html_grid(grid) for grid in grids],
     }
     html = environment.overlay(autoescape=True).get_template("report.html.j2").render(content | embedded)
     files = {
-        "frontier.png": as_bytes(plot, "png"),
+        "frontier.png": figure_bytes(plot),
         **pictures,
         "report.html": html.encode(),
         "report.md": environment.get_template("report.md.j2").render(content).encode(),
         "metrics.json": (json.dumps(without_nan(metrics), indent=2) + "\n").encode(),
     }
-    for stale in set(folder.glob("grid*.png")) - {folder / name for name in pictures}:
-        stale.unlink()  # of an earlier evaluation with more contenders
     for name, data in files.items():
         write_atomic(folder / name, data)
+    for stale in set(folder.glob("grid*.png")) - {folder / name for name in pictures}:
+        stale.unlink()  # of an earlier evaluation with more contenders
 
 
 def publish(folder: Path, place: Path, weights: str | None = None) -> None:

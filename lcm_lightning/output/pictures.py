@@ -15,6 +15,7 @@ from PIL import Image, ImageDraw, ImageFont
 from PIL.PngImagePlugin import PngInfo
 
 if TYPE_CHECKING:
+    from matplotlib.figure import Figure
     from torch import Tensor
 
 GAP = 8
@@ -189,4 +190,11 @@ def png_bytes(image: Image.Image, settings: str = "") -> bytes:
         said.add_text(CELLS, image.info[CELLS])
     buffer = io.BytesIO()
     image.save(buffer, "PNG", pnginfo=said)
+    return buffer.getvalue()
+
+
+def figure_bytes(figure: Figure, kind: str = "png") -> bytes:
+    """A plot as a "png" or "svg" file, the same bytes for the same plot."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format=kind, dpi=130, metadata={"Date": None} if kind == "svg" else None)
     return buffer.getvalue()

@@ -311,11 +311,10 @@ def evaluation_of(run: Path) -> dict[str, Any] | None:
 def copy_evaluation_grid(run: Path, folder: Path, metrics: Mapping[str, Any] | None) -> None:
     """Put the grid of a run's evaluation beside the card, without the photos: they are the data set's."""
     grid = run / "evaluation" / metrics["protocol"] / "grid.png" if metrics else None
-    (folder / EVALUATION_GRID).unlink(missing_ok=True)
-    if grid is None or not grid.is_file():
-        return
-    if picture := without_photos(grid):
+    if picture := without_photos(grid) if grid is not None and grid.is_file() else None:
         write_atomic(folder / EVALUATION_GRID, picture)
+    else:
+        (folder / EVALUATION_GRID).unlink(missing_ok=True)
 
 
 def _template(name: str) -> jinja2.Template:
