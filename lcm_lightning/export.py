@@ -170,19 +170,8 @@ def megabytes(size: int) -> str:
 
 
 OF_HUB = ("private", "revision", "commit_message", "create_pr", "base_model")  # that a format has no use for
-OF_FORMATS: tuple[str, ...] = (
-    "model",
-    "lora",
-    "weights",
-    "lora_role",
-    "student",
-    "format",
-    "dtype",
-    "title",
-    "author",
-    "overwrite",
-)
-OF_FORMATS += ("output",)
+OF_BOTH = ("run", "license", "push_to_hub")
+OF_FORMATS = tuple(key for key in EXPORT_KEYS if key not in (*OF_BOTH, *OF_HUB))
 
 
 def typed() -> set[str]:

@@ -242,7 +242,11 @@ def main(cfg: DictConfig) -> None:
         init_image=cfg.init_image,
         strength=None if init_image is None else init_image.strength,
     )
-    write_pictures(pictures, settings_by_name(prompts, seeds, cfg.negative_prompt, said), Path(cfg.output))
+    try:
+        write_pictures(pictures, settings_by_name(prompts, seeds, cfg.negative_prompt, said), Path(cfg.output))
+    except OSError as error:
+        remedy = "make room there, or set output=..."
+        raise UserError(f"output={cfg.output}: cannot be written ({error}); {remedy}") from error
     for name in pictures:
         print(Path(cfg.output) / name)
 

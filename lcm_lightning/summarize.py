@@ -55,8 +55,11 @@ def main() -> None:
     metric, runs = read_sweep(arguments.folder, arguments.metric)
     keys = varied(runs)
     print_table(table(runs, metric, keys))
-    write_csv(runs, metric, keys, arguments.folder / "summary.csv")
-    write_atomic(arguments.folder / "summary.png", figure_bytes(plot(runs, metric, keys)))
+    try:
+        write_csv(runs, metric, keys, arguments.folder / "summary.csv")
+        write_atomic(arguments.folder / "summary.png", figure_bytes(plot(runs, metric, keys)))
+    except OSError as error:
+        raise UserError(f"{arguments.folder}: cannot be written to ({error}); make room there, or copy it") from error
     print(f"{arguments.folder / 'summary.csv'}\n{arguments.folder / 'summary.png'}")
 
 

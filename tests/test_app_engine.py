@@ -26,7 +26,7 @@ from PIL import Image
 from lcm_lightning.app import choices as choices_module
 from lcm_lightning.app import engine as engine_module
 from lcm_lightning.app.choices import Choices, local_runs
-from lcm_lightning.app.engine import Column, Engine, Settings, Superseded, columns
+from lcm_lightning.app.engine import Column, Drawable, Engine, Settings, Superseded, columns
 from lcm_lightning.app.evaluations import Shown, picture_rows, read_evaluation
 from lcm_lightning.app.html import Panel, evaluation, pictures
 from lcm_lightning.app.panels import Wish, draw, followed
@@ -38,7 +38,7 @@ from lcm_lightning.methods import adapter_kinds
 from lcm_lightning.models import adapters
 from lcm_lightning.models.adapters import LoraSettings, add_lora, load_lora, lora_parameters, lora_state_dict
 from lcm_lightning.models.lora_files import save_lora
-from lcm_lightning.models.sampling import sample
+from lcm_lightning.models.sampling import DDIM, sample
 from lcm_lightning.models.stable_diffusion import StableDiffusion, load_stable_diffusion
 from lcm_lightning.output.pictures import png_bytes
 from lcm_lightning.runs.contents import Adapter, write_manifest
@@ -110,7 +110,10 @@ def levels(image: Image.Image) -> np.ndarray:
 
 def test_a_student_stands_beside_its_teacher_and_a_finetuned_model_beside_its_base():
     def compared(*names: str, taught: bool = True) -> list[tuple[str, tuple[str, ...]]]:
-        return [(column.title, column.adapters) for column in columns([KINDS[name] for name in names], taught=taught)]
+        return [
+            (column.title, column.adapters)
+            for column in columns([KINDS[name] for name in names], guidance_scale=7.5, taught=taught)
+        ]
 
     base = ("base", ())
     assert compared() == [base]
@@ -613,11 +616,23 @@ def test_a_model_that_is_added_leaves_what_is_set_for_the_first(
     leave_run(tmp_path / "dogs" / "1", lora_files["lcm"], "lcm", pipeline_folder)
     run, mine = f"run:{tmp_path}/dogs/1", Browser("mine")
     *_, (_, first, steps, *_) = page._choose(mine, ["tiny"], None)
-    assert (first, steps) == ("tiny", page.engine.known(page.choices.source("tiny")).columns[-1].steps)
+    assert (first, steps["value"]) == ("tiny", page.engine.known(page.choices.source("tiny")).columns[-1].steps)
     *_, (message, *unchanged) = page._choose(mine, ["tiny", run], "tiny")
     assert message == "" and all(list(value) == ["__type__"] for value in unchanged)
     *_, (_, first, steps, *_) = page._choose(mine, [run], "tiny")
-    assert (first, steps) == (run, STUDENT.steps)
+    assert (first, steps["value"]) == (run, STUDENT.steps)
+
+
+def test_sliders_reach_what_a_student_is_usually_drawn_with(page: Any):
+    """Gradio refuses a value beyond a slider's end, so that such a student could not be drawn from at all."""
+    teacher = Column("base", "base", (), DDIM, 50, 7.5)
+    student = Column("PCM-LoRA", "student", ("pcm",), STUDENT.sampler, 16, 1.0)
+    page.choices.teacher_settings = lambda key: (200, 20.0)
+    steps, guidance, teacher_steps, teacher_guidance, *_ = page._usual(
+        "x", Drawable(ModelSource("x", "x", LoadedModel), [teacher, student], [])
+    )
+    set_ = [(slider["value"], slider["maximum"]) for slider in (steps, guidance, teacher_steps, teacher_guidance)]
+    assert set_ == [(16, 16), (1.0, 15), (200, 200), (20.0, 20.0)]
 
 
 def test_what_is_dropped_on_the_page_is_bounded_and_goes_after_a_day(page: Any, monkeypatch: pytest.MonkeyPatch):

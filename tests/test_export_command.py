@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import ast
 import hashlib
 import json
 import re
 import sys
+import warnings
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -44,7 +46,7 @@ from lcm_lightning.exports.onnx_folder import export as export_onnx
 from lcm_lightning.exports.onnx_folder import write_onnx
 from lcm_lightning.exports.openvino_folder import known_scheduler, save_model, write_openvino
 from lcm_lightning.exports.single_checkpoint import original_key, original_state_dict, vae_tensors, write_single_file
-from lcm_lightning.exports.usage import diffusers_lora, settings
+from lcm_lightning.exports.usage import diffusers_folder, diffusers_lora, openvino_folder, optimum_folder, settings
 from lcm_lightning.methods.dmd2_lora import Dmd2LoraDistillation
 from lcm_lightning.methods.lcm_lora import LcmLoraDistillation
 from lcm_lightning.methods.lora import LoraFinetuning
@@ -400,7 +402,9 @@ def test_the_command_says_what_it_wrote_and_how_to_use_it(
     assert file.is_file() and f"{file}  " in said and "TCDScheduler.from_config" in said
     code = said[said.index("from diffusers") :].replace('"a photo of a dog"', '"a dog", output_type="pt"')
     names: dict[str, object] = {}
-    exec(code, names)  # what is printed runs as it is
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", FutureWarning)
+        exec(code, names)  # what is printed runs as it is
     assert names["image"].shape == (3, 32, 32) and type(names["pipe"].scheduler) is TCDScheduler
 
 
@@ -630,6 +634,30 @@ def test_a_disk_that_is_full_is_no_error_of_openvino(tmp_path: Path, monkeypatch
     monkeypatch.setitem(sys.modules, "openvino", SimpleNamespace(save_model=full))
     with pytest.raises(OSError, match="basic_ios"):
         save_model(None, tmp_path / "x.xml", half=False)
+
+
+def test_a_unet_that_projects_captions_first_is_traced_with_captions_as_wide_as_it_takes(folders):
+    pipeline = build("v1")
+    pipeline.unet = UNet2DConditionModel.from_config(
+        {**pipeline.unet.config, "encoder_hid_dim": 24, "encoder_hid_dim_type": "text_proj"}
+    )
+    (unet,) = (graph for graph in graphs(pipeline, timestep_rank=0) if graph.folder == "unet")
+    with torch.no_grad():
+        assert unet.module(*unet.inputs.values())[0].shape == unet.inputs["sample"].shape
+
+
+@pytest.mark.parametrize("name", ["it's", 'a "b"', "back\\slash"])
+def test_a_printed_program_takes_any_path(name: str, folders, tmp_path: Path):
+    model = load_stable_diffusion(str(folders("v1")))
+    model.name_or_path = name
+    for code in (
+        diffusers_lora(tmp_path / name / "x.safetensors", model, ()),
+        diffusers_folder(tmp_path / name, model, (), torch.float16),
+        optimum_folder(tmp_path / name, model, ()),
+        openvino_folder(tmp_path / name, model, ()),
+    ):
+        texts = [node.value for node in ast.walk(ast.parse(code)) if isinstance(node, ast.Constant)]
+        assert str(tmp_path / name) in texts
 
 
 def test_onnx_graphs_do_not_say_where_their_code_was(tmp_path: Path):

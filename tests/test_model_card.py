@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import warnings
 from pathlib import Path
 
 import diffusers
@@ -13,6 +14,7 @@ import torch
 from huggingface_hub import ModelCard
 from omegaconf import DictConfig, OmegaConf
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 from helpers.commands import ROOT, SMALL, SMALLER, in_process
 from lcm_lightning.errors import UserError
@@ -108,7 +110,9 @@ def test_the_card_s_program_draws_what_the_run_draws(
     code = program(runs[name]).replace("path/to/tiny", str(TINY)).replace("path/to/this/folder", str(lora))
     assert code.count("load_lora_weights") == {"finetuned": 1, "student": 2}[name]
     code = re.sub("num_inference_steps=50", "num_inference_steps=10", code)
-    exec(compile(code, str(lora / CARD), "exec"), {})
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", FutureWarning)  # of what later versions will not take
+        exec(compile(code, str(lora / CARD), "exec"), {})
 
     prompt = card(runs[name]).data.to_dict()["widget"][0]["text"]
     steps = ("steps=10",) if name == "finetuned" else ()
@@ -307,6 +311,24 @@ def test_a_base_model_in_one_file_is_loaded_by_its_own_pipeline(
     assert f"from diffusers import {name}, TCDScheduler" in code
     assert f'pipe = {name}.from_single_file("path/to/mine.safetensors"' in code
     assert callable(getattr(diffusers, name).from_single_file)
+    assert "prediction_type='epsilon'" in code  # which no file of this kind makes diffusers' scheduler say
+
+
+def test_a_corrected_prediction_type_is_in_the_program(student: Path):
+    assert "prediction_type" not in program(student)
+    header = {"modelspec.prediction_type": "v", "modelspec.architecture": "stable-diffusion-v1/lora"}
+    save_file(load_file(student / "lora" / LORA_FILE), student / "lora" / LORA_FILE, header)
+    set_in_config(student, model__prediction_type="v_prediction")
+    write_card(student)
+    assert "prediction_type='v_prediction'" in program(student)
+
+
+def test_an_unguided_teacher_s_guidance_is_not_said(student: Path):
+    assert "| teacher's guidance w | " in (student / "lora" / CARD).read_text()
+    set_in_config(student, method__student_guidance=4.0)
+    write_card(student)
+    text = (student / "lora" / CARD).read_text()
+    assert "teacher's guidance w" not in text and "| student's guidance | 4, diffusers' form" in text
 
 
 def test_no_export_or_no_settings_make_no_card(tmp_path: Path, student: Path):

@@ -17,7 +17,7 @@ from lcm_lightning.app.panels import Wish, draw, explained, followed
 from lcm_lightning.errors import UserError, first_line
 from lcm_lightning.methods import adapter_kinds
 
-MOST_STEPS = 8
+MOST_STEPS, MOST_TEACHER_STEPS, MOST_GUIDANCE = 8, 100, 15  # of sliders, unless a model's usual ones are more
 SLIDERS = 4  # for weights of LoRAs
 LARGEST_SEED = 2**32 - 1
 USUAL_ROLE = "finetuned"  # of LoRAs of one's own
@@ -78,7 +78,7 @@ class Page:
             )
         with gr.Row():
             self.steps = gr.Slider(1, MOST_STEPS, 4, step=1, label="Steps", elem_id="steps", min_width=160)
-            self.guidance = gr.Slider(0, 15, 1, step=0.1, label="Guidance", info="1: none, one pass a step")
+            self.guidance = gr.Slider(0, MOST_GUIDANCE, 1, step=0.1, label="Guidance", info="1: none, one pass a step")
             with gr.Column(min_width=200), gr.Row():
                 self.seed = gr.Number(0, label="Seed", precision=0, minimum=0, maximum=LARGEST_SEED, min_width=90)
                 self.lock = gr.Checkbox(True, label="Lock", info="keep the seed", min_width=90)
@@ -87,8 +87,12 @@ class Page:
             self.negative = gr.Textbox(label="Negative prompt", info="acts where guidance is above 1", max_lines=1)
             with gr.Row():
                 self.with_teacher = gr.Checkbox(True, label="Draw the teacher", min_width=160)
-                self.teacher_steps = gr.Slider(1, 100, 50, step=1, label="Teacher's steps", min_width=160)
-                self.teacher_guidance = gr.Slider(0, 15, 7.5, step=0.1, label="Teacher's guidance", min_width=160)
+                self.teacher_steps = gr.Slider(
+                    1, MOST_TEACHER_STEPS, 50, step=1, label="Teacher's steps", min_width=160
+                )
+                self.teacher_guidance = gr.Slider(
+                    0, MOST_GUIDANCE, 7.5, step=0.1, label="Teacher's guidance", min_width=160
+                )
             with gr.Row():
                 size: dict[str, Any] = {"info": "0: the model's own", "precision": 0, "minimum": 0, "min_width": 160}
                 self.width = gr.Number(0, label="Width", **size)
@@ -220,7 +224,13 @@ class Page:
         sliders = [gr.update(label=name, value=1, visible=True) for name in names]
         sliders += [gr.update(value=1, visible=False)] * (SLIDERS - len(names))
         negative = gr.update(interactive=reads_negative_prompt(model.columns, guidance, teacher_guidance))
-        return [steps, guidance, teacher_steps, teacher_guidance, negative, gr.update(visible=bool(names)), *sliders]
+        usual = [
+            reaching(steps, MOST_STEPS),
+            reaching(guidance, MOST_GUIDANCE),
+            reaching(teacher_steps, MOST_TEACHER_STEPS),
+            reaching(teacher_guidance, MOST_GUIDANCE),
+        ]
+        return [*usual, negative, gr.update(visible=bool(names)), *sliders]
 
     def _use_loras(self, files: Sequence[str] | None, text: str, role: str, base_model: str) -> tuple[Any, ...]:
         try:
@@ -256,6 +266,11 @@ class Page:
             return html.evaluation(read_evaluation(self.outputs, name))
         except Exception as error:
             return html.problem(explained(error))
+
+
+def reaching(value: float, most: float) -> Any:
+    """A slider at `value`, as long as that asks for: Gradio refuses what is beyond a slider's end."""
+    return gr.update(value=value, maximum=max(value, most))
 
 
 def reads_negative_prompt(columns: Sequence[Column], guidance: float, teacher_guidance: float) -> bool:

@@ -180,10 +180,11 @@ def _unet_graph(pipeline: Any, timestep_rank: int) -> Graph:
     unet, text = pipeline.unet, pipeline.text_encoder.config
     config, dtype = unet.config, unet.dtype
     least = 2 ** (len(config.block_out_channels) - 1)
+    width = config.encoder_hid_dim or config.cross_attention_dim  # of what is projected first, where it is
     inputs = {
         "sample": torch.randn(2, config.in_channels, 2 * least, 3 * least, dtype=dtype),
         "timestep": torch.full((1,) * timestep_rank, 499),
-        "encoder_hidden_states": torch.randn(2, text.max_position_embeddings, config.cross_attention_dim, dtype=dtype),
+        "encoder_hidden_states": torch.randn(2, text.max_position_embeddings, width, dtype=dtype),
     }
     axes: dict[str, Axes] = {"sample": SIDES, "timestep": {}, "encoder_hidden_states": {**BATCH, 1: "sequence_length"}}
     more: dict[str, Tensor] = {}

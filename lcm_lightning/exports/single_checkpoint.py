@@ -69,7 +69,7 @@ def write_single_file(
 def check_layout(model: StableDiffusion) -> None:
     """Raise a `UserError` for a model that readers of the layout, which take its kind's usual settings, would not draw.
 
-    These are noise schedule and scale of latents, which no tensor says; and a full LCM's guidance has no name.
+    These are noise schedule, scale and shift of latents, which no tensor says; and a full LCM's guidance has no name.
     """
     usual = {**SD15_SCHEDULER, "rescale_betas_zero_snr": model.scheduler_config.get("rescale_betas_zero_snr")}
     scheduler: Any = make_scheduler(DDIM, usual)
@@ -82,6 +82,8 @@ def check_layout(model: StableDiffusion) -> None:
         reason = "this layout cannot say the model's noise schedule, which is not Stable Diffusion's"
     elif abs(own - scale) > 1e-6:
         reason = f"this layout cannot say the VAE's scale of latents, {own:g}, where programs take {scale:g}"
+    elif model.vae_config.get("shift_factor"):
+        reason = "this layout cannot say that the VAE's latents are shifted (shift_factor)"
     elif model.prediction_type not in ("epsilon", "v_prediction"):
         reason = f"this layout cannot say that the model predicts the {model.prediction_type}"
     if reason:

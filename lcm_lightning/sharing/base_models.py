@@ -13,6 +13,7 @@ from huggingface_hub import ModelCard, try_to_load_from_cache
 
 from lcm_lightning.errors import UserError
 from lcm_lightning.hub import is_hub_id, is_repo_id
+from lcm_lightning.models.single_file import read_header
 from lcm_lightning.sharing.redaction import last_name
 
 EMBEDDED = re.compile(r"lcm_lightning[/\\]assets[/\\]tiny$")  # Apache-2.0, as all that ships with this package
@@ -111,6 +112,9 @@ def _own_license(path: str, hub_id: str | None) -> str | None:
 
 
 def _is_zero_terminal_snr(path: str, hub_id: str | None) -> bool:
+    checkpoint = Path(path).expanduser()
+    if checkpoint.suffix == ".safetensors" and checkpoint.is_file():
+        return "ztsnr" in read_header(checkpoint, path).keys
     file = _file(path, hub_id, "scheduler/scheduler_config.json")
     try:
         return file is not None and bool(json.loads(file.read_text()).get("rescale_betas_zero_snr"))

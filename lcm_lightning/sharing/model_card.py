@@ -145,7 +145,8 @@ def card_of(
     kind, base = adapters[-1].kind, base_model(config["model"], settings.base_model, known_ids)
     license = settings.license or base.license
     seconds = training_seconds(run / "metrics.csv", images_per_step(config))
-    xl = is_xl(folder, kind)
+    header = {} if kind.whole else lora_header(folder)
+    xl = is_xl(folder, kind, header)
     prompt = next(iter(samples.values()), "a photo of a dog")
     content = {
         "kind": kind,
@@ -153,7 +154,7 @@ def card_of(
         "base": base,
         "notes": notes(base, license, given=settings.license is not None),
         "data": config["data"]["name"],
-        "usage": usage(adapters, base, prompt, config, settings.repo_id, xl=xl),
+        "usage": usage(adapters, base, prompt, config, settings.repo_id, schedule_of(base, header, config), xl=xl),
         "repo_id": settings.repo_id,
         "model": "sdxl" if xl else "sd15",
         "files": {file.name for file in folder.iterdir()},
@@ -229,12 +230,32 @@ def hub_datasets(data: Mapping[str, Any], known_ids: Collection[str] | None = No
     return [known] if known else []
 
 
-def is_xl(folder: Path, kind: AdapterKind) -> bool:
-    """Whether an export is for SDXL, by its own files."""
+def lora_header(folder: Path) -> dict[str, str]:
+    """What the LoRA of an export says of itself (`exports.metadata.model_spec`)."""
+    with safe_open(folder / LORA_FILE, "pt") as file:
+        return dict(file.metadata() or {})
+
+
+def is_xl(folder: Path, kind: AdapterKind, header: Mapping[str, str]) -> bool:
+    """Whether an export is for SDXL, by its own files; for `header` see `lora_header`."""
     if kind.whole:
         return pipeline_files.is_xl(folder)
-    with safe_open(folder / LORA_FILE, "pt") as file:
+    if (architecture := header.get("modelspec.architecture")) is not None:
+        return architecture.startswith("stable-diffusion-xl")
+    with safe_open(folder / LORA_FILE, "pt") as file:  # of former versions, which says nothing
         return any(".transformer_blocks.1." in key for key in file.keys())  # noqa: SIM118  # no mapping
+
+
+def schedule_of(base: BaseModel, header: Mapping[str, str], config: Mapping[str, Any]) -> dict[str, Any]:
+    """What is known of the base model's noise schedule, and is not in the scheduler that diffusers makes of its files.
+
+    A checkpoint in one file has none; and `model.prediction_type` corrects others.
+    """
+    schedule: dict[str, Any] = {"rescale_betas_zero_snr": True} if base.zero_terminal_snr else {}
+    predicts = header.get("modelspec.prediction_type")
+    if predicts is not None and (base.is_file or config["model"].get("prediction_type")):
+        schedule["prediction_type"] = {"v": "v_prediction"}.get(predicts, predicts)
+    return schedule
 
 
 def usage(
@@ -243,17 +264,20 @@ def usage(
     prompt: str,
     config: Mapping[str, Any],
     repo_id: str | None,
+    schedule: Mapping[str, Any],
     *,
     xl: bool,
 ) -> str:
     """A program for diffusers that draws `prompt` with what was exported, as its method means it to be drawn with.
 
     Args:
+        schedule: see `schedule_of`.
         xl: whether the base model is SDXL.
     """
     kind = adapters[-1].kind
     pipeline, load = ("DiffusionPipeline", "from_pretrained") if kind.whole else loader(is_file=base.is_file, xl=xl)
-    settings = scheduler_settings(kind.sampler, {"rescale_betas_zero_snr": base.zero_terminal_snr})
+    untold = tuple(key for key in schedule if base.is_file or key == "prediction_type")
+    settings = scheduler_settings(kind.sampler, schedule, from_file=untold)
     call: dict[str, Any] = {"num_inference_steps": kind.steps, "guidance_scale": kind.guidance_scale}
     if "eta" in kind.sampler.settings:
         call["eta"] = kind.sampler.settings["eta"]

@@ -30,6 +30,7 @@ def training_table(config: Mapping[str, Any], step: int | None, seconds: float |
     """
     method, data, trainer = config["method"], config["data"], config["trainer"]
     lora, distillation = method.get("lora"), method.get("distillation") or {}
+    kept = method.get("student_guidance", 1)  # above 1 the teacher steps without guidance
     batch = images_per_step(config)
     said: dict[str, Any] = {
         "method": f"`{method['_target_'].rpartition('.')[2]}`",
@@ -38,7 +39,8 @@ def training_table(config: Mapping[str, Any], step: int | None, seconds: float |
         "images a step": batch,
         "LoRA": lora and f"rank {lora['rank']}, alpha {lora['alpha']}, layers: {_layers(lora['target_modules'])}",
         "fine-tuned teacher": method.get("teacher_lora") and f"`{public_text(method['teacher_lora'])}`",
-        "teacher's guidance w": "w_min" in method and f"{method['w_min']} to {method['w_max']}",
+        "teacher's guidance w": "w_min" in method and kept <= 1 and f"{method['w_min']} to {method['w_max']}",
+        "student's guidance": kept > 1 and f"{kept:g}, diffusers' form; its teacher steps without",
         "distillation": ", ".join(f"{key} {public(value)}" for key, value in distillation.items() if key[0] != "_"),
         "learning rate": f"{config['optimizer']['lr']}, {method.get('lr_scheduler')}",
         "precision": trainer["precision"],

@@ -62,7 +62,7 @@ def read_record(run: Path) -> ArtifactRecord | None:
 
 def safe_name(text: str) -> str:
     """A text as a name of artifacts, which takes letters, digits, `-`, `_` and `.`, at most 128 of them."""
-    return re.sub(r"[^\w.-]+", "-", text)[:100]
+    return re.sub(r"[^A-Za-z0-9_.-]+", "-", text)[:128]
 
 
 def download_root() -> Path:
