@@ -334,12 +334,13 @@ def test_a_single_file_says_that_it_predicts_velocity(folders, tmp_path: Path, m
         ({"beta_schedule": "linear"}, "noise schedule"),
         ({"num_train_timesteps": 500}, "noise schedule"),
         ({"scaling_factor": 1.0}, "scale of latents, 1, where programs take 0.18215"),
+        ({"shift_factor": 0.1}, "latents are shifted"),
         ({"prediction_type": "sample"}, "predicts the sample"),
     ],
 )
 def test_a_model_that_one_file_cannot_say_is_refused(change: dict[str, Any], said: str, tmp_path: Path):
     pipeline = build("v1")
-    if "scaling_factor" in change:
+    if change.keys() & {"scaling_factor", "shift_factor"}:
         pipeline.vae.register_to_config(**change)
     else:
         pipeline.scheduler = DDIMScheduler.from_config({**SD15_SCHEDULER, **change})
