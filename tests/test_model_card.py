@@ -311,7 +311,7 @@ def test_a_base_model_in_one_file_is_loaded_by_its_own_pipeline(
     assert f"from diffusers import {name}, TCDScheduler" in code
     assert f'pipe = {name}.from_single_file("path/to/mine.safetensors"' in code
     assert callable(getattr(diffusers, name).from_single_file)
-    assert "prediction_type='epsilon'" in code  # which no file of this kind makes diffusers' scheduler say
+    assert "prediction_type='v_prediction'" in code  # of no such file does diffusers know it
 
 
 def test_a_corrected_prediction_type_is_in_the_program(student: Path):

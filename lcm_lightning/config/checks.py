@@ -122,6 +122,7 @@ RANGES: Mapping[str, tuple[float, float, object]] = {
     "callbacks.student_quality.min_photos": (2, math.inf, 32),
     "callbacks.student_quality.bootstrap_samples": (0, math.inf, 100),
     "callbacks.early_stopping.patience": (1, math.inf, 5),
+    "evaluation.lineup.guidance_scale": (0, math.inf, 7.5),
 }
 
 

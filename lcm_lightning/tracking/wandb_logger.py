@@ -307,21 +307,8 @@ def wandb_logger(
     """
     import wandb
 
-    known = {*inspect.signature(WandbLogger).parameters, *inspect.signature(wandb.init).parameters}
-    if unknown := sorted(more.keys() - known):
-        raise UserError(
-            f"logger.wandb.{unknown[0]}={more[unknown[0]]}: no setting of wandb.init; remove it, or see "
-            "https://docs.wandb.ai/ref/python/init"
-        )
-    if "api_key" in (settings or {}):
-        raise UserError(
-            "logger.wandb.settings.api_key: would be written to config.yaml; `wandb login`, or WANDB_API_KEY"
-        )
     chosen = {**SERVER, **(settings or {})}
-    try:
-        wandb.Settings(project=project, **chosen)
-    except (wandb.errors.UsageError, ValueError) as error:
-        raise UserError(f"logger.wandb: {' '.join(str(error).split())[:300]}") from error
+    check_settings(project, chosen, more)
     if wandb.run is not None:
         wandb.finish()  # one of the caller's own
     return WandbTracker(
@@ -339,3 +326,23 @@ def wandb_logger(
         log_checkpoints=log_checkpoints,
         **more,
     )
+
+
+def check_settings(project: str, settings: Mapping[str, Any], more: Mapping[str, Any]) -> None:
+    """Raise a `UserError` for what `wandb.Settings`, or of `more` `wandb.init`, does not take, or is not to be kept."""
+    import wandb
+
+    known = {*inspect.signature(WandbLogger).parameters, *inspect.signature(wandb.init).parameters}
+    if unknown := sorted(more.keys() - known):
+        raise UserError(
+            f"logger.wandb.{unknown[0]}={more[unknown[0]]}: no setting of wandb.init; remove it, or see "
+            "https://docs.wandb.ai/ref/python/init"
+        )
+    if "api_key" in settings:
+        raise UserError(
+            "logger.wandb.settings.api_key: would be written to config.yaml; `wandb login`, or WANDB_API_KEY"
+        )
+    try:
+        wandb.Settings(project=project, **settings)
+    except (wandb.errors.UsageError, ValueError) as error:
+        raise UserError(f"logger.wandb: {' '.join(str(error).split())[:300]}") from error
