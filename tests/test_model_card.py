@@ -20,9 +20,10 @@ from helpers.commands import ROOT, SMALL, SMALLER, in_process
 from lcm_lightning.errors import UserError
 from lcm_lightning.evaluation.tables import REAL
 from lcm_lightning.hub import is_hub_id
+from lcm_lightning.inspect import describe
 from lcm_lightning.models.kinds import LORA_FILE
 from lcm_lightning.output.pictures import grid_images, labelled_grid, png_bytes
-from lcm_lightning.runs.contents import weights_digest
+from lcm_lightning.runs.contents import read_manifest, weights_digest
 from lcm_lightning.sharing.base_models import base_model
 from lcm_lightning.sharing.model_card import (
     CARD,
@@ -125,6 +126,15 @@ def test_the_card_s_program_draws_what_the_run_draws(
     theirs = torch.frombuffer(bytearray(Image.open("image.png").tobytes()), dtype=torch.uint8).short()
     expected = torch.frombuffer(bytearray(Image.open(ours).tobytes()), dtype=torch.uint8).short()
     assert (theirs - expected).abs().max() <= 2
+
+
+def test_a_fine_tuned_model_is_drawn_with_its_base_model_s_guidance_wherever_it_is_said(runs: dict[str, Path]):
+    run = runs["finetuned"]
+    assert [adapter.kind.guidance_scale for adapter in read_manifest(run)] == [2.0]
+    assert [adapter.kind.guidance_scale for adapter in read_manifest(runs["student"])] == [2.0, 1.0]
+    assert "guidance_scale=2.0" in program(run) and "guidance 2.0" in (run / "lora" / CARD).read_text()
+    ((_, rows),) = describe(run)
+    assert dict(rows)["drawn by"] == "ddim, 50 steps, guidance 2"
 
 
 def test_settings_are_those_of_the_run(runs: dict[str, Path]):
@@ -311,7 +321,7 @@ def test_a_base_model_in_one_file_is_loaded_by_its_own_pipeline(
     assert f"from diffusers import {name}, TCDScheduler" in code
     assert f'pipe = {name}.from_single_file("path/to/mine.safetensors"' in code
     assert callable(getattr(diffusers, name).from_single_file)
-    assert "prediction_type='epsilon'" in code  # which no file of this kind makes diffusers' scheduler say
+    assert "prediction_type='v_prediction'" in code  # of no such file does diffusers know it
 
 
 def test_a_corrected_prediction_type_is_in_the_program(student: Path):

@@ -128,7 +128,7 @@ def test_a_whole_unet_is_published_as_its_pipeline(hub: Hub, run: Path):
     push(run)
     assert len(hub.repositories[REPO].branches["main"]) == 2
     with pytest.raises(UserError, match=f"holds a whole UNet and no LoRA; give model=sd15 model.path={REPO}"):
-        _lora_files(REPO, None)
+        _lora_files(REPO, None, 7.5)
 
 
 def test_nothing_private_is_published(hub: Hub, run: Path, tmp_path: Path):
@@ -382,7 +382,7 @@ def with_teacher(run: Path) -> None:
 def test_a_published_student_brings_its_teacher_s_lora(hub: Hub, run: Path):
     with_teacher(run)
     push(run)
-    found = _lora_files(REPO, None)
+    found = _lora_files(REPO, None, 7.5)
     assert [(kind.role, file.read_bytes()) for kind, file in found.items()] == [
         ("finetuned", hub.files(REPO)["teacher_lora_weights.safetensors"]),
         ("student", hub.files(REPO)[LORA_FILE]),
@@ -393,7 +393,7 @@ def test_a_downloaded_repository_is_a_lora_that_knows_what_it_is(hub: Hub, run: 
     with_teacher(run)
     push(run)
     folder = Path(snapshot_download(REPO, local_dir=tmp_path / "here"))
-    assert list(_lora_files(str(folder), None).values()) == [
+    assert list(_lora_files(str(folder), None, 7.5).values()) == [
         folder / "teacher_lora_weights.safetensors",
         folder / LORA_FILE,
     ]
@@ -401,7 +401,7 @@ def test_a_downloaded_repository_is_a_lora_that_knows_what_it_is(hub: Hub, run: 
     with pytest.raises(
         UserError, match=r"pytorch_lora_weights.safetensors, which its adapters.json names, is not there"
     ):
-        _lora_files(str(folder), None)
+        _lora_files(str(folder), None, 7.5)
 
 
 @pytest.mark.parametrize("answer", ["no such file", "trouble"])
@@ -414,5 +414,5 @@ def test_a_manifest_out_of_reach_is_told_where_a_role_hides_it(
         hub.troubles = [Trouble(method, "adapters.json", 503, times=99) for method in ("GET", "HEAD")]
     else:
         hub.repositories[REPO].branches["main"][-1].files.pop("adapters.json")
-    assert next(iter(_lora_files(REPO, "tcd").values())).name == LORA_FILE
+    assert next(iter(_lora_files(REPO, "tcd", 7.5).values())).name == LORA_FILE
     assert ("adapters.json is out of reach" in caplog.text) == (answer == "trouble")

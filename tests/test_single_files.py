@@ -337,7 +337,7 @@ def test_another_vae_takes_the_place_of_the_model_s_own(vaes: Path, tmp_path: Pa
 @pytest.mark.parametrize(
     ("place", "expected"),
     [
-        ("nowhere", "cannot be loaded .*; give a folder, hub id or .safetensors file"),
+        ("nowhere", "no such file or folder; give a folder, hub id or .safetensors file"),
         ("unet", "is of class UNet2DConditionModel, expected AutoencoderKL; give"),
         ("other_latents", "its latents have 16 channels, the UNet's 4; give one for these"),
         ("other_scale", "its scaling_factor is 0.13025, that of the model's own 0.18215: .*; give one"),

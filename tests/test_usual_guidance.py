@@ -51,7 +51,7 @@ def test_no_experiment_repeats_or_contradicts_what_its_model_is_drawn_with():
         composed += [compose("evaluate", overrides=["model=tiny", "evaluation=quick", "data=noto_emoji"])]
     for config in map(partial(OmegaConf.to_container, resolve=False), composed):
         assert isinstance(config, dict)
-        embedded = "assets/tiny" in str((config["model"] or {}).get("path"))
+        embedded = "assets/tiny" in str((config.get("model") or {}).get("path"))
         assert set(guidances(config).values()) <= {2.0 if embedded else 7.5}
         assert guidances(config).keys() <= {"model.guidance_scale"}
 

@@ -92,6 +92,9 @@ class Unet(nn.Module):
     def forward(self, sample: Tensor, timestep: Tensor, encoder_hidden_states: Tensor, *more: Tensor) -> tuple[Tensor]:
         told = dict(zip(self.names, more, strict=True))
         guidance = told.pop("timestep_cond", None)
+        if "text_embeds" in told:
+            # As torch.cat raises it to its neighbour's float32, for which torch's ONNX exporter (2.14) writes no cast.
+            told["text_embeds"] = told["text_embeds"].float()
         return self.unet(
             sample,
             timestep,

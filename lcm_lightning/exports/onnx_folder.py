@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from lcm_lightning.errors import UserError, first_line
 from lcm_lightning.exports.fused import fuse
 from lcm_lightning.exports.graphs import (
     FLOAT16_LIMIT,
@@ -76,8 +77,14 @@ def difference(graph: Graph, file: Path) -> float:
     import onnxruntime
 
     inputs = graph.other_inputs()
-    session = onnxruntime.InferenceSession(file, providers=["CPUExecutionProvider"])
-    found = session.run(list(graph.outputs), {name: tensor.numpy() for name, tensor in inputs.items()})
+    try:
+        session = onnxruntime.InferenceSession(file, providers=["CPUExecutionProvider"])
+        found = session.run(list(graph.outputs), {name: tensor.numpy() for name, tensor in inputs.items()})
+    except Exception as error:  # of a library in C++
+        raise UserError(
+            f"format=onnx: onnxruntime does not take {graph.folder} ({first_line(error)[:200]}); set dtype=float32 if "
+            "it was not, or format=fused"
+        ) from error
     expected = graph.module(*inputs.values())
     limit = FLOAT16_LIMIT if any(tensor.dtype == torch.float16 for tensor in expected) else FLOAT32_LIMIT
     return largest_difference(graph, [torch.from_numpy(value) for value in found], expected, limit)

@@ -107,8 +107,8 @@ def write_card(run: Path, settings: CardSettings | None = None) -> Path | None:
 
 def ids_of(card: str) -> set[str]:
     """Ids on the hub of the base model and the data sets that a card names."""
-    data = ModelCard(card, ignore_metadata_errors=True).data
-    named = (data.base_model, data.datasets)
+    head = ModelCard(card, ignore_metadata_errors=True).data.to_dict()
+    named = (head.get("base_model"), head.get("datasets"))
     return {name for names in named for name in ([names] if isinstance(names, str) else names or [])}
 
 
