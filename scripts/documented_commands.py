@@ -72,8 +72,8 @@ SCRIPTS = {name: PART_OF_A_COMMAND.sub("", place.partition(":")[0]) for name, pl
 
 # What pages write for files and folders of their reader's own, and what lies in the working folder in their place.
 PLACEHOLDERS = (
-    (r"/path/to/(?:[Ff]lickr\w*|coco)", "material/photos"),
-    (r"/path/to/photos", "material/folder"),
+    (r"/path/to/[Ff]lickr\w*", "material/photos"),
+    (r"/path/to/(?:photos|coco)", "material/folder"),
     (r"/path/to/folder|[\w-]+\.safetensors(?= |$)", "lcm_lightning/assets/tiny"),
     (r"outputs/full_lcm_\w+/(?:<date_time>|\.\.\.)", "material/runs/full_lcm"),
     (r"outputs/(?:lora_\w+|quickstart_lora)(?:/(?:<date_time>|\.\.\.))?(?![\w/])", "material/runs/finetuned"),
