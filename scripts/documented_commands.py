@@ -74,7 +74,8 @@ SCRIPTS = {name: PART_OF_A_COMMAND.sub("", place.partition(":")[0]) for name, pl
 PLACEHOLDERS = (
     (r"/path/to/[Ff]lickr\w*", "material/photos"),
     (r"/path/to/(?:photos|coco)", "material/folder"),
-    (r"/path/to/folder|[\w-]+\.safetensors(?= |$)", "lcm_lightning/assets/tiny"),
+    (r"\bstyle\.safetensors", "material/runs/finetuned/lora/pytorch_lora_weights.safetensors"),
+    (r"/path/to/folder|(?<![\w/-])[\w-]+\.safetensors(?= |$)", "lcm_lightning/assets/tiny"),
     (r"outputs/full_lcm_\w+/(?:<date_time>|\.\.\.)", "material/runs/full_lcm"),
     (r"outputs/(?:lora_\w+|quickstart_lora)(?:/(?:<date_time>|\.\.\.))?(?![\w/])", "material/runs/finetuned"),
     (r"outputs/lcm_flickr30k/\.\.\.", "material/runs/finetuned"),  # beside another: no model is compared with itself
