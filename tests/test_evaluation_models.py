@@ -34,7 +34,7 @@ from lcm_lightning.evaluation.drawing import Drawing, Drawn, ModelImages, distin
 from lcm_lightning.evaluation.model_sources import LoadedModel, ModelSource
 from lcm_lightning.evaluation.protocol import Protocol, PublishedTable
 from lcm_lightning.evaluation.reference import RealImages, fit_size
-from lcm_lightning.methods.lcm_lora import LCM
+from lcm_lightning.methods.lcm_lora import LCM, LcmLoraDistillation
 from lcm_lightning.models.adapters import LoraSettings, add_lora, lora_layers, lora_parameters
 from lcm_lightning.models.identity import adapter_digest, model_digest, token_embeddings_digest
 from lcm_lightning.models.sampling import DDIM
@@ -414,6 +414,28 @@ def test_contenders_that_share_a_name_but_not_weights_are_told_apart_and_keep_th
         "lcm_lora-a_4": "base-a_ddim_50",
         "lcm_lora-c_4": "base-b_ddim_50",
     }
+
+
+def test_the_same_weights_drawn_with_another_guidance_are_told_apart(tmp_path: Path):
+    """`models=[run:a,run:b]` of one base model, whose `model.guidance_scale` is another in b."""
+    lineup = Lineup(rivals={"dpmpp": [10]}, undistilled_steps=[4], student_steps=[4])
+    drawing = Drawing(["a cat"], 0, 64, 1)
+    found: dict[str, ModelImages] = {}
+    keys, teachers = {}, {}
+    for name, guidance_scale in (("a", 2.0), ("b", 7.5)):
+        source = ModelSource(name, name, lambda: LoadedModel(None, ()))
+        for contender in lineup.contenders([LcmLoraDistillation.kind], own_guidance=guidance_scale):
+            weights = " ".join(("base", *contender.adapters))
+            folder = image_folder(tmp_path, contender, drawing, weights, "cpu", torch.float32)
+            keys[name, contender.slug] = key = f"{contender.role} {folder.name}"
+            teachers.setdefault(key, []).append((name, contender.teacher))
+            found.setdefault(key, ModelImages(contender, source, weights, folder))
+    drawn = [images.contender for images in distinguish(found, keys, teachers)]
+    assert len({contender.slug for contender in drawn}) == len(drawn) == 7
+    guidances = {contender.slug: contender.guidance_scale for contender in drawn}
+    assert (guidances["base-a_ddim_50"], guidances["base-b_ddim_50"]) == (2.0, 7.5)
+    (shared,) = [contender for contender in drawn if contender.role == "student"]
+    assert shared.teachers == ("base-a_ddim_50", "base-b_ddim_50")
 
 
 def test_a_base_found_first_without_its_run_knows_the_fine_tuned_model_made_from_it():

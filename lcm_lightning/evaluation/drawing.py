@@ -129,20 +129,21 @@ def distinguish(
     keys: Mapping[tuple[str, str], str],
     teachers: Mapping[str, Sequence[tuple[str, str]]],
 ) -> list[ModelImages]:
-    """Contenders with names of their own: where one stands for several weights, that of the source is added.
+    """Contenders with names of their own: where one has several weights or guidances, the source's is added.
 
     Args:
         found: by a key of their own.
         keys: that key by name of the source and the contender's slug in it.
         teachers: by key of a contender, its teacher's in each source that has it, as `keys` has them.
     """
-    owners: dict[str, dict[str, str]] = {}
+    owners: dict[str, dict[tuple[str, float], str]] = {}
     for images in found.values():
-        owners.setdefault(images.contender.name, {}).setdefault(images.weights, images.source.name)
+        drawn_with = images.weights, images.contender.guidance_scale
+        owners.setdefault(images.contender.name, {}).setdefault(drawn_with, images.source.name)
 
     def named(images: ModelImages) -> Contender:
         contender, sharing = images.contender, owners[images.contender.name]
-        owner = sharing[images.weights]
+        owner = sharing[images.weights, contender.guidance_scale]
         return contender if len(sharing) == 1 else replace(contender, name=f"{contender.name}-{owner}", model=owner)
 
     def with_teachers(key: str) -> ModelImages:
