@@ -99,6 +99,15 @@ def test_folders_of_prepared_shards_are_named_and_not_mixed(tmp_path: Path, flic
         locate("flickr8k", str(first / "index.json"))
 
 
+def test_shards_of_others_in_folders_with_an_index_of_their_own_are_read(tmp_path: Path, flickr_shards: Path):
+    """webdataset's wids writes an `index.json` beside the shards of each split."""
+    for split in ("train", "val"):
+        (tmp_path / split).mkdir()
+        shutil.copy(next(flickr_shards.glob("*.tar")), tmp_path / split / "0.tar")
+        (tmp_path / split / "index.json").write_text('{"wids_version": 1, "shardlist": [{"url": "0.tar"}]}')
+    assert locate("mine", str(tmp_path)).locations.keys() == {"train", "val"}
+
+
 @pytest.mark.parametrize(
     ("layout", "found", "name"),
     [

@@ -320,7 +320,16 @@ def index_folder(folder: Path) -> ShardIndex | None:
 
 def prepared_below(folder: Path, *depths: str) -> list[Path]:
     """Folders of prepared shards in another one, at depths as "*" and "*/*"."""
-    return sorted(file.parent for depth in depths for file in folder.glob(f"{depth}/{INDEX_NAME}"))
+    return sorted(file.parent for depth in depths for file in folder.glob(f"{depth}/{INDEX_NAME}") if is_ours(file))
+
+
+def is_ours(index: Path) -> bool:
+    """Whether `prepare` wrote an `index.json`: wids and others call theirs the same, beside shards of their own."""
+    try:
+        content = json.loads(index.read_text())
+    except (OSError, ValueError, RecursionError):
+        return False
+    return isinstance(content, dict) and "splits" in content
 
 
 def any_of(folders: Sequence[Path]) -> str:
