@@ -14,6 +14,7 @@ from typing import Literal
 import pytest
 from omegaconf import OmegaConf
 
+from helpers.commands import in_process
 from lcm_lightning.config.entry import configurations, with_absolute_config_path
 from lcm_lightning.config.help import help_text
 from lcm_lightning.config.signatures import parameters
@@ -56,6 +57,12 @@ def imports(tmp_path: Path) -> Imports:
 @pytest.mark.parametrize("module", COMMANDS)
 def test_help_and_configuration_are_shown_at_once(imports: Imports, module: str, option: str):
     assert imports(module, *option.split(), *COMMANDS[module].split()) == (0, set())
+
+
+@pytest.mark.parametrize("typed", ["-m hydra/launcher=submitit_local", "hydra.run.dir=here", "method.lora.rank=8"])
+def test_help_takes_what_a_command_may_be_typed_with(capsys: pytest.CaptureFixture[str], typed: str):
+    in_process("train", "--help", *typed.split())
+    assert "examples:" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("name", ["train", "evaluate", "generate", "export", "prepare", "app"])

@@ -116,7 +116,7 @@ def refuse_topics(arguments: Sequence[str], config_name: str) -> None:
         key, equals, _ = argument.lstrip("+~").partition("=")
         if not equals:
             fail(f"{argument}: --help has no such topic; {ask}")
-        if (top := key.partition(".")[0]) not in {*groups, *keys, "hydra"}:
+        if (top := re.split(r"[./]", key)[0]) not in {*groups, *keys, "hydra"}:
             close = get_close_matches(top, [*groups, *keys], n=1)
             fail(f"{argument}: there is no such key; {f'did you mean {close[0]}? ' if close else ''}{ask}")
 
