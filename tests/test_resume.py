@@ -580,6 +580,22 @@ def test_jobs_of_a_sweep_s_folder_that_is_named_go_on_longer_but_not_with_each_o
     )
 
 
+def test_one_job_of_a_sweep_alone_is_not_taken_for_the_first_job_s_run(
+    sweep: Callable[..., dict[int, Path]], capfd: pytest.CaptureFixture[str]
+):
+    sweep("seed=1,2", "hydra.sweep.dir=here")
+    with pytest.raises(SystemExit):
+        sweep("seed=2", "hydra.sweep.dir=here", "resume=auto")
+    assert "here/0 holds a run of another job than this one (model=tiny seed=2" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("content", ["", "hydra:\n  overrides: [", "- 1\n"])
+def test_notes_of_a_sweep_that_were_cut_off_are_passed_over(sweep: Callable[..., dict[int, Path]], content: str):
+    first, second = sweep("seed=1,2"), sweep("seed=1,2")
+    (second[1].parent / "multirun.yaml").write_text(content)
+    assert sweep("seed=1,2", "resume=auto") == first
+
+
 def test_train_refuses_another_job_s_run(sweep: Callable[..., dict[int, Path]], capfd: pytest.CaptureFixture[str]):
     sweep("seed=1,2", "hydra.sweep.dir=here")
     with pytest.raises(SystemExit):

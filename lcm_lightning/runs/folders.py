@@ -60,7 +60,10 @@ def is_sweep_of(notes: Path, overrides: list[str]) -> bool:
 
 def typed_in_sweep(notes: Path) -> list[str]:
     """What the command line of a sweep said, by Hydra's notes of it."""
-    return list(OmegaConf.select(OmegaConf.load(notes), "hydra.overrides.task") or ())
+    try:
+        return list(OmegaConf.select(OmegaConf.load(notes), "hydra.overrides.task") or ())
+    except Exception:  # of YAML or OmegaConf: Hydra writes it in place, and was killed as it did, or is still at it
+        return []
 
 
 def has_jobs(sweep: Path) -> bool:
@@ -72,14 +75,15 @@ def check_own_run(resume: str | None, run_dir: Path, overrides: list[str]) -> No
     """Raise a `UserError` where resume=auto would let a job of a sweep go on with another job's run.
 
     What the sweep has in common may be changed, such as max_steps, as in a run's folder that is named; what it varies
-    has to be that of the run.
+    has to be that of the run, and a job whose own run lies in another folder of the sweep belongs there.
     """
     if resume != AUTO or not checkpoint_files(run_dir) or same_command(run_dir, overrides):
         return
     notes, record = run_dir.parent / SWEEP, run_dir / OVERRIDES
     varied = {*_without_resume(overrides)} - {*(typed_in_sweep(notes) if notes.is_file() else ())}
     others = sorted(varied - {*(OmegaConf.load(record) if record.is_file() else ())})
-    if others or not notes.is_file():
+    own = any(same_command(folder, overrides) for folder in run_dir.parent.iterdir())
+    if others or own or not notes.is_file():
         raise UserError(
             f"resume=auto: {run_dir} holds a run of another job than this one ({' '.join(others or overrides)}); type "
             "what the sweep varies as at first, or set hydra.sweep.dir=... to another folder"
