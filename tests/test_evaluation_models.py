@@ -80,6 +80,19 @@ def test_any_number_of_models_are_found_without_loading_one(composed, tmp_path: 
     assert [source.data and source.data.name for source in found] == [None, None, "flickr8k", None, "flickr8k"]
 
 
+def test_another_copy_of_a_run_s_model_is_drawn_with_the_run_s_guidance(composed, tmp_path: Path, monkeypatch):
+    run = make_run(tmp_path / "a")
+    loaded: list[dict[str, Any]] = []
+    model = SimpleNamespace(eval=lambda: None)
+    answer = SimpleNamespace(model=model, adapters=())
+    monkeypatch.setattr("lcm_lightning.runs.loading.load_run", lambda run, **asked: loaded.append(asked) or answer)
+    for typed in ((), ("model.guidance_scale=3",)):
+        (source,) = find_models(composed(f"run={run}", "model=sd15", "model.path=/copy", *typed))
+        source.load()
+    assert [asked.get("guidance_scale") for asked in loaded] == [None, 3]
+    assert all(asked["path"] == "/copy" for asked in loaded)
+
+
 @pytest.mark.parametrize(
     ("place", "name"),
     [

@@ -159,6 +159,8 @@ def _run(cfg: DictConfig, run: str, spec: str, dtype: torch.dtype) -> ModelSourc
     overrides = {}
     if cfg.get("models") is None and cfg.get("model") is not None:
         overrides = {key: value for key, value in cfg.model.items() if key != "_target_"}
+        if not any(typed.lstrip("+").startswith("model.guidance_scale=") for typed in HydraConfig.get().overrides.task):
+            overrides.pop("guidance_scale", None)  # conf/model's: another copy of the run's model is drawn as its own
 
     def load() -> LoadedModel:
         from lcm_lightning.runs.loading import load_run  # late, as all that imports diffusers
