@@ -21,7 +21,14 @@ from rich.console import Console
 from lcm_lightning.evaluation.dashboard import log_evaluation
 from lcm_lightning.evaluation.figures import Grid, curves, frontier
 from lcm_lightning.evaluation.protocol import PublishedTable
-from lcm_lightning.evaluation.report import SCHEMA_VERSION, console_tables, publish, report_content, write_report
+from lcm_lightning.evaluation.report import (
+    SCHEMA_VERSION,
+    console_tables,
+    guidance,
+    publish,
+    report_content,
+    write_report,
+)
 from lcm_lightning.evaluation.tables import (
     Cell,
     compared_pairs,
@@ -225,6 +232,20 @@ def test_table_1_puts_measured_beside_printed(metrics: dict[str, Any]):
         "26.95", "12.0 [11.0, 13.0]", "0.86", "0.200 [0.180, 0.220]", "LCM-LoRA 4 steps"
     ]  # fmt: skip
     assert rows["LCM-LoRA (Flickr30k)"] == ["24.85", "–", "0.86", "–", "not evaluated"]
+
+
+def test_both_reports_say_the_guidance_and_whose_it_is_where_models_have_several(
+    metrics: dict[str, Any], tmp_path: Path
+):
+    def said(folder: str) -> set[str]:
+        pages = [(write(metrics, tmp_path / folder) / page).read_text() for page in ("report.html", "report.md")]
+        return {found[1] for page in pages if (found := re.search(r"not distilled: (.*?)\.(?:</p>|\n)", page))}
+
+    metrics["models"][-1]["guidance_scale"] = 1.0  # the student's
+    assert said("a") == {"7.5"}
+    metrics["models"][0]["guidance_scale"] = 2.0
+    assert said("b") == {"2 (base, DDIM); 7.5 (fine-tuned, DDIM, fine-tuned, DPM-Solver++)"}
+    assert guidance(metrics["models"][-1:]) == ""
 
 
 def test_table_1_is_shown_where_it_belongs(metrics: dict[str, Any], tmp_path: Path):

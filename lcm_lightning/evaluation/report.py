@@ -93,6 +93,7 @@ def report_content(metrics: Mapping[str, Any], config: str, published: Sequence[
         "metrics": metrics,
         "config": config,
         "date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
+        "guidance": guidance(models),
         "quality": tables.quality_table(models),
         "manifold": tables.manifold_table(models),
         "costs": tables.cost_table(models),
@@ -104,6 +105,17 @@ def report_content(metrics: Mapping[str, Any], config: str, published: Sequence[
         "repeats": models[0]["seconds_per_image"]["repeats"],
         "meanings": tables.measured(tables.METRICS + tables.MANIFOLD, models),
     }
+
+
+def guidance(models: Sequence[Mapping[str, Any]]) -> str:
+    """What is drawn without a student: its guidance in diffusers' form, and where there are several, whose each is."""
+    series: dict[float, dict[str, None]] = {}
+    for model in models:
+        if model["role"] != "student":
+            series.setdefault(model["guidance_scale"], {})[model["series"]] = None
+    if len(series) < 2:
+        return "".join(f"{scale:g}" for scale in series)
+    return "; ".join(f"{scale:g} ({', '.join(names)})" for scale, names in series.items())
 
 
 def _grid_name(number: int) -> str:
