@@ -75,7 +75,7 @@ test-faults: $(READY)
 	$(BIN)/python -m pytest -m faults -s $(ARGS)
 
 coverage: $(READY)
-	$(BIN)/python -m pytest $(PARALLEL) --cov --cov-report=term --cov-report=html --durations=20 $(ARGS)
+	$(BIN)/python -m pytest $(PARALLEL) -m "not faults" --cov --cov-report=term --cov-report=html --durations=20 $(ARGS)
 
 eval: $(READY)
 	$(BIN)/python evaluate.py run=$(RUN) $(ARGS)
