@@ -5,10 +5,11 @@
 # optimiser's step, and says what to write into training_step to have those before it: keep a copy of self.layer's state in
 # self.saved_models[batch_idx]. The callback looks for attributes of just these two names and, if they are there, puts the entry
 # with the highest key into self.layer while it saves. Keys are numbers of batches, which begin at 0 again in each epoch, and
-# nothing ever removes one: from the second epoch on the highest is the end of the epoch before. Every checkpoint
-# but an epoch's last then holds old weights, beside the current optimiser and step, without a word; a run that is resumed from it
-# goes on from weights up to an epoch old. During the first epoch, where one would check it, the advice is right. And a module that
-# has the two names for reasons of its own gets the same unasked.
+# nothing removes the high ones; what the docstring adds to save memory deletes those ten batches back. From the second epoch on
+# the highest is the end of the epoch before. Every checkpoint but an epoch's last then holds old weights, beside the current
+# optimiser and step, without a word; a run that is resumed from it goes on from weights up to an epoch old. During the first
+# epoch, where one would check it, the advice is right. And a module that has the two names for reasons of its own gets the same
+# unasked.
 #
 # Output seen (lightning 2.6.6, torch 2.14.1, Python 3.11, Linux, 2026-11-28), a weight that grows by 1 a step, epochs of 4 batches:
 #   checkpoint of step: 1 2 3 4 | 5 6 7 8 | 9 10 11 12
