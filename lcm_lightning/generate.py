@@ -19,7 +19,7 @@ from lcm_lightning.config.entry import command
 from lcm_lightning.data.images import MAX_PIXELS, ImageFault, decode_image, normalise, resize_shorter_side
 from lcm_lightning.errors import UserError
 from lcm_lightning.methods import adapter_kinds
-from lcm_lightning.output.files import write_atomic
+from lcm_lightning.output.files import held, write_atomic
 from lcm_lightning.output.pictures import contact_sheet, drawing_settings, png_bytes, settings_text, to_pil
 from lcm_lightning.output.progress import image_progress
 
@@ -64,11 +64,12 @@ def write_pictures(pictures: Mapping[str, Image.Image], settings: Mapping[str, s
     """Write PNG files by name, each whole, with the `settings_text` of those that have one; returns their paths.
 
     None is written over another picture: where one of an earlier call has a name of these, all get the first number
-    that leaves none in the way, `cat-0_2.png`. The same pictures again are the same files.
+    that leaves none in the way, `cat-0_2.png`. The same pictures again are the same files. Calls at once take turns.
     """
     contents = {name: png_bytes(picture, settings.get(name, "")) for name, picture in pictures.items()}
-    for path, content in (files := free_files(contents, folder)).items():
-        write_atomic(path, content)
+    with held(folder):
+        for path, content in (files := free_files(contents, folder)).items():
+            write_atomic(path, content)
     return list(files)
 
 

@@ -1,10 +1,12 @@
 """Images side by side with words."""
 
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from threading import Barrier
 
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageColor
 
 from lcm_lightning.generate import file_stems, pictures_by_name, write_pictures
 from lcm_lightning.output.pictures import CAPTION, GAP, HEADING, contact_sheet, labelled_grid
@@ -67,3 +69,19 @@ def test_the_same_pictures_again_are_the_same_files(draw, tmp_path: Path):
         assert draw("red", "cat-0.png") == ["cat-0.png"]
         assert draw("blue", "cat-0.png") == ["cat-0_2.png"]
     assert draw("red", "cat-0.png", settings="cat\nSteps: 4") == ["cat-0_3.png"]
+
+
+def test_calls_that_end_at_the_same_moment_write_over_no_picture_of_each_other(draw, tmp_path: Path):
+    together, colours = Barrier(4), ("red", "green", "blue", "white")
+
+    def call(colour: str) -> list[str]:
+        together.wait()
+        return draw(colour, "cat-0.png", "cat.png")
+
+    with ThreadPoolExecutor(len(colours)) as pool:
+        written = dict(zip(colours, pool.map(call, colours), strict=True))
+    assert len(list(tmp_path.iterdir())) == 2 * len(colours)
+    for colour, names in written.items():
+        for name in names:
+            with Image.open(tmp_path / name) as picture:
+                assert picture.getpixel((0, 0)) == ImageColor.getrgb(colour)
