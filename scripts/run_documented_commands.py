@@ -58,7 +58,7 @@ MATERIAL = (
     f"{TRAIN} {READERS} experiment=quickstart_lora hydra.run.dir=material/runs/finetuned",
     f"{TRAIN} {READERS} experiment=quickstart method.teacher_lora=material/runs/finetuned "
     "hydra.run.dir=material/runs/student",
-    f"{TRAIN} {READERS} method=lcm hydra.run.dir=material/runs/full_lcm",
+    f"{TRAIN} method=lcm hydra.run.dir=material/runs/full_lcm",
 )
 LIMIT = 900  # seconds a command may take
 REFUSED = 2  # exit status of a command that is answered with an error
