@@ -192,8 +192,9 @@ def runnable(program: Sequence[str]) -> list[str]:
 
 
 def variables() -> dict[str, str]:
-    """The variables of a command: the clone's package, one thread, no hub."""
-    here = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "WANDB_MODE": "offline"}
+    """The variables of a command: this environment activated, the clone's package, one thread, no hub."""
+    here = {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}", "PYTHONPATH": str(ROOT)}
+    here |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "WANDB_MODE": "offline"}
     return {**os.environ, **here}
 
 
