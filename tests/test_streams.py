@@ -6,7 +6,7 @@ import logging
 import os
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager, redirect_stdout
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import TextIO
 
@@ -86,3 +86,16 @@ def test_pictures_are_written_though_nobody_reads_their_names(
         in_process("lcm_lightning.generate", "model=tiny", "student=true", "prompt=cat", *options)
     assert len(list((tmp_path / "drawn").glob("cat-*.png"))) == 3
     assert "Error" not in capfd.readouterr().err
+
+
+def test_a_library_that_closes_what_it_logs_to_closes_no_output(tmp_path: Path):
+    """absl's handler, which OpenVINO brings, made before a program's start or in it, and ended by Hydra's logging."""
+    absl = pytest.importorskip("absl.logging")
+    with (tmp_path / "errors.log").open("w") as stream, redirect_stderr(stream):
+        before = absl.PythonHandler(sys.stderr)
+        with lasting_output():
+            inside = absl.PythonHandler(sys.stderr)
+            before.close()
+        inside.close()
+        print("still open", file=sys.stderr)
+    assert (tmp_path / "errors.log").read_text() == "still open\n"

@@ -44,6 +44,17 @@ class LastingStream:
             except OSError as error:
                 self._end(error)
 
+    def close(self) -> None:
+        """Pass on what is buffered: libraries close what they log to when they end, and the stream is not theirs."""
+        self.flush()
+
+    def __eq__(self, other: object) -> bool:
+        """Whether it is the same stream: absl closes one that it was given and that is not `sys.stderr` any more."""
+        return other is self or other is self.stream
+
+    def __hash__(self) -> int:
+        return hash(self.stream)
+
     def _end(self, error: OSError) -> None:
         self.error = error
         with suppress(OSError):  # a stream without a file, as a notebook's
