@@ -59,7 +59,8 @@ def log_report(logger: WandbTracker, metrics: Mapping[str, Any], pictures: Seque
     quality = quality_table(metrics["models"])
     columns = ["model", *(heading for heading, _ in quality.headings[1:])]
     logger.log_table("evaluation/table", columns, [[row.title, *map(str, row.cells)] for row in quality.rows])
-    logger.log_image("evaluation/pictures", [str(picture) for picture in pictures])
+    for picture in pictures:  # of sizes of their own, which W&B shows wrongly under one key
+        logger.log_image(f"evaluation/{picture.stem}", [str(picture)])
 
 
 def plain_figures(model: Mapping[str, Any]) -> dict[str, float]:
