@@ -13,6 +13,7 @@ from PIL import Image
 
 from lcm_lightning.data.datamodule import CaptionedImages, locate
 from lcm_lightning.data.sources import read_source
+from lcm_lightning.data.wrong_sources import warn_of_name
 from lcm_lightning.errors import UserError
 
 FLICKR8K = ("1000268201_693b08cb0e.jpg", "1001773457_577c3a7d70.jpg")
@@ -140,6 +141,7 @@ def test_photos_of_one_s_own_may_go_by_any_name(tmp_path: Path):
 
 
 def test_training_on_another_data_set_s_shards_is_warned_of_once(flickr_shards: Path, caplog: pytest.LogCaptureFixture):
+    warn_of_name.cache_clear()  # a test before it may have used these shards
     with caplog.at_level(logging.WARNING):
         for name in ("flickr30k", "flickr30k", "flickr8k", "mine"):
             assert CaptionedImages(name, str(flickr_shards)).index
