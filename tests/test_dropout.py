@@ -14,6 +14,7 @@ from diffusers import UNet2DConditionModel
 from torch import Tensor, nn
 
 from helpers.adapters import gradients, random_batch, randomise
+from helpers.forks import in_a_fork
 from lcm_lightning.diffusion.consistency import ConsistencyDistillation
 from lcm_lightning.diffusion.trajectory import TrajectoryDistillation
 from lcm_lightning.methods.adapter_training import AdapterTraining
@@ -174,6 +175,7 @@ def test_every_layer_has_a_mask_of_its_own_and_adds_nothing_to_the_state(pipelin
 
 @pytest.mark.slow
 @pytest.mark.thorough
+@in_a_fork
 def test_a_compiled_unet_drops_alike(pipeline_folder: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(UNet2DConditionModel, "compile", partialmethod(nn.Module.compile, backend="eager"))
     batch = random_batch(1, 2)

@@ -21,6 +21,7 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
+from helpers.forks import in_a_fork
 from lcm_lightning.diffusion.consistency import ConsistencyDistillation
 from lcm_lightning.methods.lcm_lora import LcmLoraDistillation
 from lcm_lightning.models import activations, adapters, lora_layers
@@ -436,6 +437,7 @@ def test_gradients_are_freed_with_the_step_and_kept_until_then(pipeline_folder: 
 
 
 @pytest.mark.slow
+@in_a_fork
 def test_a_compiled_unet_keeps_the_curve_and_is_traced_once_for_each_use(
     pipeline_folder: Path, monkeypatch: pytest.MonkeyPatch
 ):
