@@ -31,12 +31,13 @@ NEEDS = {
 }
 TELLING = {
     "hub": r"latent-consistency/|clip-benchmark/|SimianLuo/|stabilityai/|https?://|\bnpm\b|git clone"
-    r"|wandb:|push_to_hub|hparams_search=student|callbacks=(student_quality|early_stopping)(?!.*tiny_clip)",
+    r"|wandb:|wandb (?:login|sync|sweep)|wandb_workspace|push_to_hub"
+    r"|hparams_search=student|callbacks=(student_quality|early_stopping)(?!.*tiny_clip)",
     "gpu": r"\btrainer=(ddp|fsdp|gpu)\b|adamw8bit|on_gpu",
     "cluster": r"^srun|--nnodes|submitit_slurm",
     "hours": r"make (quickstart|test\S*|coverage|bench|methods-table|pretrain|lint|docs-commands)(?= |$)"
     r"|model\.unet_init|\bmodel=sdxl\b",
-    "clone": r"make (setup|docs)(?= |$)|\bpip |-m venv|activate|pre-commit"
+    "clone": r"make (setup|docs)(?= |$)|\bpip |-m venv|activate|pre-commit|logger=mlflow"
     r"|pack_\w+\.(py|sh)|build_emoji|benchmarks\.report",
     "server": r"make app(?= |$)|lcm_lightning\.app|wandb agent|mlflow (ui|server)|tensorboard --",
 }
@@ -101,6 +102,7 @@ TINY = {
     "evaluation.shown=1",
     "generate": "num_images=1 accelerator=cpu",
     "prepare": "prepare.workers=1",
+    "export": "overwrite=true",  # another page may have exported the same
 }
 # What is said otherwise in its place.
 SMALLER = (
