@@ -99,10 +99,15 @@ def missing_package(error: ImportError) -> str | None:
     return next((package for package in EXTRAS if re.search(rf"\b{package}\b", said)), None)
 
 
+def closest(word: str, names: Collection[str], prefix: str = "") -> str:
+    """The question whether the one of `names` that is most like `word` was meant, for the midst of a message, or ""."""
+    close = get_close_matches(word, names, n=1)
+    return f"did you mean {prefix}{close[0]}? " if close else ""
+
+
 def no_such_file(group: str, option: str, names: Collection[str]) -> str:
     """That a config group has no file called `option`, and which of `names` may be meant."""
-    close = get_close_matches(option.lower(), names, n=1)
-    meant = f"did you mean {group}={close[0]}? " if close else ""
+    meant = closest(option.lower(), names, f"{group}=")
     return f"{group}={option}: there is no such file in conf/{group}; {meant}there are {', '.join(names)}"
 
 

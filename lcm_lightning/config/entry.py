@@ -6,7 +6,6 @@ import functools
 import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from difflib import get_close_matches
 from pathlib import Path
 from typing import ParamSpec, TypeVar
 
@@ -19,7 +18,14 @@ from omegaconf import DictConfig
 
 from lcm_lightning.config.help import groups_of, help_text, keys_of, options
 from lcm_lightning.config.resolvers import PACKAGE, register_resolvers
-from lcm_lightning.errors import fail, no_such_file, program, report_configuration_errors, report_user_errors
+from lcm_lightning.errors import (
+    closest,
+    fail,
+    no_such_file,
+    program,
+    report_configuration_errors,
+    report_user_errors,
+)
 from lcm_lightning.output.streams import lasting_output
 
 P = ParamSpec("P")
@@ -117,8 +123,7 @@ def refuse_topics(arguments: Sequence[str], config_name: str) -> None:
         if not equals:
             fail(f"{argument}: --help has no such topic; {ask}")
         if (top := re.split(r"[./]", key)[0]) not in {*groups, *keys, "hydra"}:
-            close = get_close_matches(top, [*groups, *keys], n=1)
-            fail(f"{argument}: there is no such key; {f'did you mean {close[0]}? ' if close else ''}{ask}")
+            fail(f"{argument}: there is no such key; {closest(top, [*groups, *keys])}{ask}")
 
 
 def with_the_one_before(arguments: Sequence[str]) -> Iterator[tuple[str, str]]:

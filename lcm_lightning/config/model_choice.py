@@ -6,7 +6,6 @@ import logging
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
-from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +16,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from lcm_lightning.config.instantiate import instantiate_group, parse_dtype
-from lcm_lightning.errors import UserError, first_line, shown
+from lcm_lightning.errors import UserError, closest, first_line, shown
 from lcm_lightning.evaluation.model_sources import DataChoice, LoadedModel, ModelSource
 from lcm_lightning.methods import adapter_kinds
 from lcm_lightning.runs.contents import MANIFEST, exported, read_adapters, read_config, read_manifest
@@ -132,8 +131,7 @@ def _named_model(cfg: DictConfig, name: str, dtype: torch.dtype) -> ModelSource:
             composed = compose(HydraConfig.get().job.config_name, overrides=[f"model={name}"])
         except (MissingConfigException, ConfigCompositionException) as error:
             looks = f"; a run is written run:{name}" if (Path(name).expanduser() / "config.yaml").is_file() else ""
-            close = get_close_matches(name.lower(), getattr(error, "options", None) or (), n=1)
-            meant = f"did you mean {close[0]}? " if close else ""
+            meant = closest(name.lower(), getattr(error, "options", None) or ())
             raise UserError(f"models: no model is called {name}; {meant}expected {SPECS}{looks}") from error
         part = OmegaConf.create({"model": OmegaConf.to_container(composed.model, resolve=True)})
 

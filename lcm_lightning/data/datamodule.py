@@ -65,9 +65,7 @@ def locate(name: str, source: str | None) -> ShardIndex:
     place = source or str(Path("data") / name)
     index = find_shards(place) if source or Path(place).is_dir() else None
     if index is not None:
-        found = published_name(place, index)
-        if name in DOWNLOADS and found not in (None, name):
-            warn_of_name(place, str(found), name)
+        warn_of_name(place, published_name(place, index), name)
         return index
     raise UserError(no_shards(name, source))
 

@@ -86,9 +86,14 @@ def published_set(contents: Contents) -> str | None:
     return marked[0] if len(marked) == 1 else None
 
 
+def is_another(found: str | None, name: str) -> bool:
+    """Whether what goes by the name of a published data set is known to be another one, `found`."""
+    return name in DOWNLOADS and found not in (None, name)
+
+
 def check_name(source: str | Path, found: str | None, name: str) -> None:
     """Raise a `UserError` where what is to be prepared by the name of a published data set is another one, `found`."""
-    if name in DOWNLOADS and found not in (None, name):
+    if is_another(found, name):
         raise UserError(
             f"data.source={short(source, 80)}: holds {found}, and is to be called {name}, whose splits are others and "
             f"whose figures don't compare; set data={found}, or data.name=... to a name of your own"
@@ -96,15 +101,16 @@ def check_name(source: str | Path, found: str | None, name: str) -> None:
 
 
 @functools.cache
-def warn_of_name(source: str, found: str, name: str) -> None:
-    """Say once that the shards of a published data set go by the name of another."""
-    log.warning(
-        "data.source=%s: holds shards of %s, and runs and figures will say %s; data.name=%s names them rightly",
-        short(source, 80),
-        found,
-        name,
-        found,
-    )
+def warn_of_name(source: str, found: str | None, name: str) -> None:
+    """Say once where the shards of a published data set, `found`, go by the name of another."""
+    if is_another(found, name):
+        log.warning(
+            "data.source=%s: holds shards of %s, and runs and figures will say %s; data.name=%s names them rightly",
+            short(source, 80),
+            found,
+            name,
+            found,
+        )
 
 
 def published_name(source: str, index: ShardIndex) -> str | None:
